@@ -1,0 +1,39 @@
+"""KV caches for transformers, with attention straight out of the storage, on NumPy, CPUs and GPUs.
+
+Importing this module loads NumPy only; a backend is loaded when the first cache that uses it is made.
+"""
+
+from kvnumba.arguments import AttentionOptions
+from kvnumba.attention import ChunkedPrefillCache, merge_states, multi_head_attention_with_cache
+from kvnumba.cache import KVCache, PagedKVCache, QuantizedKVCache
+from kvnumba.decoder import IncrementalDecoder
+from kvnumba.errors import BackendUnavailable, CacheFull
+from kvnumba.formats import pack_int4, unpack_int4
+from kvnumba.memory import memory_analysis, memory_growth_table
+from kvnumba.quantization import dequantize, quantize
+from kvnumba.registry import available_backends, use_backend
+from kvnumba.step import Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOptions",
+    "BackendUnavailable",
+    "CacheFull",
+    "ChunkedPrefillCache",
+    "IncrementalDecoder",
+    "KVCache",
+    "PagedKVCache",
+    "QuantizedKVCache",
+    "Step",
+    "available_backends",
+    "dequantize",
+    "memory_analysis",
+    "memory_growth_table",
+    "merge_states",
+    "multi_head_attention_with_cache",
+    "pack_int4",
+    "quantize",
+    "unpack_int4",
+    "use_backend",
+]

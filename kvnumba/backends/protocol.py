@@ -1,0 +1,64 @@
+"""What a backend is: the few operations that touch floats. Arguments are checked before they get here.
+
+New tokens come as views of shape (B, n, heads, D) with adjacent last elements: B sequences of n tokens
+each, or B = 1 and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvnumba.formats import Format
+from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
+
+
+class Backend(Protocol):
+    """One instance a process; `Buffers` hold arrays of the backend's own kind."""
+
+    name: str
+
+    def allocate(self, layout: Layout) -> Buffers:
+        """Zeroed storage. Raises MemoryError where there is no room for it."""
+        ...
+
+    def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
+        """Rows (N, D) float32 in a storage format: codes (N, row length), scale and zero (N, groups)."""
+        ...
+
+    def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
+        """The float32 rows (N, D) that `encode` stored."""
+        ...
+
+    def write(
+        self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
+    ) -> None:
+        """Encode keys and values (B, n, H, D) float32 into the slots (B * n,) int64 of a layer."""
+        ...
+
+    def read(
+        self, buffers: Buffers, layer: int, block_ids: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values (H, length, D) float32 of the first `length` tokens in some blocks."""
+        ...
+
+    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Any:
+        """The part of `attend` that is the same for all layers of a batch."""
+        ...
+
+    def attend(
+        self,
+        buffers: Buffers,
+        layer: int,
+        q: np.ndarray,
+        plan: Any,
+        scoring: Scoring,
+        out: np.ndarray,
+        lse: np.ndarray,
+    ) -> None:
+        """Causal attention of the plan's new tokens, lower-right aligned, straight out of the storage.
+
+        q and out are views (B, n, Hq, D) float32, lse (B, n, Hq) float32; out and lse are written.
+        """
+        ...

@@ -1,0 +1,507 @@
+"""A Llama-family decoder on NumPy matrix products, whose keys and values live in this library's caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvnumba import arguments
+from kvnumba.cache import KVCache, PagedKVCache
+from kvnumba.checkpoint import Tensors, read_config
+
+BUNDLED_MODEL = Path(__file__).parent / "data"
+"""The folder of the small byte-level model that comes with the package."""
+
+MODEL_TYPES = ("llama", "mistral")
+
+# Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
+LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What the decoder needs to know of a model, in the words of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # empty, or the parameters of type "llama3"
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """Read a config.json, or raise ValueError that says what in it is missing or not supported."""
+
+        def expect(name: str, value: Any, *allowed: Any) -> Any:
+            if value not in allowed:
+                raise ValueError(
+                    f"config.json: {name} {value!r} is not supported; expected "
+                    + " or ".join(repr(choice) for choice in allowed)
+                )
+            return value
+
+        expect("model_type", config.get("model_type"), *MODEL_TYPES)
+        expect("hidden_act", config.get("hidden_act", "silu"), "silu")
+        expect("attention_bias", config.get("attention_bias", False), False)
+        expect("mlp_bias", config.get("mlp_bias", False), False)
+        expect("quantization_config", config.get("quantization_config"), None)
+        # transformers 5 keeps rope_theta in rope_parameters, earlier versions beside rope_scaling
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_type = expect("rope_type", rope.get("rope_type", rope.get("type", "default")), "default", "llama3")
+        try:
+            heads = config["num_attention_heads"]
+            eos = config.get("eos_token_id")
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                max_position_embeddings=config["max_position_embeddings"],
+                rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
+                rope_theta=rope.get("rope_theta", config.get("rope_theta", cls.rope_theta)),
+                rope_scaling=rope if rope_type == "llama3" else {},
+                sliding_window=config.get("sliding_window"),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            )
+        except KeyError as error:
+            raise ValueError(f"config.json: {error.args[0]} is missing") from error
+
+    def inverse_frequencies(self) -> np.ndarray:
+        """Of the rotary embedding (Su et al., 2021), (D / 2,) float32, with Llama 3.1's scaling if any."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        frequencies = 1 / np.float32(self.rope_theta) ** exponents
+        if not self.rope_scaling:
+            return frequencies
+        # long wavelengths are stretched by `factor`, short ones kept, those between interpolated
+        factor = self.rope_scaling["factor"]
+        low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
+        turns = self.rope_scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return (frequencies * (kept + (1 - kept) / factor)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights; matrices as (in, out), those that share an input side by side."""
+
+    input_norm: np.ndarray
+    qkv: np.ndarray
+    output: np.ndarray
+    mlp_norm: np.ndarray
+    gate_up: np.ndarray
+    down: np.ndarray
+
+
+class IncrementalDecoder:
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    The constructor makes a model with random weights; `from_pretrained` loads one.
+
+    Parameters
+    ----------
+    d_model, num_heads, num_layers, max_seq_len, vocab_size : int
+        `d_model` is a multiple of `num_heads`, and each head's share of it is even.
+    num_kv_heads : int, optional
+        A divisor of `num_heads`. Default: `num_heads`.
+    seed : int
+        Of the random weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        max_seq_len: int,
+        vocab_size: int,
+        *,
+        num_kv_heads: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        d_model = arguments.integer("d_model", d_model, minimum=1)
+        num_heads = arguments.integer("num_heads", num_heads, minimum=1)
+        if d_model % (2 * num_heads):
+            raise ValueError(f"d_model: expected an even multiple of num_heads={num_heads}; got {d_model}")
+        num_kv_heads = num_heads if num_kv_heads is None else arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}; got {num_kv_heads}")
+        config = LlamaConfig(
+            vocab_size=arguments.integer("vocab_size", vocab_size, minimum=1),
+            hidden_size=d_model,
+            intermediate_size=4 * d_model,
+            num_hidden_layers=arguments.integer("num_layers", num_layers, minimum=1),
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=d_model // num_heads,
+            max_position_embeddings=arguments.integer("max_seq_len", max_seq_len, minimum=1),
+            tie_word_embeddings=True,
+        )
+        self._load(config, _random_weights(config, np.random.default_rng(seed)))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = BUNDLED_MODEL) -> IncrementalDecoder:
+        """Load a checkpoint folder of Hugging Face's layout.
+
+        Parameters
+        ----------
+        folder : path
+            Holds config.json and model.safetensors, or shards and an index. Default: the small byte-level
+            model of this package, whose tokens are bytes.
+
+        Raises
+        ------
+        FileNotFoundError
+            A file is missing.
+        ValueError
+            The config asks for something that is not supported, or a tensor is missing or misshapen.
+        """
+        folder = Path(folder)
+        config = LlamaConfig.from_dict(read_config(folder))
+        decoder = cls.__new__(cls)
+        decoder._load(config, Tensors(folder))
+        return decoder
+
+    def _load(self, config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> None:
+        self.config = config
+        shapes = _weight_shapes(config)
+
+        def weight(name: str) -> np.ndarray:
+            if name not in weights:
+                raise ValueError(f"{name}: not in the checkpoint")
+            array = weights[name]
+            if array.shape != shapes[name]:
+                raise ValueError(f"{name}: expected shape {shapes[name]}; got {array.shape}")
+            return array
+
+        def side_by_side(*names: str) -> np.ndarray:
+            return np.concatenate([weight(name) for name in names]).T
+
+        self._embedding = weight("model.embed_tokens.weight")
+        self._norm = weight("model.norm.weight")
+        self._head = self._embedding.T if config.tie_word_embeddings else weight("lm_head.weight").T
+        self._layers = []
+        for i in range(config.num_hidden_layers):
+            at = f"model.layers.{i}"
+            self._layers.append(
+                _Layer(
+                    input_norm=weight(f"{at}.input_layernorm.weight"),
+                    qkv=side_by_side(*(f"{at}.self_attn.{part}_proj.weight" for part in "qkv")),
+                    output=weight(f"{at}.self_attn.o_proj.weight").T,
+                    mlp_norm=weight(f"{at}.post_attention_layernorm.weight"),
+                    gate_up=side_by_side(*(f"{at}.mlp.{part}_proj.weight" for part in ("gate", "up"))),
+                    down=weight(f"{at}.mlp.down_proj.weight").T,
+                )
+            )
+        self._inverse_frequencies = config.inverse_frequencies()
+
+    def make_cache(self, num_tokens: int, *, block_size: int = 16, max_num_seqs: int = 1, **options: Any) -> PagedKVCache:
+        """A paged cache of this model's shape with room for `num_tokens` tokens.
+
+        Parameters
+        ----------
+        num_tokens, block_size, max_num_seqs : int
+            Rounded up to whole blocks, and one block more for every further sequence.
+        **options
+            `dtype`, `key_format`, `value_format`, `group_size` and `backend` of `PagedKVCache`.
+        """
+        config = self.config
+        return PagedKVCache(
+            -(-num_tokens // block_size) + max_num_seqs - 1,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            max_num_seqs,
+            num_layers=config.num_hidden_layers,
+            **options,
+        )
+
+    def forward(self, token_ids: np.ndarray, positions: np.ndarray, attention: LayerAttention) -> np.ndarray:
+        """Run packed tokens through the model.
+
+        Parameters
+        ----------
+        token_ids, positions : (T,) int
+        attention : callable
+            ``attention(layer, q, k, v)`` with q (T, Hq, D), k and v (T, H, D), rotated; stores the keys and
+            values and returns the attention's output (T, Hq, D).
+
+        Returns
+        -------
+        (T, hidden_size) float32
+            The last layer's output after the final norm; `logits` takes it.
+        """
+        config = self.config
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        count = len(token_ids)
+        angles = positions.astype(np.float32)[:, None] * self._inverse_frequencies
+        rotation = (np.cos(angles)[:, None], np.sin(angles)[:, None])
+        x = self._embedding[token_ids]
+        for i, layer in enumerate(self._layers):
+            qkv = _rms_norm(x, layer.input_norm, config.rms_norm_eps) @ layer.qkv
+            q, k, v = np.split(qkv.reshape(count, -1, head_dim), (heads, heads + kv_heads), axis=1)
+            attended = attention(i, _rotate(q, *rotation), _rotate(k, *rotation), v)
+            x = x + attended.reshape(count, -1) @ layer.output
+            gate, up = np.split(_rms_norm(x, layer.mlp_norm, config.rms_norm_eps) @ layer.gate_up, 2, axis=1)
+            x = x + (_silu(gate) * up) @ layer.down
+        return _rms_norm(x, self._norm, config.rms_norm_eps)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits (..., vocab_size) of what `forward` returns (..., hidden_size)."""
+        logits: np.ndarray = hidden @ self._head
+        return logits
+
+    def extend(self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]) -> np.ndarray:
+        """Append tokens to sequences of a paged cache: one ragged forward pass.
+
+        Parameters
+        ----------
+        cache : PagedKVCache
+            Of this model's shape, as `make_cache` makes it.
+        seq_ids : sequence of B ints
+        token_ids : sequence of B sequences of int
+            Each sequence's new tokens.
+
+        Returns
+        -------
+        (T, vocab_size) float32
+            Logits at every new token, sequence by sequence.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks; nothing has changed.
+        ValueError
+            A token id is not in the vocabulary, or as `PagedKVCache.step`.
+        """
+        tokens = [self._checked_tokens(ids) for ids in token_ids]
+        step = cache.step(seq_ids, [len(ids) for ids in tokens])
+        new = np.diff(step.batch.query_start_loc)
+        first = np.repeat(step.batch.seq_lens - step.batch.query_start_loc[1:], new)
+        positions = first + np.arange(step.num_tokens)
+        self._check_positions(positions)
+
+        def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+            step.write(k, v, layer=layer)
+            out: np.ndarray = step.attend(q, layer=layer, window_left=self._window_left)
+            return out
+
+        return self.logits(self.forward(np.concatenate(tokens), positions, attention))
+
+    def forward_step(
+        self, token_ids: Any, caches: KVCache | Sequence[KVCache], is_prefill: bool = False
+    ) -> np.ndarray:
+        """Append the same number of tokens to every batch element of contiguous caches.
+
+        Parameters
+        ----------
+        token_ids : (B, T) or, for one token each, (B,) int
+        caches : KVCache or sequence of KVCache
+            One with all layers, or one of a single layer for each layer.
+        is_prefill : bool
+            Of no effect, since prompts and single tokens run alike; part of the call's history.
+
+        Returns
+        -------
+        (B, vocab_size) float32
+            Logits of each element's last token.
+        """
+        token_ids = np.asarray(token_ids)
+        if token_ids.ndim == 1:
+            token_ids = token_ids[:, None]
+        if token_ids.ndim != 2 or not token_ids.size:
+            raise ValueError(f"token_ids: expected shape (B, T) or (B,), not empty; got {token_ids.shape}")
+        batch, count = token_ids.shape
+        tokens = self._checked_tokens(token_ids.reshape(-1))
+        num_layers = self.config.num_hidden_layers
+        if isinstance(caches, KVCache):
+            layers = [(caches, i) for i in range(caches.num_layers)]
+        else:
+            layers = [(cache, 0) for cache in caches]
+        if len(layers) != num_layers:
+            raise ValueError(f"caches: expected {num_layers} layers; got {len(layers)}")
+        lengths = layers[0][0].seq_lens
+        if len(lengths) != batch:
+            raise ValueError(f"token_ids: expected batch size {len(lengths)}, the cache's; got {batch}")
+        positions = (np.array(lengths)[:, None] + np.arange(count)).reshape(-1)
+        self._check_positions(positions)
+
+        def dense(x: np.ndarray) -> np.ndarray:
+            return x.reshape(batch, count, *x.shape[1:]).swapaxes(1, 2)
+
+        def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+            cache, index = layers[layer]
+            cache.update(dense(k), dense(v), layer=index)
+            out = cache.attend(dense(q), layer=index, window_left=self._window_left)
+            return out.swapaxes(1, 2).reshape(q.shape)  # type: ignore[no-any-return]
+
+        hidden = self.forward(tokens, positions, attention)
+        return self.logits(hidden.reshape(batch, count, -1)[:, -1])
+
+    def prefill(
+        self, cache: PagedKVCache, seq_id: int, token_ids: Any, *, chunk_size: int = 512
+    ) -> Iterator[np.ndarray]:
+        """`extend` one sequence in chunks; yields the logits (chunk, vocab_size) of each."""
+        tokens = self._checked_tokens(token_ids)
+        for start in range(0, len(tokens), chunk_size):
+            yield self.extend(cache, [seq_id], [tokens[start : start + chunk_size]])
+
+    def generate(
+        self,
+        prompt: Any,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        chunk_size: int = 512,
+        **cache_options: Any,
+    ) -> np.ndarray:
+        """Continue a prompt.
+
+        Parameters
+        ----------
+        prompt : sequence of int
+            Token ids, at least one; ``bytes`` for a byte-level model.
+        max_new_tokens : int
+            Fewer come back where the model ends the text (`eos_token_ids`, which is not returned).
+        temperature : float
+            0 takes the likeliest token each time; otherwise tokens are drawn from softmax(logits / temperature).
+        seed : int, optional
+            Makes the draws repeatable.
+        chunk_size : int
+            Tokens of the prompt that run through the model at once.
+        **cache_options
+            As in `make_cache`: `dtype` ("float32", "int8", ...), `block_size`, `backend` and so on.
+
+        Returns
+        -------
+        (n,) int64
+            The new tokens.
+        """
+        prompt = self._checked_tokens(prompt)
+        if not len(prompt):
+            raise ValueError("prompt: expected at least one token; got none")
+        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
+        chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected 0 or more; got {temperature}")
+        self._check_positions(np.array([len(prompt) + max_new_tokens - 1]))
+        cache = self.make_cache(len(prompt) + max_new_tokens, **cache_options)
+        seq_id = cache.add_sequence()
+        rng = np.random.default_rng(seed)
+        new: list[int] = []
+        for logits in self.prefill(cache, seq_id, prompt, chunk_size=chunk_size):
+            last = logits[-1]
+        while len(new) < max_new_tokens:
+            token = sample(last, temperature, rng)
+            if token in self.config.eos_token_ids:
+                break
+            new.append(token)
+            if len(new) < max_new_tokens:
+                last = self.extend(cache, [seq_id], [[token]])[-1]
+        return np.array(new, np.int64)
+
+    @property
+    def _window_left(self) -> int:
+        window = self.config.sliding_window
+        return -1 if window is None else window - 1
+
+    def _checked_tokens(self, token_ids: Any) -> np.ndarray:
+        if isinstance(token_ids, (bytes, bytearray)):
+            token_ids = np.frombuffer(token_ids, np.uint8)
+        tokens = arguments.integers("token_ids", token_ids)
+        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"token_ids: expected 0 to {self.config.vocab_size - 1}; got {tokens[outside][0]}"
+            )
+        return tokens
+
+    def _check_positions(self, positions: np.ndarray) -> None:
+        limit = self.config.max_position_embeddings
+        if positions.max(initial=0) >= limit:
+            raise ValueError(f"token_ids: the model takes {limit} positions; got {positions.max() + 1}")
+
+
+def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """A token from logits (vocab_size,): the likeliest at temperature 0, else drawn from the softmax."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(softmax(logits / temperature).cumsum().searchsorted(rng.random()).clip(max=len(logits) - 1))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Along the last axis, in float64."""
+    weights = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Zhang and Sennrich, 2019."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return weight * (x / np.sqrt(mean_square + np.float32(eps)))
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotary embedding of (T, heads, D): element i turns with element i + D / 2, as in Hugging Face's layout."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(-x) is infinite far below zero, and x / infinity is right
+        return x / (1 + np.exp(-x))
+
+
+def _weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint by its Hugging Face name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_out = config.num_attention_heads * config.head_dim
+    kv_out = config.num_key_value_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (q_out, hidden),
+        "self_attn.k_proj": (kv_out, hidden),
+        "self_attn.v_proj": (kv_out, hidden),
+        "self_attn.o_proj": (hidden, q_out),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config.vocab_size, hidden),
+    }
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()})
+    return shapes
+
+
+def _random_weights(config: LlamaConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Norms of one, matrices of variance 1 / inputs."""
+    return {
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else rng.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(shape[1]))
+        for name, shape in _weight_shapes(config).items()
+    }

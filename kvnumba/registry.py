@@ -1,0 +1,106 @@
+"""Backends by name: ``argument > use_backend() > KVNUMBA_BACKEND > auto``, loaded when first asked for."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from contextvars import ContextVar
+from types import TracebackType
+
+from kvnumba.backends.protocol import Backend
+from kvnumba.errors import BackendUnavailable
+
+ENVIRONMENT_VARIABLE = "KVNUMBA_BACKEND"
+
+BACKENDS: dict[str, str] = {
+    "cuda":  "kvnumba.backends.cuda:CudaBackend",
+    "cpu":   "kvnumba.backends.cpu:CpuBackend",
+    "numpy": "kvnumba.backends.numpy:NumpyBackend",
+}  # fmt: skip
+"""Name -> "module:class", in the order in which ``auto`` tries them."""
+
+_chosen: ContextVar[str | None] = ContextVar("kvnumba_backend", default=None)
+
+
+def _check_name(source: str, name: object) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, auto; got {name!r}")
+    return str(name)
+
+
+class use_backend:  # noqa: N801 (read as a verb: ``with use_backend("cpu"):``)
+    """Choose the backend of the caches made from here on.
+
+    Takes effect at once, in the current thread (context); as a context manager, until the block ends.
+
+    Parameters
+    ----------
+    name : {"numpy", "cpu", "cuda", "auto"}
+
+    Raises
+    ------
+    ValueError
+        The name is not known.
+    BackendUnavailable
+        The backend cannot run here.
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_name("use_backend", name)
+        if name != "auto":
+            _load(name)
+        self._token = _chosen.set(name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _chosen.reset(self._token)
+
+
+def get_backend(name: str | None = None) -> Backend:
+    """The backend called `name`, or the one that is chosen where None is given.
+
+    Raises
+    ------
+    ValueError
+        The name, or the one in ``KVNUMBA_BACKEND``, is not known.
+    BackendUnavailable
+        It was named and cannot run here. ``auto`` goes on to the next one instead.
+    """
+    if name is not None:
+        name = _check_name("backend", name)
+    else:
+        name = _chosen.get() or _check_name(
+            ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        )
+    if name == "auto":
+        name = next(candidate for candidate in BACKENDS if unavailable_reason(candidate) is None)
+    return _load(name)
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that can run here, the one that ``auto`` takes first."""
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why a backend cannot run here; None if it can."""
+    try:
+        _load(name)
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    module, _, attribute = BACKENDS[name].partition(":")
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    except ImportError as error:
+        raise BackendUnavailable(f"the {name} backend cannot be imported: {error}") from error
+    return backend

@@ -1,0 +1,130 @@
+"""What a cache is made of: a layout (numbers only) and the buffers that a backend allocates for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvnumba.formats import SCALE_DTYPE, Format
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a cache's storage: blocks of ``block_size`` tokens, for every layer the same."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    key_format: Format
+    value_format: Format
+    group_size: int
+
+    def codes_shape(self, fmt: Format) -> tuple[int, ...]:
+        """``(num_layers, num_blocks, H, block_size, row length)``: a block's tokens of a head lie in one run."""
+        return (*self._rows_shape(), fmt.row_length(self.head_dim))
+
+    def scales_shape(self, fmt: Format) -> tuple[int, ...]:
+        """``(num_layers, num_blocks, H, block_size, groups)``, of the scales and of the zero points."""
+        return (*self._rows_shape(), fmt.scales_per_row(self.head_dim, self.group_size))
+
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes: keys, values, scales and zero points over all layers and heads."""
+        formats = (self.key_format, self.value_format)
+        row_bytes = sum(fmt.row_bytes(self.head_dim, self.group_size) for fmt in formats)
+        return self.num_layers * self.num_kv_heads * row_bytes
+
+    def memory_bytes(self) -> int:
+        """Bytes of the whole storage."""
+        return self.num_blocks * self.block_size * self.bytes_per_token()
+
+    def describe_formats(self) -> str:
+        """``int8``, or ``keys int8, values int4``."""
+        if self.key_format == self.value_format:
+            return self.key_format.name
+        return f"keys {self.key_format.name}, values {self.value_format.name}"
+
+    def _rows_shape(self) -> tuple[int, ...]:
+        return (self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size)
+
+
+class Encoded(NamedTuple):
+    """Rows in a storage format; `scale` and `zero` have no groups where the format is not quantised."""
+
+    codes: Any
+    scale: Any
+    zero: Any
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The arrays of one cache, shaped as its layout says, on the backend's own device."""
+
+    layout: Layout
+    keys: Encoded
+    values: Encoded
+
+
+def allocate_on_host(layout: Layout) -> Buffers:
+    """Zeroed NumPy buffers; pages that are never written take no memory."""
+
+    def zeros(fmt: Format) -> Encoded:
+        shape = layout.scales_shape(fmt)
+        return Encoded(
+            np.zeros(layout.codes_shape(fmt), fmt.code_dtype),
+            np.zeros(shape, SCALE_DTYPE),
+            np.zeros(shape, SCALE_DTYPE),
+        )
+
+    return Buffers(layout, zeros(layout.key_format), zeros(layout.value_format))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The new tokens of some sequences and the blocks that these lie in: integers only.
+
+    Attributes
+    ----------
+    block_table : (B, max_blocks) int32
+        Block ids of each sequence, in order; entries past its length are not read.
+    seq_lens : (B,) int32
+        Tokens of each sequence, the new ones included.
+    query_start_loc : (B + 1,) int32
+        Where each sequence's new tokens begin among all T of them.
+    """
+
+    block_table: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray
+
+    @classmethod
+    def of(cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
+        """A batch from what each sequence adds; `seq_lens` counts these tokens already."""
+        query_start_loc = np.zeros(len(seq_lens) + 1, np.int32)
+        np.cumsum(num_new_tokens, out=query_start_loc[1:])
+        return cls(block_table, seq_lens, query_start_loc)
+
+    def slot_mapping(self, block_size: int) -> np.ndarray:
+        """``block * block_size + offset`` of each new token, (T,) int64."""
+        num_new_tokens = np.diff(self.query_start_loc)
+        sequence = np.repeat(np.arange(len(num_new_tokens)), num_new_tokens)
+        first_position = self.seq_lens - self.query_start_loc[1:]
+        position = np.arange(len(sequence)) + first_position[sequence]
+        block = self.block_table[sequence, position // block_size].astype(np.int64)
+        return block * block_size + position % block_size
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are made from ``q . k``; checked, every default filled in."""
+
+    sm_scale: float
+    window_left: int
+    logits_soft_cap: float
+    sinks: np.ndarray | None
+    alibi_slopes: np.ndarray | None
+
+
