@@ -82,7 +82,7 @@ def integers(argument: str, values: Any, length: int | None = None) -> np.ndarra
     if array.size == 0 and array.ndim == 1:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu" or (length is not None and len(array) != length):
-        wanted = "a list" if length is None else f"a list of {length}"
+        wanted = "a list of" if length is None else f"a list of {length}"
         raise ValueError(
             f"{argument}: expected {wanted} integers; got {array.dtype} of shape {array.shape}"
             if array.dtype != object

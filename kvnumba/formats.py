@@ -100,7 +100,7 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
 def unpack_int4(packed: np.ndarray) -> np.ndarray:
     """The inverse of `pack_int4`: (..., D / 2) uint8 -> (..., D) uint8."""
     packed = uint8_array("packed", packed)
-    return np.stack((packed >> 4, packed & 15), axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.stack((packed >> 4, packed & 15), axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def uint8_array(argument: str, x: np.ndarray) -> np.ndarray:

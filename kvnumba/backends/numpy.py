@@ -37,7 +37,7 @@ class NumpyBackend:
         if not fmt.quantized:
             with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
                 return Encoded(x.astype(fmt.code_dtype), no_scales, no_scales)
-        groups = x.reshape(len(x), -1, group_size)
+        groups = x.reshape(len(x), x.shape[1] // group_size, group_size)
         zero = groups.min(axis=-1)
         scale = (groups.max(axis=-1) - zero) / np.float32(fmt.max_code)
         # a constant group has scale 0: all its codes are 0, and code * scale + zero is exact
@@ -52,7 +52,7 @@ class NumpyBackend:
         if not fmt.quantized:
             return rows.codes.astype(np.float32)
         codes = unpack_int4(rows.codes) if fmt.bits == 4 else rows.codes
-        groups = codes.reshape(*rows.scale.shape, -1).astype(np.float32)
+        groups = codes.reshape(*rows.scale.shape, codes.shape[-1] // rows.scale.shape[-1]).astype(np.float32)
         return (groups * rows.scale[..., None] + rows.zero[..., None]).reshape(codes.shape)
 
     def write(

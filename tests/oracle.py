@@ -1,0 +1,80 @@
+"""What the answers should be, in float64 and in the plainest way; shares no code with the library."""
+
+import math
+
+import numpy as np
+
+
+def attention(
+    q, k, v, *, sm_scale=None, window_left=-1, logits_soft_cap=0.0, sinks=None, alibi_slopes=None, dtype=np.float64
+):
+    """Attention of the newest n tokens q (n, Hq, D) over keys and values (H, S, D): out (n, Hq, D), lse (n, Hq).
+
+    With dtype float32 it is the plain single-precision program whose error the kernels are measured by.
+    """
+    q, k, v = (np.asarray(x).astype(dtype) for x in (q, k, v))
+    n, num_qo_heads, head_dim = q.shape
+    num_kv_heads, length, _ = k.shape
+    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    out, lse = np.empty(q.shape, dtype), np.empty((n, num_qo_heads), dtype)
+    for i in range(n):
+        position = length - n + i
+        first = 0 if window_left < 0 else max(0, position - window_left)
+        for h in range(num_qo_heads):
+            kv_head = h * num_kv_heads // num_qo_heads
+            scores = (k[kv_head, first : position + 1] @ q[i, h]) * dtype(scale)
+            if logits_soft_cap:
+                scores = dtype(logits_soft_cap) * np.tanh(scores / dtype(logits_soft_cap))
+            if alibi_slopes is not None:
+                scores = scores + dtype(alibi_slopes[h]) * np.arange(first - position, 1).astype(dtype)
+            top = scores.max() if sinks is None else max(scores.max(), dtype(sinks[h]))
+            weights = np.exp(scores - top)
+            total = weights.sum() + (0 if sinks is None else np.exp(dtype(sinks[h]) - top))
+            out[i, h] = weights @ v[kv_head, first : position + 1] / total
+            lse[i, h] = top + np.log(total)
+    return out, lse
+
+
+def assert_as_exact(actual, q, k, v, **options):
+    """`actual`, (out, lse) as `attention` returns them, errs at most twice as much as plain NumPy in float32.
+
+    Both against float64, in the largest error; an error of a few units in the last place is always granted.
+    """
+    exact = attention(q, k, v, **options)
+    plain = attention(q, k, v, dtype=np.float32, **options)
+    for have, want, by in zip(actual, exact, plain, strict=True):
+        assert have.shape == want.shape
+        unit = np.finfo(np.float32).eps * max(1.0, np.abs(want).max(initial=0))
+        allowed = max(2 * np.abs(by - want).max(initial=0), 8 * unit)
+        worst = np.abs(have - want).max(initial=0)
+        assert worst <= allowed, f"largest error {worst:.2e}, allowed {allowed:.2e}"
+
+
+def bfloat16(x):
+    """The nearest bfloat16 of each float32, ties to even, chosen between the two neighbours in float64."""
+    x = np.asarray(x, np.float32)
+    below = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)  # towards zero
+    above = ((x.view(np.uint32) & 0xFFFF0000) + 0x10000).astype(np.uint32).view(np.float32)
+    to_below = np.abs(x.astype(np.float64) - below)
+    to_above = np.abs(above.astype(np.float64) - x)
+    even_below = (below.view(np.uint32) >> 16) % 2 == 0
+    return np.where((to_below < to_above) | ((to_below == to_above) & even_below), below, above)
+
+
+def assert_stored(actual, x, fmt, group_size=None):
+    """`actual` is what a format makes of the float32 rows x (..., D): the nearest value that it can hold."""
+    assert actual.dtype == np.float32
+    if fmt == "float32":
+        np.testing.assert_array_equal(actual, x)
+    elif fmt == "float16":
+        np.testing.assert_array_equal(actual, x.astype(np.float16).astype(np.float32))
+    elif fmt == "bfloat16":
+        np.testing.assert_array_equal(actual, bfloat16(x))
+    else:
+        levels = {"int8": 255, "int4": 15}[fmt]
+        size = group_size or x.shape[-1]
+        groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size).astype(np.float64)
+        step = (groups.max(-1, keepdims=True) - groups.min(-1, keepdims=True)) / levels
+        rounding = 4 * np.finfo(np.float32).eps * np.abs(groups).max(-1, keepdims=True)
+        error = np.abs(actual.reshape(groups.shape) - groups)
+        assert (error <= step / 2 + rounding).all()
