@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend, read, write
 from kvnumba.backends.cpu.rows import FORMAT_ID
-from kvnumba.formats import SCALE_DTYPE, Format
+from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
 
 # Numba's workqueue threading layer aborts the process when two threads enter kernels at once. Every kernel
 # uses all cores, so one at a time loses nothing.
 _ONE_AT_A_TIME = threading.Lock()
+
+VECTOR_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16", "sve")
 
 _NONE = np.empty(0, np.float32)
 
@@ -145,6 +149,19 @@ class CpuBackend:
             )
             if len(plan.merges):
                 attend.merge(out_memory, out_strides, lse_memory, lse_strides, plan.merges, plan.partials, group)
+
+
+def describe() -> list[tuple[str, str]]:
+    """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
+    x = np.zeros((1, 2), np.float32)
+    CpuBackend().encode(x, FORMATS["float32"], 2)  # the threading layer is known once a kernel has run
+    features = llvmlite.binding.get_host_cpu_features()
+    vectors = [name for name in VECTOR_FEATURES if features.get(name)]
+    return [
+        ("threads", f"{numba.get_num_threads()} of {os.cpu_count()} processors"),
+        ("threading layer", numba.threading_layer()),
+        ("processor", f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}"),
+    ]
 
 
 def _rows(encoded: Encoded) -> Encoded:
