@@ -30,10 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.add_argument("--head-dim", type=int, help="instead of the preset's")
     memory.add_argument("--batch", type=int, default=1)
 
-    demo = commands.add_parser("demo", help="a small language model reads a file, from a cache in each format")
+    demo = commands.add_parser(
+        "demo", help="a small language model reads a file, from a cache in each format"
+    )
     demo.add_argument("--prompt", type=Path, metavar="FILE", help="default: a module of the standard library")
     demo.add_argument("--bytes", type=int, default=4000, help="how much of it is read (default: %(default)s)")
-    demo.add_argument("--model", type=Path, metavar="FOLDER", default=BUNDLED_MODEL, help="a byte-level checkpoint")
+    demo.add_argument(
+        "--model", type=Path, metavar="FOLDER", default=BUNDLED_MODEL, help="a byte-level checkpoint"
+    )
     demo.add_argument("--new", type=int, default=200, help="bytes to write (default: %(default)s)")
     demo.add_argument("--backend", choices=[*BACKENDS, "auto"], help="default: KVNUMBA_BACKEND, or auto")
     demo.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table too")

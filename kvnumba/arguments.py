@@ -171,8 +171,7 @@ def check_shape(argument: str, array: np.ndarray, shape: tuple[int | None, ...],
     )
     if not fits:
         expected = ", ".join(
-            name if want is None else f"{name}={want}"
-            for name, want in zip(axes.split(), shape, strict=True)
+            name if want is None else f"{name}={want}" for name, want in zip(axes.split(), shape, strict=True)
         )
         raise ValueError(f"{argument}: expected shape ({expected}); got {array.shape}")
 

@@ -161,7 +161,9 @@ class ChunkedPrefillCache:
             An argument is not as above. In each case the cache is as it was.
         """
         if hidden_states is None:
-            raise ValueError("hidden_states: expected (B, S, d_model), from which the queries are made; got None")
+            raise ValueError(
+                "hidden_states: expected (B, S, d_model), from which the queries are made; got None"
+            )
         head_dim = self.cache.head_dim
         w_q, w_o = _projections(w_q, w_o, head_dim)
         _refuse_lse(options)
@@ -174,7 +176,9 @@ class ChunkedPrefillCache:
         for chunk in self._chunks(length):
             hidden = arguments.float_array("hidden_states", hidden_states[:, chunk])
             q = _split_heads(hidden @ w_q, head_dim)
-            out[:, chunk] = _join_heads(self._append(q, all_k[:, :, chunk], all_v[:, :, chunk], options)) @ w_o
+            out[:, chunk] = (
+                _join_heads(self._append(q, all_k[:, :, chunk], all_v[:, :, chunk], options)) @ w_o
+            )
         return out
 
     def attend(self, q: Any, k: Any, v: Any, **options: Unpack[AttentionOptions]) -> Any:
@@ -228,7 +232,9 @@ class ChunkedPrefillCache:
         return batch, length
 
     def _chunks(self, length: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.chunk_size, length)) for start in range(0, length, self.chunk_size))
+        return (
+            slice(start, min(start + self.chunk_size, length)) for start in range(0, length, self.chunk_size)
+        )
 
     def _append(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: AttentionOptions) -> Any:
         """Write a chunk (B, heads, T, D) and attend over it and all before it."""

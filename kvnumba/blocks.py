@@ -50,7 +50,9 @@ class BlockPool:
             row = self.rows([seq_id])[0]
             held = self._held[row]
             # pushed in reverse: the next sequence is given them in the same order
-            self._free_blocks[self.num_free_blocks : self.num_free_blocks + held] = self._table[row, :held][::-1]
+            self._free_blocks[self.num_free_blocks : self.num_free_blocks + held] = self._table[row, :held][
+                ::-1
+            ]
             self.num_free_blocks += int(held)
             self._id[row] = -1
             self._held[row] = 0
@@ -70,8 +72,7 @@ class BlockPool:
 
     def lengths(self, seq_ids: Any) -> np.ndarray:
         """Tokens that sequences hold, (B,) int32."""
-        lengths: np.ndarray = self._length[self.rows(seq_ids)]
-        return lengths
+        return self._length[self.rows(seq_ids)]
 
     def blocks(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order."""
@@ -117,13 +118,17 @@ class BlockPool:
     def _take(self, rows: np.ndarray, missing: np.ndarray, needed: int) -> None:
         width = int((self._held[rows] + missing).max())
         if width > self._table.shape[1]:
-            wider = np.zeros((self.max_num_seqs, min(max(width, 2 * self._table.shape[1]), self.num_blocks)), np.int32)
+            wider = np.zeros(
+                (self.max_num_seqs, min(max(width, 2 * self._table.shape[1]), self.num_blocks)), np.int32
+            )
             wider[:, : self._table.shape[1]] = self._table
             self._table = wider
         owner = np.repeat(rows, missing)
         first = np.cumsum(missing) - missing
         column = np.arange(needed) - np.repeat(first - self._held[rows], missing)
-        self._table[owner, column] = self._free_blocks[self.num_free_blocks - needed : self.num_free_blocks][::-1]
+        self._table[owner, column] = self._free_blocks[self.num_free_blocks - needed : self.num_free_blocks][
+            ::-1
+        ]
         self.num_free_blocks -= needed
         self._held[rows] += missing.astype(np.int32)
 

@@ -204,7 +204,9 @@ class KVCache(_Cache):
                 f"in batch element {lengths.argmax()}"
             )
 
-    def update(self, new_k: Any, new_v: Any, positions: Sequence[int] | None = None, *, layer: int = 0) -> None:
+    def update(
+        self, new_k: Any, new_v: Any, positions: Sequence[int] | None = None, *, layer: int = 0
+    ) -> None:
         """Append tokens to every batch element, or write them elsewhere.
 
         Parameters
@@ -231,10 +233,7 @@ class KVCache(_Cache):
         v = arguments.new_tokens("new_v", new_v, k.shape, "B H T D", layout.value_format)
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[2]
-        if layer == 0:
-            begin = self._begin(positions, count)
-        else:
-            begin = self._begin_of_forward(positions, count, layer)
+        begin = self._begin(positions, count) if layer == 0 else self._resume(positions, count, layer)
         if count:
             batch = self._batch(begin + count, count)
             slots = batch.slot_mapping(self.max_seq_len)
@@ -297,7 +296,7 @@ class KVCache(_Cache):
             self._attention = (key, count, BatchAttention(self._backend, self._buffers, batch))
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:3], np.float32)
-        views = (array.swapaxes(1, 2) for array in (query, out, lse))
+        views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
         self._attention[2].attend(layer, *views, options)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
@@ -319,14 +318,16 @@ class KVCache(_Cache):
             )
         return begin
 
-    def _begin_of_forward(self, positions: Sequence[int] | None, count: int, layer: int) -> np.ndarray:
-        """The same for a later layer, which follows the first one."""
+    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> np.ndarray:
+        """The same for a later layer, which goes where the first one went."""
         if self._forward is None or layer != self._layers_written:
             due = 0 if self._forward is None else self._layers_written
             raise ValueError(f"layer: layers are written in order, next is layer {due}; got {layer}")
         begin, expected = self._forward
         if count != expected:
-            raise ValueError(f"new_k: expected {expected} new tokens, as in layer 0; got {count} in layer {layer}")
+            raise ValueError(
+                f"new_k: expected {expected} new tokens, as in layer 0; got {count} in layer {layer}"
+            )
         if positions is not None and begin.tolist() != list(positions):
             raise ValueError(f"positions: expected {begin.tolist()}, as in layer 0; got {list(positions)}")
         return begin
@@ -393,7 +394,9 @@ class QuantizedKVCache(KVCache):
     def savings_vs_fp32(self) -> float:
         """This cache's bytes, scales included, over those of a float32 cache of the same shape."""
         layout = self._layout
-        values = 2 * layout.num_layers * layout.num_blocks * layout.block_size * self.num_kv_heads * self.head_dim
+        values = (
+            2 * layout.num_layers * layout.num_blocks * layout.block_size * self.num_kv_heads * self.head_dim
+        )
         return self.memory_bytes() / (4 * values)
 
     def __repr__(self) -> str:
@@ -597,7 +600,7 @@ class PagedKVCache(_Cache):
             )
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:2], np.float32)
-        views = (array[None].swapaxes(1, 2) for array in (query, out, lse))
+        views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
         BatchAttention(self._backend, self._buffers, batch).attend(layer, *views, options)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out

@@ -61,7 +61,9 @@ class LlamaConfig:
         expect("quantization_config", config.get("quantization_config"), None)
         # transformers 5 keeps rope_theta in rope_parameters, earlier versions beside rope_scaling
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope_type = expect("rope_type", rope.get("rope_type", rope.get("type", "default")), "default", "llama3")
+        rope_type = expect(
+            "rope_type", rope.get("rope_type", rope.get("type", "default")), "default", "llama3"
+        )
         try:
             heads = config["num_attention_heads"]
             eos = config.get("eos_token_id")
@@ -140,7 +142,9 @@ class IncrementalDecoder:
         num_heads = arguments.integer("num_heads", num_heads, minimum=1)
         if d_model % (2 * num_heads):
             raise ValueError(f"d_model: expected an even multiple of num_heads={num_heads}; got {d_model}")
-        num_kv_heads = num_heads if num_kv_heads is None else arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
+        num_kv_heads = (
+            num_heads if num_kv_heads is None else arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
+        )
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}; got {num_kv_heads}")
         config = LlamaConfig(
@@ -212,7 +216,9 @@ class IncrementalDecoder:
             )
         self._inverse_frequencies = config.inverse_frequencies()
 
-    def make_cache(self, num_tokens: int, *, block_size: int = 16, max_num_seqs: int = 1, **options: Any) -> PagedKVCache:
+    def make_cache(
+        self, num_tokens: int, *, block_size: int = 16, max_num_seqs: int = 1, **options: Any
+    ) -> PagedKVCache:
         """A paged cache of this model's shape with room for `num_tokens` tokens.
 
         Parameters
@@ -265,8 +271,7 @@ class IncrementalDecoder:
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits (..., vocab_size) of what `forward` returns (..., hidden_size)."""
-        logits: np.ndarray = hidden @ self._head
-        return logits
+        return hidden @ self._head
 
     def extend(self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]) -> np.ndarray:
         """Append tokens to sequences of a paged cache: one ragged forward pass.
@@ -300,8 +305,7 @@ class IncrementalDecoder:
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
-            out: np.ndarray = step.attend(q, layer=layer, window_left=self._window_left)
-            return out
+            return step.attend(q, layer=layer, window_left=self._window_left)
 
         return self.logits(self.forward(np.concatenate(tokens), positions, attention))
 
@@ -350,7 +354,7 @@ class IncrementalDecoder:
             cache, index = layers[layer]
             cache.update(dense(k), dense(v), layer=index)
             out = cache.attend(dense(q), layer=index, window_left=self._window_left)
-            return out.swapaxes(1, 2).reshape(q.shape)  # type: ignore[no-any-return]
+            return out.swapaxes(1, 2).reshape(q.shape)
 
         hidden = self.forward(tokens, positions, attention)
         return self.logits(hidden.reshape(batch, count, -1)[:, -1])
@@ -450,8 +454,7 @@ def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> 
 def softmax(x: np.ndarray) -> np.ndarray:
     """Along the last axis, in float64."""
     weights = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
-    probabilities: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
-    return probabilities
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

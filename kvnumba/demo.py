@@ -43,7 +43,9 @@ def run(
     """Read the prompt with a cache in each format, and print the table, the text, and perhaps a picture."""
     decoder = IncrementalDecoder.from_pretrained(model)
     if decoder.config.vocab_size != 256:
-        raise ValueError(f"--model: expected a byte-level model (vocab_size 256); got {decoder.config.vocab_size}")
+        raise ValueError(
+            f"--model: expected a byte-level model (vocab_size 256); got {decoder.config.vocab_size}"
+        )
     path = prompt or DEFAULT_PROMPT
     document = path.read_bytes()[: max(1, num_bytes)]
     if not document:
@@ -88,14 +90,13 @@ def draw(results: list[Result], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, list[float]]] = [
-        ("KV bytes per token", [r.kv_bytes / results[0].kv_bytes for r in results]),
+        ("KV bytes, of float32", [r.kv_bytes / results[0].kv_bytes for r in results]),
         ("bits per byte", [r.bits_per_byte for r in results]),
         ("top-1 as float32, %", [100 * r.agreement for r in results]),
         ("look-ups right, %", [100 * r.lookups for r in results]),
         ("prefill, tokens/s", [r.prefill_rate for r in results]),
         ("decode, tokens/s", [r.decode_rate for r in results]),
     ]
-    panels[0] = ("KV bytes, of float32", panels[0][1])
     figure = Figure(figsize=(11, 6), layout="constrained")
     names = [r.fmt for r in results]
     for axes, (title, values) in zip(figure.subplots(2, 3).flat, panels, strict=True):
@@ -131,7 +132,12 @@ def registry_task(rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
 
 
 def _measure(
-    decoder: IncrementalDecoder, document: bytes, num_new: int, fmt: str, backend: str, exact: np.ndarray | None
+    decoder: IncrementalDecoder,
+    document: bytes,
+    num_new: int,
+    fmt: str,
+    backend: str,
+    exact: np.ndarray | None,
 ) -> tuple[Result, np.ndarray]:
     """One format's result, and its logits at every byte of the document; `exact` are those of float32."""
     cache, seq_id = _new_sequence(decoder, len(document) + num_new, fmt, backend)
@@ -147,7 +153,9 @@ def _measure(
     decode_seconds = time.perf_counter() - start
 
     task, answers = registry_task(np.random.default_rng(0))
-    task_logits, _ = _read(decoder, *_new_sequence(decoder, len(task), fmt, backend), task, f"{fmt:<8} looks up")
+    task_logits, _ = _read(
+        decoder, *_new_sequence(decoder, len(task), fmt, backend), task, f"{fmt:<8} looks up"
+    )
     right = task_logits.argmax(axis=-1)[answers - 1] == np.frombuffer(task, np.uint8)[answers]
 
     exact = logits if exact is None else exact
@@ -168,7 +176,9 @@ def _measure(
     return result, logits
 
 
-def _new_sequence(decoder: IncrementalDecoder, num_tokens: int, fmt: str, backend: str) -> tuple[PagedKVCache, int]:
+def _new_sequence(
+    decoder: IncrementalDecoder, num_tokens: int, fmt: str, backend: str
+) -> tuple[PagedKVCache, int]:
     cache = decoder.make_cache(num_tokens, dtype=fmt, backend=backend)
     return cache, cache.add_sequence()
 
@@ -187,5 +197,4 @@ def _read(
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    log_p: np.ndarray = np.log(softmax(logits))
-    return log_p
+    return np.log(softmax(logits))

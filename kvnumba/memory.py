@@ -115,9 +115,7 @@ def memory_growth_table(
             f"{seq_len:>10,}" + "".join(f"{_bytes(tokens * size):>12}" for size in per_token.values())
         )
     float32 = per_token["float32"]
-    lines.append(
-        f"{'/ float32':>10}" + "".join(f"{size / float32:>12.3f}" for size in per_token.values())
-    )
+    lines.append(f"{'/ float32':>10}" + "".join(f"{size / float32:>12.3f}" for size in per_token.values()))
     return "\n".join(lines)
 
 

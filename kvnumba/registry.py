@@ -100,7 +100,6 @@ def unavailable_reason(name: str) -> str | None:
 def _load(name: str) -> Backend:
     module, _, attribute = BACKENDS[name].partition(":")
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        return getattr(importlib.import_module(module), attribute)()
     except ImportError as error:
         raise BackendUnavailable(f"the {name} backend cannot be imported: {error}") from error
-    return backend

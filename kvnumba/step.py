@@ -112,7 +112,9 @@ class Step:
         num_layers = self._buffers.layout.num_layers
         layer = arguments.layer_index(layer, num_layers)
         if layer != self._next_layer:
-            due = f"layer {self._next_layer}" if self._next_layer < num_layers else "none, the step is complete"
+            due = (
+                f"layer {self._next_layer}" if self._next_layer < num_layers else "none, the step is complete"
+            )
             raise ValueError(f"layer: layers are written in order, next is {due}; got {layer}")
         if (self._pool.lengths(self.seq_ids) != self._begin).any():
             raise ValueError("step: its sequences have moved on since it was made; make a new one")

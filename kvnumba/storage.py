@@ -126,5 +126,3 @@ class Scoring:
     logits_soft_cap: float
     sinks: np.ndarray | None
     alibi_slopes: np.ndarray | None
-
-

@@ -6,7 +6,16 @@ import numpy as np
 
 
 def attention(
-    q, k, v, *, sm_scale=None, window_left=-1, logits_soft_cap=0.0, sinks=None, alibi_slopes=None, dtype=np.float64
+    q,
+    k,
+    v,
+    *,
+    sm_scale=None,
+    window_left=-1,
+    logits_soft_cap=0.0,
+    sinks=None,
+    alibi_slopes=None,
+    dtype=np.float64,
 ):
     """Attention of the newest n tokens q (n, Hq, D) over keys and values (H, S, D): out (n, Hq, D), lse (n, Hq).
 

@@ -60,7 +60,10 @@ class NumpyBackend:
     ) -> None:
         layout = buffers.layout
         block, offset = np.divmod(slot_mapping, layout.block_size)
-        for new, kept, fmt in ((k, buffers.keys, layout.key_format), (v, buffers.values, layout.value_format)):
+        for new, kept, fmt in (
+            (k, buffers.keys, layout.key_format),
+            (v, buffers.values, layout.value_format),
+        ):
             rows = self.encode(new.reshape(-1, layout.head_dim), fmt, layout.group_size)
             for part, store in zip(rows, kept, strict=True):
                 store[layer][block, :, offset] = part.reshape(len(slot_mapping), layout.num_kv_heads, -1)

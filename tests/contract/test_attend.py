@@ -37,7 +37,9 @@ def per_head(options, num_heads, rng):
 
 def filled(backend, fmt, normal, heads, length, head_dim, block_size=16, scale=1.0):
     """A paged cache in scattered blocks, stale storage NaN, with one sequence of some length."""
-    cache = kvnumba.PagedKVCache(3 + 2 * -(-length // block_size), block_size, heads, head_dim, 2, fmt, backend=backend)
+    cache = kvnumba.PagedKVCache(
+        3 + 2 * -(-length // block_size), block_size, heads, head_dim, 2, fmt, backend=backend
+    )
     if cache.k_pool.dtype.kind == "f":
         cache.k_pool[:] = np.nan
         cache.v_pool[:] = np.nan
@@ -139,7 +141,9 @@ def test_many_sequences_in_one_step(backend, fmt, normal, rng):
         step.write(normal(total, 2, 16), normal(total, 2, 16))
         q = normal(total, 4, 16)
         out, lse = step.attend(q, return_lse=True, logits_soft_cap=20.0)
-        for i, (start, end) in enumerate(zip(step.batch.query_start_loc, step.batch.query_start_loc[1:], strict=False)):
+        for i, (start, end) in enumerate(
+            zip(step.batch.query_start_loc, step.batch.query_start_loc[1:], strict=False)
+        ):
             actual = out[start:end], lse[start:end]
             oracle.assert_as_exact(actual, q[start:end], *cache.get_kv(ids[i]), logits_soft_cap=20.0)
 
@@ -236,7 +240,9 @@ class TestMergeStates:
         assert lse == -np.inf
 
     def test_large_lse(self):
-        out, lse = kvnumba.merge_states(np.array([[2.0], [4.0]], np.float32), np.array([1e4, 1e4], np.float32))
+        out, lse = kvnumba.merge_states(
+            np.array([[2.0], [4.0]], np.float32), np.array([1e4, 1e4], np.float32)
+        )
         assert out == 3.0
         assert lse == pytest.approx(1e4 + np.log(2))
 

@@ -124,7 +124,9 @@ def test_generate(decoder, tokens, backend):
 
 
 def test_temperature_and_seed(decoder, backend):
-    draws = [decoder.generate(TEXT, 12, temperature=1.5, seed=s, backend=backend).tolist() for s in (1, 1, 2, 3)]
+    draws = [
+        decoder.generate(TEXT, 12, temperature=1.5, seed=s, backend=backend).tolist() for s in (1, 1, 2, 3)
+    ]
     assert draws[0] == draws[1]
     assert len({tuple(draw) for draw in draws[1:]}) > 1
 
@@ -174,11 +176,23 @@ BAD_CALLS = {
     "no prompt": (lambda d: d.generate(b"", 5), ValueError, "prompt: expected at least one token"),
     "token": (lambda d: d.generate([1, 256], 5), ValueError, "token_ids: expected 0 to 255; got 256"),
     "text": (lambda d: d.generate("text", 5), ValueError, "token_ids: expected a list of integers"),
-    "too long": (lambda d: d.generate(b"a" * 8000, 500), ValueError, "the model takes 8192 positions; got 8500"),
-    "temperature": (lambda d: d.generate(b"a", 5, temperature=-1), ValueError, "temperature: expected 0 or more"),
+    "too long": (
+        lambda d: d.generate(b"a" * 8000, 500),
+        ValueError,
+        "the model takes 8192 positions; got 8500",
+    ),
+    "temperature": (
+        lambda d: d.generate(b"a", 5, temperature=-1),
+        ValueError,
+        "temperature: expected 0 or more",
+    ),
     "format": (lambda d: d.generate(b"a", 5, dtype="int2"), ValueError, "dtype: expected one of"),
     "layers": (lambda d: d.forward_step([[1]], []), ValueError, "caches: expected 4 layers; got 0"),
-    "d_model": (lambda d: kvnumba.IncrementalDecoder(30, 4, 1, 8, 8), ValueError, "d_model: expected an even multiple"),
+    "d_model": (
+        lambda d: kvnumba.IncrementalDecoder(30, 4, 1, 8, 8),
+        ValueError,
+        "d_model: expected an even multiple",
+    ),
     "kv heads": (
         lambda d: kvnumba.IncrementalDecoder(32, 4, 1, 8, 8, num_kv_heads=3),
         ValueError,

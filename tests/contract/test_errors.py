@@ -27,7 +27,9 @@ def kind(request):
 
 
 def state(cache):
-    arrays = (cache.k_cache, cache.v_cache) if isinstance(cache, kvnumba.KVCache) else (cache.k_pool, cache.v_pool)
+    arrays = (
+        (cache.k_cache, cache.v_cache) if isinstance(cache, kvnumba.KVCache) else (cache.k_pool, cache.v_pool)
+    )
     lens = list(cache.seq_lens) if isinstance(cache, kvnumba.KVCache) else cache.seq_lens
     return [a.tobytes() for a in arrays], lens
 
@@ -91,19 +93,49 @@ def test_what_codes_cannot_hold(kind, backend, fmt, bad, normal):
 
 
 BAD_QUERIES = {
-    "heads not a multiple": (ones((3, 1, 8)), {}, ValueError, "q: expected a multiple of num_kv_heads=2 .* got 3"),
+    "heads not a multiple": (
+        ones((3, 1, 8)),
+        {},
+        ValueError,
+        "q: expected a multiple of num_kv_heads=2 .* got 3",
+    ),
     "no heads": (ones((0, 1, 8)), {}, ValueError, "q: expected a multiple of num_kv_heads=2 .* got 0"),
     "head_dim": (ones((2, 1, 4)), {}, ValueError, "q: expected shape"),
-    "more than is held": (ones((2, 6, 8)), {}, ValueError, "q: expected at most as many tokens as .* holds, 5; got"),
+    "more than is held": (
+        ones((2, 6, 8)),
+        {},
+        ValueError,
+        "q: expected at most as many tokens as .* holds, 5; got",
+    ),
     "dtype": (ones((2, 1, 8), int), {}, TypeError, "q: expected float32"),
-    "unknown option": (ones((2, 1, 8)), {"scale": 1}, TypeError, "unknown option 'scale'; expected some of sm_scale"),
+    "unknown option": (
+        ones((2, 1, 8)),
+        {"scale": 1},
+        TypeError,
+        "unknown option 'scale'; expected some of sm_scale",
+    ),
     "sm_scale": (ones((2, 1, 8)), {"sm_scale": "x"}, TypeError, "sm_scale: expected a number; got str 'x'"),
     "sm_scale nan": (ones((2, 1, 8)), {"sm_scale": np.nan}, ValueError, "sm_scale: expected a finite number"),
-    "window_left": (ones((2, 1, 8)), {"window_left": -2}, ValueError, "window_left: expected at least -1; got -2"),
-    "window_left float": (ones((2, 1, 8)), {"window_left": 1.5}, TypeError, "window_left: expected an integer"),
+    "window_left": (
+        ones((2, 1, 8)),
+        {"window_left": -2},
+        ValueError,
+        "window_left: expected at least -1; got -2",
+    ),
+    "window_left float": (
+        ones((2, 1, 8)),
+        {"window_left": 1.5},
+        TypeError,
+        "window_left: expected an integer",
+    ),
     "soft cap": (ones((2, 1, 8)), {"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap: expected 0"),
     "sinks": (ones((2, 1, 8)), {"sinks": ones(3)}, ValueError, r"sinks: expected shape \(Hq=2\); got \(3,\)"),
-    "sinks nan": (ones((2, 1, 8)), {"sinks": [np.nan, 0.0]}, ValueError, "sinks: expected finite values; got nan"),
+    "sinks nan": (
+        ones((2, 1, 8)),
+        {"sinks": [np.nan, 0.0]},
+        ValueError,
+        "sinks: expected finite values; got nan",
+    ),
     "slopes": (ones((2, 1, 8)), {"alibi_slopes": ones((2, 1))}, ValueError, "alibi_slopes: expected shape"),
     "layer": (ones((2, 1, 8)), {"layer": 1}, ValueError, "layer: expected 0 to 0; got 1"),
     "negative layer": (ones((2, 1, 8)), {"layer": -1}, ValueError, "layer: expected at least 0; got -1"),
@@ -143,7 +175,9 @@ def test_a_quantized_cache_is_not_written_past_its_end(backend, bits, normal):
     cache = kvnumba.QuantizedKVCache(2, 4, 1, 8, bits, backend=backend)
     cache.update(normal(2, 1, 3, 8), normal(2, 1, 3, 8))
     before = state(cache)
-    with pytest.raises(kvnumba.CacheFull, match="2 new tokens need room, 1 of max_seq_len=4 are free in batch element 0"):
+    with pytest.raises(
+        kvnumba.CacheFull, match="2 new tokens need room, 1 of max_seq_len=4 are free in batch element 0"
+    ):
         cache.update(normal(2, 1, 2, 8), normal(2, 1, 2, 8))
     assert state(cache) == before
 
@@ -172,12 +206,36 @@ BAD_CACHES = {
     "num_kv_heads": (KV, (1, 4, 0, 8), {}, ValueError, "num_kv_heads: expected at least 1; got 0"),
     "head_dim": (KV, (1, 4, 1, 0), {}, ValueError, "head_dim: expected at least 1; got 0"),
     "a float": (KV, (1, 4.0, 1, 8), {}, TypeError, "max_seq_len: expected an integer; got float 4.0"),
-    "dtype": (KV, (1, 4, 1, 8, np.float64), {}, ValueError, "dtype: expected one of float32, .*; got .*float64"),
-    "format": (KV, (1, 4, 1, 8), {"key_format": "int3"}, ValueError, "key_format: expected one of .*; got 'int3'"),
+    "dtype": (
+        KV,
+        (1, 4, 1, 8, np.float64),
+        {},
+        ValueError,
+        "dtype: expected one of float32, .*; got .*float64",
+    ),
+    "format": (
+        KV,
+        (1, 4, 1, 8),
+        {"key_format": "int3"},
+        ValueError,
+        "key_format: expected one of .*; got 'int3'",
+    ),
     "layers": (KV, (1, 4, 1, 8), {"num_layers": 0}, ValueError, "num_layers: expected at least 1; got 0"),
     "odd int4": (KV, (1, 4, 1, 7, "int4"), {}, ValueError, "head_dim: expected an even number"),
-    "group": (KV, (1, 4, 1, 8, "int8"), {"group_size": 3}, ValueError, "group_size: expected a divisor of head_dim 8"),
-    "odd group": (KV, (1, 4, 1, 6, "int4"), {"group_size": 3}, ValueError, "group_size: expected an even number"),
+    "group": (
+        KV,
+        (1, 4, 1, 8, "int8"),
+        {"group_size": 3},
+        ValueError,
+        "group_size: expected a divisor of head_dim 8",
+    ),
+    "odd group": (
+        KV,
+        (1, 4, 1, 6, "int4"),
+        {"group_size": 3},
+        ValueError,
+        "group_size: expected an even number",
+    ),
     "group of floats": (KV, (1, 4, 1, 8), {"group_size": 4}, ValueError, "group_size: expected None"),
     "bits": (QUANTIZED, (1, 4, 1, 8), {"bits": 3}, ValueError, "bits: expected 8 or 4; got 3"),
     "num_blocks": (PAGED, (0, 4, 1, 8, 1), {}, ValueError, "num_blocks: expected at least 1; got 0"),

@@ -155,7 +155,8 @@ class TestStep:
             for i, n in zip(batch, new, strict=True):
                 rows = slice(start, start + n)
                 kept[i] = tuple(
-                    np.concatenate((old, x[rows].swapaxes(0, 1)), axis=1) for old, x in zip(kept[i], (k, v), strict=True)
+                    np.concatenate((old, x[rows].swapaxes(0, 1)), axis=1)
+                    for old, x in zip(kept[i], (k, v), strict=True)
                 )
                 oracle.assert_stored(cache.get_kv(i)[0], kept[i][0], fmt)
                 oracle.assert_stored(cache.get_kv(i)[1], kept[i][1], fmt)
@@ -171,7 +172,12 @@ class TestStep:
         assert step.batch.seq_lens.tolist() == [5, 2]
         assert step.batch.query_start_loc.tolist() == [0, 5, 7]
         assert step.batch.block_table[0].tolist() == cache.block_table(b).tolist()
-        assert step.batch.block_table.dtype == step.batch.seq_lens.dtype == step.batch.query_start_loc.dtype == np.int32
+        assert (
+            step.batch.block_table.dtype
+            == step.batch.seq_lens.dtype
+            == step.batch.query_start_loc.dtype
+            == np.int32
+        )
         assert repr(step) == "Step(sequences=2, new_tokens=7, layers_written=0/1)"
 
     def test_lengths_move_with_the_last_layer(self, backend, normal):

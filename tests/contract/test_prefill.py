@@ -20,7 +20,12 @@ def make_cache(kind, backend, fmt="float32"):
 def layer(normal):
     """A layer's hidden states and projections, and the oracle's output for the whole prompt."""
     hidden = normal(B, S, MODEL)
-    w_q, w_k, w_v, w_o = normal(MODEL, HQ * D), normal(MODEL, H * D), normal(MODEL, H * D), normal(HQ * D, MODEL)
+    w_q, w_k, w_v, w_o = (
+        normal(MODEL, HQ * D),
+        normal(MODEL, H * D),
+        normal(MODEL, H * D),
+        normal(HQ * D, MODEL),
+    )
     k, v = ((hidden @ w).reshape(B, S, H, D).swapaxes(1, 2) for w in (w_k, w_v))
     want = []
     for b in range(B):
@@ -49,7 +54,9 @@ def test_chunked_equals_one_shot_in_every_format(backend, kind, fmt, chunk_size,
     results = []
     for size in (chunk_size, S):
         cache, ids = make_cache(kind, backend, fmt)
-        results.append(kvnumba.ChunkedPrefillCache(cache, size, **ids).attend(q, k, v, return_lse=True, window_left=20))
+        results.append(
+            kvnumba.ChunkedPrefillCache(cache, size, **ids).attend(q, k, v, return_lse=True, window_left=20)
+        )
     for chunked, one_shot in zip(*results, strict=True):
         np.testing.assert_allclose(chunked, one_shot, rtol=0, atol=2e-6)
 
@@ -108,7 +115,9 @@ def test_bad_calls(backend, layer, normal):
         prefill.prefill(k, v, *weights)
     with pytest.raises(ValueError, match=r"hidden_states: expected shape \(B=2, S=45, d_model=12\)"):
         prefill.prefill(k, v, *weights, hidden[:, 1:])
-    with pytest.raises(ValueError, match=r"w_q: expected \(d_model, Hq \* D\) with head_dim D=8; got \(12, 33\)"):
+    with pytest.raises(
+        ValueError, match=r"w_q: expected \(d_model, Hq \* D\) with head_dim D=8; got \(12, 33\)"
+    ):
         prefill.prefill(k, v, normal(MODEL, 33), None, None, weights[3], hidden)
     with pytest.raises(ValueError, match=r"w_o: expected shape \(Hq\*D=32, d_model\); got \(31, 12\)"):
         prefill.prefill(k, v, weights[0], None, None, weights[3][1:], hidden)

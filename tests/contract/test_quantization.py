@@ -82,7 +82,9 @@ def test_nothing_and_odd_memory(backend, bits, normal):
     parts = kvnumba.quantize(x, bits, backend=backend)
     for part in parts:
         part.flags.writeable = False
-    oracle.assert_stored(kvnumba.dequantize(*parts, bits, backend=backend), np.ascontiguousarray(x), f"int{bits}")
+    oracle.assert_stored(
+        kvnumba.dequantize(*parts, bits, backend=backend), np.ascontiguousarray(x), f"int{bits}"
+    )
 
 
 def test_pack_int4_is_its_own_inverse(rng):
@@ -95,19 +97,35 @@ def test_pack_int4_is_its_own_inverse(rng):
 
 BAD_CALLS = {
     "bits": (lambda x: kvnumba.quantize(x, 5), ValueError, "bits: expected 8 or 4; got 5"),
-    "nan": (lambda x: kvnumba.quantize(x * np.nan), ValueError, "x: expected finite values .* for int8; got nan"),
+    "nan": (
+        lambda x: kvnumba.quantize(x * np.nan),
+        ValueError,
+        "x: expected finite values .* for int8; got nan",
+    ),
     "integers": (lambda x: kvnumba.quantize(x.astype(int)), TypeError, "x: expected float32"),
     "scalar": (lambda x: kvnumba.quantize(np.float32(1)), ValueError, "x: expected at least one axis"),
     "group": (lambda x: kvnumba.quantize(x, group_size=5), ValueError, "group_size: expected a divisor"),
-    "backend": (lambda x: kvnumba.quantize(x, backend="tpu"), ValueError, "backend: expected one of .*; got 'tpu'"),
+    "backend": (
+        lambda x: kvnumba.quantize(x, backend="tpu"),
+        ValueError,
+        "backend: expected one of .*; got 'tpu'",
+    ),
     "codes": (lambda x: kvnumba.dequantize(x, x, x), TypeError, "codes: expected a uint8 array; got float32"),
     "scales": (
         lambda x: kvnumba.dequantize(np.zeros((2, 8), np.uint8), np.zeros(2), np.zeros(2)),
         ValueError,
         r"scale, zero: expected one shape \(2,\) \+ \(groups,\), groups a divisor of 8; got \(2,\) and \(2,\)",
     ),
-    "odd": (lambda x: kvnumba.pack_int4(np.zeros(3, np.uint8)), ValueError, "codes: expected an even last axis"),
-    "16": (lambda x: kvnumba.pack_int4(np.full(4, 16, np.uint8)), ValueError, "codes: expected values 0 to 15; got 16"),
+    "odd": (
+        lambda x: kvnumba.pack_int4(np.zeros(3, np.uint8)),
+        ValueError,
+        "codes: expected an even last axis",
+    ),
+    "16": (
+        lambda x: kvnumba.pack_int4(np.full(4, 16, np.uint8)),
+        ValueError,
+        "codes: expected values 0 to 15; got 16",
+    ),
     "floats": (lambda x: kvnumba.unpack_int4(x), TypeError, "packed: expected a uint8 array; got float32"),
 }
 

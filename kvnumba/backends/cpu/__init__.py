@@ -20,7 +20,18 @@ from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_o
 # uses all cores, so one at a time loses nothing.
 _ONE_AT_A_TIME = threading.Lock()
 
-VECTOR_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "neon", "dotprod", "bf16", "sve")
+VECTOR_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512vnni",
+    "avx512bf16",
+    "neon",
+    "dotprod",
+    "bf16",
+    "sve",
+)
 
 _NONE = np.empty(0, np.float32)
 
@@ -148,7 +159,9 @@ class CpuBackend:
                 _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
             )
             if len(plan.merges):
-                attend.merge(out_memory, out_strides, lse_memory, lse_strides, plan.merges, plan.partials, group)
+                attend.merge(
+                    out_memory, out_strides, lse_memory, lse_strides, plan.merges, plan.partials, group
+                )
 
 
 def describe() -> list[tuple[str, str]]:
@@ -160,7 +173,10 @@ def describe() -> list[tuple[str, str]]:
     return [
         ("threads", f"{numba.get_num_threads()} of {os.cpu_count()} processors"),
         ("threading layer", numba.threading_layer()),
-        ("processor", f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}"),
+        (
+            "processor",
+            f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}",
+        ),
     ]
 
 
@@ -169,7 +185,9 @@ def _rows(encoded: Encoded) -> Encoded:
     codes, scale, zero = encoded
     rows = codes.size // codes.shape[-1]
     return Encoded(
-        codes.view(np.uint8).reshape(rows, -1), scale.reshape(rows, scale.shape[-1]), zero.reshape(rows, zero.shape[-1])
+        codes.view(np.uint8).reshape(rows, -1),
+        scale.reshape(rows, scale.shape[-1]),
+        zero.reshape(rows, zero.shape[-1]),
     )
 
 
@@ -178,7 +196,7 @@ def _flat(x: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int]]:
 
     Memory in the order of the axes, or with n and heads swapped, is taken as it lies; any other is copied.
     """
-    batch, count, heads = x.shape[:3]
+    _, count, heads = x.shape[:3]
     row = x.shape[3] if x.ndim == 4 else 1
     if x.flags.c_contiguous:
         memory, strides = x, (count * heads * row, heads * row, row)

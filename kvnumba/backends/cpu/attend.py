@@ -76,7 +76,7 @@ def plan(batch, num_kv_heads, group, head_dim, window_left, num_threads):
     hands = [order[thread::num_threads] for thread in range(num_threads)]
     worker_start = np.cumsum([0, *(len(hand) for hand in hands)])
     rows = tile_tokens * group
-    scratch_size = rows * (2 * head_dim + KEY_TILE + 2) + KEY_TILE * head_dim
+    scratch_size = rows * (2 * head_dim + KEY_TILE + 2) + (KEY_TILE + 1) * head_dim
     return Plan(
         batch.block_table,
         batch.seq_lens,
@@ -205,9 +205,24 @@ def score_tile(q, k, scores, rows, count):
                 a32 += q3 * k2
                 a33 += q3 * k3
             scores[r, t], scores[r, t + 1], scores[r, t + 2], scores[r, t + 3] = a00, a01, a02, a03
-            scores[r + 1, t], scores[r + 1, t + 1], scores[r + 1, t + 2], scores[r + 1, t + 3] = a10, a11, a12, a13
-            scores[r + 2, t], scores[r + 2, t + 1], scores[r + 2, t + 2], scores[r + 2, t + 3] = a20, a21, a22, a23
-            scores[r + 3, t], scores[r + 3, t + 1], scores[r + 3, t + 2], scores[r + 3, t + 3] = a30, a31, a32, a33
+            scores[r + 1, t], scores[r + 1, t + 1], scores[r + 1, t + 2], scores[r + 1, t + 3] = (
+                a10,
+                a11,
+                a12,
+                a13,
+            )
+            scores[r + 2, t], scores[r + 2, t + 1], scores[r + 2, t + 2], scores[r + 2, t + 3] = (
+                a20,
+                a21,
+                a22,
+                a23,
+            )
+            scores[r + 3, t], scores[r + 3, t + 1], scores[r + 3, t + 2], scores[r + 3, t + 3] = (
+                a30,
+                a31,
+                a32,
+                a33,
+            )
         for r in range(full_rows, rows):
             b0, b1, b2, b3 = zero, zero, zero, zero
             for d in range(head_dim):
@@ -226,20 +241,26 @@ def score_tile(q, k, scores, rows, count):
 
 
 @fast
-def weigh_values(weights, v, total, rows, count):
-    """total[r] += sum over t of weights[r, t] * v[t]; four tokens at a time."""
+def weigh_values(weights, v, total, part, rows, count):
+    """total[r] += sum over t of weights[r, t] * v[t]; four tokens at a time.
+
+    The tile is summed in `part` (D,) first: a running sum over a long sequence would round away its tail.
+    """
     full = count - count % 4
     for r in range(rows):
-        row = total[r]
+        part[:] = 0
         for t in range(0, full, 4):
             w0, w1, w2, w3 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
             v0, v1, v2, v3 = v[t], v[t + 1], v[t + 2], v[t + 3]
-            for d in range(row.shape[0]):
-                row[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+            for d in range(part.shape[0]):
+                part[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
         for t in range(full, count):
             w0, v0 = weights[r, t], v[t]
-            for d in range(row.shape[0]):
-                row[d] += w0 * v0[d]
+            for d in range(part.shape[0]):
+                part[d] += w0 * v0[d]
+        row = total[r]
+        for d in range(part.shape[0]):
+            row[d] += part[d]
 
 
 @fast
@@ -305,6 +326,8 @@ def attend_piece(
     used += scores_size
     row_max = scratch[used : used + rows]
     row_sum = scratch[used + rows : used + 2 * rows]
+    used += 2 * rows
+    part = scratch[used : used + head_dim]
 
     # a sink is a key that every query sees, whose value is 0; the first part of a range counts it
     counts_sink = sinks.shape[0] > 0 and piece[PART] == 0
@@ -320,11 +343,39 @@ def attend_piece(
     for key in range(piece[FIRST_KEY], piece[END_KEY], KEY_TILE):
         end = min(key + KEY_TILE, piece[END_KEY])
         keys = tile[: end - key]
-        gather(k_codes, k_scale, k_zero, k_format, blocks, first_block, block_size, num_heads, head, key, end, keys)
+        gather(
+            k_codes,
+            k_scale,
+            k_zero,
+            k_format,
+            blocks,
+            first_block,
+            block_size,
+            num_heads,
+            head,
+            key,
+            end,
+            keys,
+        )
         score_tile(query, keys, scores, rows, end - key)
-        softmax_tile(scores, total, row_max, row_sum, rows, end - key, key, position, group, head, scoring, slopes)
-        gather(v_codes, v_scale, v_zero, v_format, blocks, first_block, block_size, num_heads, head, key, end, keys)
-        weigh_values(scores, keys, total, rows, end - key)
+        softmax_tile(
+            scores, total, row_max, row_sum, rows, end - key, key, position, group, head, scoring, slopes
+        )
+        gather(
+            v_codes,
+            v_scale,
+            v_zero,
+            v_format,
+            blocks,
+            first_block,
+            block_size,
+            num_heads,
+            head,
+            key,
+            end,
+            keys,
+        )
+        weigh_values(scores, keys, total, part, rows, end - key)
 
     for r in range(rows):
         inverse = 1 / row_sum[r] if row_sum[r] > 0 else np.float32(0)

@@ -9,7 +9,9 @@ from kvnumba.backends.cpu.rows import encode_row, place
 
 
 @kernel
-def write(x, strides, slot_mapping, first_block, block_size, num_heads, head_dim, format_id, codes, scale, zero):
+def write(
+    x, strides, slot_mapping, first_block, block_size, num_heads, head_dim, format_id, codes, scale, zero
+):
     """Encode the rows of new tokens where the slot mapping says.
 
     x is the memory of a view (B, n, H, D), `strides` as `place` takes them; rows of the storage are numbered

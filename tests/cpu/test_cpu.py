@@ -1,0 +1,175 @@
+"""What only the CPU backend promises: no allocations, any threading layer, any processor, any installation."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import oracle
+import pytest
+from conftest import TESTED
+
+import kvnumba
+
+if "cpu" not in TESTED:
+    pytest.skip("another backend is chosen", allow_module_level=True)
+
+import numba
+from numba.core.runtime import _nrt_python, rtsys
+
+SMALL = textwrap.dedent("""
+    import sys, threading
+    import numpy as np
+    import kvnumba
+    sys.path.insert(0, {tests!r})
+    import oracle
+
+    def attend_once(fmt, seed, length=700):
+        normal = lambda *shape: np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        cache = kvnumba.KVCache(1, 2000, 2, 16, fmt, backend="cpu")
+        k, v, q = normal(1, 2, length, 16), 2 * normal(1, 2, length, 16), normal(1, 4, 9, 16)
+        cache.update(k, v)
+        oracle.assert_stored(cache.get_kv(0)[0], k[0], fmt)
+        out, lse = cache.attend(q, return_lse=True)
+        actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
+        oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0))
+""").format(tests=os.path.dirname(oracle.__file__))
+
+
+def run(script, **environment):
+    """Run a script after the definitions above, in a process of its own; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL + textwrap.dedent(script)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("new_tokens", [1, 40])
+def test_kernels_allocate_nothing(fmt, new_tokens, normal):
+    """Numba's heap is used for the headers of arguments only: as often for 3,000 cached tokens as for 30,000.
+
+    NumPy's arrays are counted by the contract suite.
+    """
+    _nrt_python.memsys_enable_stats()
+    counts = []
+    for length in (3000, 30000):
+        cache = kvnumba.PagedKVCache(length // 16 + 4, 16, 2, 32, 1, fmt, backend="cpu")
+        seq_id = cache.add_sequence()
+        k, q = normal(2, length, 32), normal(4, new_tokens, 32)
+        cache.update(seq_id, k, k)
+        cache.attend(seq_id, q)
+        before = rtsys.get_allocation_stats().alloc
+        cache.update(seq_id, k[:, :1], k[:, :1])
+        cache.attend(seq_id, q)
+        cache.get_kv(seq_id)
+        counts.append(rtsys.get_allocation_stats().alloc - before)
+    assert counts[0] == counts[1] < 60
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_thread_counts(num_threads, normal):
+    if num_threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"this process has {numba.config.NUMBA_NUM_THREADS} thread")
+    before = numba.get_num_threads()
+    numba.set_num_threads(num_threads)
+    try:
+        cache = kvnumba.KVCache(1, 3000, 2, 16, "int8", backend="cpu")
+        k, q = normal(1, 2, 3000, 16), normal(1, 6, 30, 16)
+        cache.update(k, k)
+        out, lse = cache.attend(q, return_lse=True)
+        actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
+        oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0))
+        numba.set_num_threads(1)  # the plan of the same batch is for more threads than there are now
+        np.testing.assert_array_equal(cache.attend(q), out)
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_results_repeat(normal):
+    cache = kvnumba.KVCache(1, 5000, 2, 16, backend="cpu")
+    k, q = normal(1, 2, 5000, 16), normal(1, 4, 3, 16)
+    cache.update(k, k)
+    first = cache.attend(q)
+    for _ in range(5):
+        np.testing.assert_array_equal(cache.attend(q), first)
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_two_threads_at_once(layer):
+    """Workqueue aborts the process when two threads enter kernels; one at a time does."""
+    script = """
+        threads = [threading.Thread(target=lambda i=i: [attend_once("int8", i) for _ in range(30)]) for i in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        import numba
+        print(numba.threading_layer())
+    """
+    printed = run(script, NUMBA_THREADING_LAYER=layer)
+    assert printed in ("omp", "tbb", "workqueue")
+    assert layer == "default" or printed == layer
+
+
+def test_one_cache_from_two_threads(normal):
+    """Different sequences of one paged cache, grown and read side by side."""
+    cache = kvnumba.PagedKVCache(600, 4, 1, 8, 8, backend="cpu")
+    failures = []
+
+    def work(number):
+        local = np.random.default_rng(number)
+        try:
+            for _ in range(6):
+                seq_id = cache.add_sequence()
+                k = local.standard_normal((1, 60, 8), dtype=np.float32)
+                for t in range(0, 60, 3):
+                    cache.update(seq_id, k[:, t : t + 3], k[:, t : t + 3])
+                np.testing.assert_array_equal(cache.get_kv(seq_id)[0], k)
+                assert np.isfinite(cache.attend(seq_id, k[:, -2:])).all()
+                cache.finish_sequence(seq_id)
+        except BaseException as error:  # carried to the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert cache.num_free_blocks == 600
+
+
+def test_a_plain_processor(tmp_path):
+    """The same kernels for a processor without AVX, compiled afresh."""
+    script = """
+        import platform
+        for fmt in ("float32", "float16", "bfloat16", "int8", "int4"):
+            attend_once(fmt, 1)
+        print(platform.machine())
+    """
+    cpu = {"x86_64": "x86-64", "AMD64": "x86-64"}.get(os.uname().machine, "generic")
+    run(script, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_an_installation_that_cannot_be_written():
+    """Where Numba finds no folder for compiled code, kernels are compiled in each process."""
+    script = """
+        import kvnumba.backends.cpu.jit as jit
+        calls = []
+
+        def njit(**options):
+            calls.append(options)
+            if options.get("cache"):
+                raise RuntimeError("cannot cache function: no locator available for file")
+            return lambda function: function
+
+        jit.njit = njit
+        assert jit._cached({"nogil": True})(len) is len
+        print([options.get("cache") for options in calls])
+    """
+    assert run(script) == "[True, None]"

@@ -1,0 +1,73 @@
+"""memory_analysis, memory_growth_table and the presets."""
+
+import pytest
+
+import kvnumba
+from kvnumba.formats import FORMATS
+from kvnumba.memory import PRESETS
+
+
+def test_analysis_by_hand():
+    got = kvnumba.memory_analysis(2, 4, 8, 3, 10, bytes_per_element=2)
+    assert got == {
+        "per_token_per_layer_B": 128,
+        "per_layer_bytes": 3840,
+        "per_layer_MB": 0.00384,
+        "total_bytes": 7680,
+        "total_MB": 0.00768,
+        "total_GB": 7.68e-06,
+        "params": {
+            "num_layers": 2,
+            "num_heads": 4,
+            "head_dim": 8,
+            "batch_size": 3,
+            "seq_len": 10,
+            "bytes_per_element": 2,
+        },
+    }
+
+
+def test_analysis_agrees_with_a_cache():
+    cache = kvnumba.KVCache(3, 10, 4, 8, num_layers=2, backend="numpy")
+    assert kvnumba.memory_analysis(2, 4, 8, 3, 10)["total_bytes"] == cache.memory_bytes()
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_heads", "head_dim", "batch_size"])
+def test_analysis_refuses(name):
+    arguments = {"num_layers": 1, "num_heads": 1, "head_dim": 1, "batch_size": 1, "seq_len": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1; got 0"):
+        kvnumba.memory_analysis(**arguments)
+    with pytest.raises(ValueError, match="bytes_per_element: expected more than 0; got 0"):
+        kvnumba.memory_analysis(1, 1, 1, 1, 1, 0)
+
+
+def test_the_table_counts_what_caches_take():
+    table = kvnumba.memory_growth_table(2, 4, 64, 3, [100, 2000]).splitlines()
+    columns = table[1].split()[1:]
+    assert columns == list(FORMATS)
+    row = next(line for line in table if line.split()[0] == "2,000").split()[1:]
+    sizes = dict(
+        zip(
+            columns,
+            [float(row[i]) * {"MB": 1e6, "kB": 1e3}[row[i + 1]] for i in range(0, 10, 2)],
+            strict=True,
+        )
+    )
+    for name, size in sizes.items():
+        cache = kvnumba.KVCache(3, 2000, 4, 64, name, num_layers=2, backend="numpy")
+        assert size == pytest.approx(cache.memory_bytes(), rel=0.005)
+
+
+def test_the_defaults_are_the_seeds():
+    lines = kvnumba.memory_growth_table().splitlines()
+    assert lines[0] == "KV cache: 32 layers, 32 KV heads of 128, batch 1"
+    assert "34.36 GB" in next(line for line in lines if line.split()[0] == "32,768")
+    assert lines[4].split()[0] == "128"
+    assert lines[-2].split()[0] == "65,536"
+
+
+def test_presets():
+    llama = PRESETS["llama-3-8b"]
+    assert (
+        2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim == 131072
+    )  # 128 KiB a token in float16

@@ -1,0 +1,92 @@
+"""Which backend a cache gets."""
+
+import subprocess
+import sys
+
+import pytest
+
+import kvnumba
+from kvnumba import registry
+
+
+@pytest.fixture(autouse=True)
+def no_variable(monkeypatch):
+    monkeypatch.delenv("KVNUMBA_BACKEND", raising=False)
+
+
+def made(**options):
+    return kvnumba.KVCache(1, 4, 1, 8, **options).backend
+
+
+def test_argument_before_context_before_variable_before_auto(monkeypatch):
+    assert made() == kvnumba.available_backends()[0]
+    monkeypatch.setenv("KVNUMBA_BACKEND", "numpy")
+    assert made() == "numpy"
+    with kvnumba.use_backend("cpu"):
+        assert made() == "cpu"
+        assert made(backend="numpy") == "numpy"
+        with kvnumba.use_backend("numpy"):
+            assert made() == "numpy"
+        assert made() == "cpu"
+        with kvnumba.use_backend("auto"):
+            assert made() == kvnumba.available_backends()[0]
+    assert made() == "numpy"
+    assert made(backend="auto") == kvnumba.available_backends()[0]
+
+
+def test_the_variable_is_read_when_a_cache_is_made(monkeypatch):
+    for name in ("numpy", "cpu", "numpy"):
+        monkeypatch.setenv("KVNUMBA_BACKEND", name)
+        assert made() == name
+    monkeypatch.setenv("KVNUMBA_BACKEND", "")
+    assert made() == kvnumba.available_backends()[0]
+
+
+def test_unknown_names(monkeypatch):
+    valid = "expected one of cuda, cpu, numpy, auto"
+    with pytest.raises(ValueError, match=f"backend: {valid}; got 'tpu'"):
+        made(backend="tpu")
+    with pytest.raises(ValueError, match=f"use_backend: {valid}; got 'CPU'"):
+        kvnumba.use_backend("CPU")
+    monkeypatch.setenv("KVNUMBA_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=f"KVNUMBA_BACKEND: {valid}; got 'gpu'"):
+        made()
+
+
+def test_what_was_asked_for_and_cannot_run(monkeypatch):
+    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+        made(backend="cuda")
+    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+        kvnumba.use_backend("cuda")
+    monkeypatch.setenv("KVNUMBA_BACKEND", "cuda")
+    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+        made()
+
+
+def test_a_backend_whose_import_fails(monkeypatch):
+    monkeypatch.setitem(registry.BACKENDS, "cpu", "kvnumba.backends.no_such_module:Backend")
+    registry._load.cache_clear()
+    try:
+        with pytest.raises(
+            kvnumba.BackendUnavailable, match="the cpu backend cannot be imported: No module named"
+        ):
+            made(backend="cpu")
+        assert kvnumba.available_backends() == ("numpy",)
+        assert made() == "numpy"
+    finally:
+        registry._load.cache_clear()
+
+
+def test_a_new_backend_is_a_row(monkeypatch):
+    monkeypatch.setitem(registry.BACKENDS, "mine", "kvnumba.backends.numpy:NumpyBackend")
+    assert made(backend="mine") == "numpy"
+    assert "mine" in kvnumba.available_backends()
+
+
+def test_importing_the_package_loads_numpy_only():
+    script = (
+        "import sys, kvnumba; kvnumba.KVCache(1, 4, 1, 8, backend='numpy');"
+        "print([m for m in ('numba', 'llvmlite', 'torch', 'tqdm', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
