@@ -85,7 +85,10 @@ def info() -> None:
     for name in BACKENDS:
         reason = unavailable_reason(name)
         rows.append((f"backend {name}", f"no: {reason}" if reason else "yes"))
-    rows.append(("chosen backend", get_backend().name))
+    try:
+        rows.append(("chosen backend", get_backend().name))
+    except (ValueError, kvnumba.BackendUnavailable) as error:
+        rows.append(("chosen backend", f"none: {error}"))
     if unavailable_reason("cpu") is None:
         from kvnumba.backends import cpu
 

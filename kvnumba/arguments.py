@@ -71,8 +71,9 @@ def integer(argument: str, value: Any, *, minimum: int) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{argument}: expected an integer; got {type(value).__name__} {value!r}") from None
-    if number < minimum:
-        raise ValueError(f"{argument}: expected at least {minimum}; got {number}")
+    if not minimum <= number < 2**63:
+        expected = f"at least {minimum}" if number < minimum else "less than 2**63"
+        raise ValueError(f"{argument}: expected {expected}; got {number}")
     return number
 
 
@@ -135,7 +136,8 @@ def like(x: Any, out: np.ndarray) -> np.ndarray:
     """`out`, which is float32, in the precision of the query `x`; float64 stays float32."""
     dtype = getattr(x, "dtype", np.dtype(np.float32))
     if dtype == np.float16:
-        return out.astype(np.float16)
+        with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
+            return out.astype(np.float16)
     if _is_bfloat16(dtype):
         return float_to_bfloat16(out).view(dtype)
     return out

@@ -34,10 +34,10 @@ def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
     lse : (...) float32
         Where no state saw a key, 0 and -inf.
     """
-    out = np.stack([arguments.float_array("outs", out) for out in outs])
-    lse = np.stack([arguments.float_array("lses", lse) for lse in lses])
-    if out.shape[:-1] != lse.shape:
-        raise ValueError(f"lses: expected shape {out.shape[:-1]}, that of outs without D; got {lse.shape}")
+    out = _stack("outs", outs)
+    lse = _stack("lses", lses)
+    if out.ndim < 2 or out.shape[:-1] != lse.shape:
+        raise ValueError(f"lses: expected the shape of outs {out.shape} without D; got {lse.shape}")
     top = lse.max(axis=0)
     shift = np.where(np.isneginf(top), np.float32(0), top)
     weights = np.exp(lse - shift)
@@ -46,6 +46,14 @@ def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
         merged_lse = shift + np.log(total)
     merged = (weights[..., None] * out).sum(axis=0) / np.where(total > 0, total, np.float32(1))[..., None]
     return merged, merged_lse
+
+
+def _stack(argument: str, states: Any) -> np.ndarray:
+    arrays = [arguments.float_array(argument, state) for state in states]
+    if not arrays or any(array.shape != arrays[0].shape for array in arrays):
+        shapes = [array.shape for array in arrays]
+        raise ValueError(f"{argument}: expected one state or more, all of one shape; got shapes {shapes}")
+    return np.stack(arrays)
 
 
 def multi_head_attention_with_cache(
@@ -81,8 +89,10 @@ def multi_head_attention_with_cache(
     (B, T, d_model) float32
         Causal: token i of T sees positions up to ``seq_len - T + i``.
     """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected a KVCache; got a {type(cache).__name__}")
     hidden = arguments.float_array("q_new", q_new)
-    w_q, w_o = _projections(w_q, w_o, cache.head_dim)
+    w_q, w_o = _projections(w_q, w_o, cache.num_kv_heads, cache.head_dim)
     arguments.check_shape("q_new", hidden, (cache.batch_size, None, len(w_q)), "B T d_model")
     _refuse_lse(options)
     q = _split_heads(hidden @ w_q, cache.head_dim)
@@ -121,7 +131,7 @@ class ChunkedPrefillCache:
             raise ValueError(f"base_cache: expected one layer; got {base_cache.num_layers}")
         self.cache = base_cache
         self.chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
-        self.seq_ids = seq_ids
+        self.seq_ids = None if seq_ids is None else arguments.integers("seq_ids", seq_ids).tolist()
 
     def prefill(
         self,
@@ -165,13 +175,14 @@ class ChunkedPrefillCache:
                 "hidden_states: expected (B, S, d_model), from which the queries are made; got None"
             )
         head_dim = self.cache.head_dim
-        w_q, w_o = _projections(w_q, w_o, head_dim)
+        w_q, w_o = _projections(w_q, w_o, self.cache.num_kv_heads, head_dim)
         _refuse_lse(options)
         hidden_states, all_k, all_v = np.asarray(hidden_states), np.asarray(all_k), np.asarray(all_v)
         batch, length = self._checked_prompt(all_k, all_v)
         arguments.check_shape("hidden_states", hidden_states, (batch, length, len(w_q)), "B S d_model")
         arguments.float_array("hidden_states", hidden_states[:, :0])
         arguments.scoring(options, w_q.shape[1] // head_dim, head_dim)
+        self._book(length)
         out = np.empty((batch, length, w_o.shape[1]), np.float32)
         for chunk in self._chunks(length):
             hidden = arguments.float_array("hidden_states", hidden_states[:, chunk])
@@ -205,8 +216,9 @@ class ChunkedPrefillCache:
         arguments.check_shape("q", q, (batch, None, length, head_dim), "B Hq S D")
         arguments.queries("q", q[:, :, :0], q[:, :, :0].shape, "B Hq S D", 1, self.cache.num_kv_heads)
         arguments.scoring(options, q.shape[1], head_dim)
+        self._book(length)
         return_lse = options.pop("return_lse", False)
-        out = arguments.like(q, np.empty(q.shape, np.float32))
+        out = np.empty(q.shape, np.float32 if q.dtype == np.float64 else q.dtype)
         lse = np.empty(q.shape[:3], np.float32)
         for chunk in self._chunks(length):
             out[:, :, chunk], lse[:, :, chunk] = self._append(
@@ -215,7 +227,7 @@ class ChunkedPrefillCache:
         return (out, lse) if return_lse else out
 
     def _checked_prompt(self, k: np.ndarray, v: np.ndarray) -> tuple[int, int]:
-        """B and S of a prompt that fits: nothing can fail once its first chunk is written."""
+        """B and S of a prompt that the cache can hold."""
         cache = self.cache
         batch = cache.batch_size if isinstance(cache, KVCache) else len(self.seq_ids or ())
         shape = (batch, cache.num_kv_heads, None, cache.head_dim)
@@ -225,11 +237,15 @@ class ChunkedPrefillCache:
         for chunk in self._chunks(length):
             for name, x, fmt in (("k", k, cache.key_format), ("v", v, cache.value_format)):
                 arguments.new_tokens(name, x[:, :, chunk], shape, "B H S D", FORMATS[fmt])
-        if isinstance(cache, KVCache):
-            cache.require_room(length)
-        else:
-            cache.step(self.seq_ids or (), [length] * batch)  # books the blocks that the chunks will fill
         return batch, length
+
+    def _book(self, length: int) -> None:
+        """Find room for a whole checked prompt: nothing can fail once its first chunk is written."""
+        if isinstance(self.cache, KVCache):
+            self.cache.require_room(length)
+        else:
+            seq_ids = self.seq_ids or []
+            self.cache.step(seq_ids, [length] * len(seq_ids))  # the blocks that the chunks will fill
 
     def _chunks(self, length: int) -> Iterator[slice]:
         return (
@@ -270,11 +286,14 @@ def _join_heads(x: np.ndarray) -> np.ndarray:
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def _projections(w_q: Any, w_o: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def _projections(w_q: Any, w_o: Any, num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     w_q, w_o = arguments.float_array("w_q", w_q), arguments.float_array("w_o", w_o)
     arguments.check_shape("w_q", w_q, (None, None), "d_model Hq*D")
-    if w_q.shape[1] % head_dim:
-        raise ValueError(f"w_q: expected (d_model, Hq * D) with head_dim D={head_dim}; got {w_q.shape}")
+    if w_q.shape[1] == 0 or w_q.shape[1] % (num_kv_heads * head_dim):
+        raise ValueError(
+            f"w_q: expected (d_model, Hq * D) with Hq a multiple of num_kv_heads={num_kv_heads} "
+            f"and head_dim D={head_dim}; got {w_q.shape}"
+        )
     arguments.check_shape("w_o", w_o, (w_q.shape[1], None), "Hq*D d_model")
     return w_q, w_o
 

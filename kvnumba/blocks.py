@@ -32,6 +32,7 @@ class BlockPool:
         self._table = np.zeros((max_num_seqs, 1), np.int32)
         self._held = np.zeros(max_num_seqs, np.int32)
         self._length = np.zeros(max_num_seqs, np.int32)
+        self._bookings = np.zeros(max_num_seqs, np.int64)
         self._lock = threading.Lock()
 
     def add(self) -> int:
@@ -74,6 +75,10 @@ class BlockPool:
         """Tokens that sequences hold, (B,) int32."""
         return self._length[self.rows(seq_ids)]
 
+    def bookings(self, seq_ids: Any) -> np.ndarray:
+        """How often each sequence's row was booked, (B,): a number that a later `book` makes stale."""
+        return self._bookings[self.rows(seq_ids)]
+
     def blocks(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order."""
         row = self.rows([seq_id])[0]
@@ -81,14 +86,14 @@ class BlockPool:
 
     def live(self) -> dict[int, int]:
         """Id -> length of every live sequence, in the order of the ids."""
-        rows = np.flatnonzero(self._id >= 0)
-        rows = rows[np.argsort(self._id[rows])]
-        return dict(zip(self._id[rows].tolist(), self._length[rows].tolist(), strict=True))
+        with self._lock:
+            rows = np.flatnonzero(self._id >= 0)
+            rows = rows[np.argsort(self._id[rows])]
+            return dict(zip(self._id[rows].tolist(), self._length[rows].tolist(), strict=True))
 
-    def view(self, seq_ids: Any, num_queries: Any) -> Batch:
-        """The batch of the last `num_queries` tokens that sequences hold already."""
-        rows = self.rows(seq_ids)
-        return self._batch(rows, self._length[rows], np.asarray(num_queries))
+    def view(self, seq_ids: Any, seq_lens: Any, num_queries: Any) -> Batch:
+        """The batch of the last `num_queries` of the first `seq_lens` tokens that sequences have blocks for."""
+        return self._batch(self.rows(seq_ids), np.asarray(seq_lens, np.int32), np.asarray(num_queries))
 
     def book(self, seq_ids: Any, num_new_tokens: Any) -> Batch:
         """Give sequences the blocks that their new tokens need; their lengths stay until `commit`."""
@@ -109,6 +114,7 @@ class BlockPool:
                 )
             if needed:
                 self._take(rows, missing, needed)
+            self._bookings[rows] += 1
             return self._batch(rows, total.astype(np.int32), new)
 
     def commit(self, seq_ids: Any, batch: Batch) -> None:

@@ -95,9 +95,32 @@ class _Cache:
         """Bytes that one token takes over all layers and heads, scales and zero points included."""
         return self._layout.bytes_per_token()
 
-    def _codes(self, codes: Any) -> Any:
-        """The stored codes; without the layer axis where there is one layer."""
-        return codes[0] if self.num_layers == 1 else codes
+    @property
+    def k_scale(self) -> Any:
+        """The keys' scales, float32, writable, shaped as the stored keys with one element a group.
+
+        A format that is not quantised has no groups.
+        """
+        return self._stored(self._buffers.keys.scale)
+
+    @property
+    def k_zp(self) -> Any:
+        """The keys' zero points, as `k_scale`: value = code * scale + zero point."""
+        return self._stored(self._buffers.keys.zero)
+
+    @property
+    def v_scale(self) -> Any:
+        """The values' scales, as `k_scale`."""
+        return self._stored(self._buffers.values.scale)
+
+    @property
+    def v_zp(self) -> Any:
+        """The values' zero points, as `k_scale`."""
+        return self._stored(self._buffers.values.zero)
+
+    def _stored(self, part: Any) -> Any:
+        """A part of the storage; without the layer axis where there is one layer."""
+        return part[0] if self.num_layers == 1 else part
 
     def _describe(self) -> str:
         layout = self._layout
@@ -172,7 +195,7 @@ class KVCache(_Cache):
             backend,
         )
         self._block_table = np.arange(self.batch_size, dtype=np.int32)[:, None]
-        self._attention: tuple[list[int], int, BatchAttention] | None = None
+        self._attention: tuple[list[int], BatchAttention] | None = None
         self.reset()
 
     @property
@@ -181,12 +204,12 @@ class KVCache(_Cache):
 
         float32 and float16 as such, bfloat16 as uint16 bits, int8 and int4 as codes.
         """
-        return self._codes(self._buffers.keys.codes)
+        return self._stored(self._buffers.keys.codes)
 
     @property
     def v_cache(self) -> Any:
         """The stored values, as `k_cache`."""
-        return self._codes(self._buffers.values.codes)
+        return self._stored(self._buffers.values.codes)
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -241,7 +264,7 @@ class KVCache(_Cache):
         self._forward = (begin, count)
         self._layers_written = layer + 1
         if self._layers_written == self.num_layers:
-            self.seq_lens[:] = (begin + count).tolist()
+            self.seq_lens = (begin + count).tolist()
             self._forward = None
 
     def get_kv(self, batch_idx: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -290,14 +313,16 @@ class KVCache(_Cache):
             raise ValueError(
                 f"q: expected at most as many tokens as an element holds, {lengths.min()}; got shape {query.shape}"
             )
-        key = lengths.tolist()
-        if self._attention is None or self._attention[:2] != (key, count):
+        key = [count, *lengths.tolist()]
+        planned = self._attention  # read once: another thread may replace it
+        if planned is None or planned[0] != key:
             batch = self._batch(lengths, count)
-            self._attention = (key, count, BatchAttention(self._backend, self._buffers, batch))
+            planned = (key, BatchAttention(self._backend, self._buffers, batch))
+            self._attention = planned
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:3], np.float32)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
-        self._attention[2].attend(layer, *views, options)
+        planned[1].attend(layer, *views, options)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
 
@@ -456,16 +481,17 @@ class PagedKVCache(_Cache):
         )
         self._pool = BlockPool(num_blocks, block_size, max_num_seqs)
         self._steps: dict[int, Step] = {}  # forward passes through `update` that have layers to go
+        self._attention: tuple[tuple[int, ...], BatchAttention] | None = None
 
     @property
     def k_pool(self) -> Any:
         """The stored keys, writable: (num_blocks, H, block_size, D), as `KVCache.k_cache`."""
-        return self._codes(self._buffers.keys.codes)
+        return self._stored(self._buffers.keys.codes)
 
     @property
     def v_pool(self) -> Any:
         """The stored values, as `k_pool`."""
-        return self._codes(self._buffers.values.codes)
+        return self._stored(self._buffers.values.codes)
 
     @property
     def num_blocks(self) -> int:
@@ -494,6 +520,7 @@ class PagedKVCache(_Cache):
 
     def block_table(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order: (blocks,) int32, a copy."""
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         return self._pool.blocks(seq_id)
 
     def utilization(self) -> float:
@@ -518,6 +545,7 @@ class PagedKVCache(_Cache):
         ValueError
             The id is unknown or finished already.
         """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         self._pool.finish(seq_id)
         self._steps.pop(seq_id, None)
 
@@ -539,6 +567,7 @@ class PagedKVCache(_Cache):
             The id is unknown or finished, a shape or dtype is not as above, a quantised format is given a
             value that is not finite, or the layer is not the next one. The cache is as it was.
         """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layout = self._layout
         shape = (self.num_kv_heads, None, self.head_dim)
         k = arguments.new_tokens("new_k", new_k, shape, "H T D", layout.key_format)
@@ -556,7 +585,7 @@ class PagedKVCache(_Cache):
                 raise ValueError(
                     f"new_k: expected {step.num_tokens} new tokens, as in layer 0; got {count} in layer {layer}"
                 )
-        step.write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
+        step._write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
         if layer < self.num_layers - 1:
             self._steps[seq_id] = step
         else:
@@ -564,9 +593,10 @@ class PagedKVCache(_Cache):
 
     def get_kv(self, seq_id: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the keys and values of a sequence: (H, T, D) float32 twice."""
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
-        batch = self._batch(seq_id, layer, 0)
-        return self._backend.read(self._buffers, layer, batch.block_table[0], int(batch.seq_lens[0]))
+        length = self._length(seq_id, layer)
+        return self._backend.read(self._buffers, layer, self._pool.blocks(seq_id), length)
 
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of a sequence's newest T tokens, straight out of the storage.
@@ -589,19 +619,25 @@ class PagedKVCache(_Cache):
         lse : (Hq, T) float32
             With ``return_lse``.
         """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
         query = arguments.queries("q", q, (None, None, self.head_dim), "Hq T D", 0, self.num_kv_heads)
         count = query.shape[1]
-        batch = self._batch(seq_id, layer, count)
-        if count > batch.seq_lens[0]:
+        length = self._length(seq_id, layer)
+        if count > length:
             raise ValueError(
-                f"q: expected at most as many tokens as the sequence holds, {batch.seq_lens[0]}; "
-                f"got shape {query.shape}"
+                f"q: expected at most as many tokens as the sequence holds, {length}; got shape {query.shape}"
             )
+        key = (seq_id, int(self._pool.bookings([seq_id])[0]), length, count)
+        planned = self._attention  # read once: another thread may replace it
+        if planned is None or planned[0] != key:
+            batch = self._pool.view([seq_id], [length], [count])
+            planned = (key, BatchAttention(self._backend, self._buffers, batch))
+            self._attention = planned
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:2], np.float32)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
-        BatchAttention(self._backend, self._buffers, batch).attend(layer, *views, options)
+        planned[1].attend(layer, *views, options)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
 
@@ -636,10 +672,10 @@ class PagedKVCache(_Cache):
             f"sequences={len(self.seq_lens)}/{self.max_num_seqs}, {self._describe()})"
         )
 
-    def _batch(self, seq_id: int, layer: int, count: int) -> Batch:
-        """The newest `count` tokens of a sequence, those of a running forward pass included."""
-        batch = self._pool.view([seq_id], [count])
+    def _length(self, seq_id: int, layer: int) -> int:
+        """Tokens of a sequence that a layer holds, those of a running forward pass included."""
+        length = int(self._pool.lengths([seq_id])[0])
         step = self._steps.get(seq_id)
-        if step is not None and step.covers(layer):
-            return Batch.of(step.batch.block_table, step.batch.seq_lens, np.array([count]))
-        return batch
+        if step is not None and step.covers(layer) and step.is_latest():
+            return int(step.batch.seq_lens[0])
+        return length

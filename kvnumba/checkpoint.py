@@ -48,8 +48,11 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            paths = [folder / name for name in sorted(set(weight_map.values()))]
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                paths = [folder / name for name in sorted(set(weight_map.values()))]
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index}: expected a JSON object with a weight_map") from error
         else:
             paths = [folder / "model.safetensors"]
         self._where: dict[str, tuple[mmap.mmap, int, dict[str, Any], Path]] = {}
@@ -73,6 +76,9 @@ class Tensors(Mapping[str, np.ndarray]):
         if entry["dtype"] == "BF16":
             return bfloat16_to_float(array)
         return array.astype(np.float32)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._where
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

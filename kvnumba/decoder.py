@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ BUNDLED_MODEL = Path(__file__).parent / "data"
 """The folder of the small byte-level model that comes with the package."""
 
 MODEL_TYPES = ("llama", "mistral")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
 LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -59,32 +61,41 @@ class LlamaConfig:
         expect("attention_bias", config.get("attention_bias", False), False)
         expect("mlp_bias", config.get("mlp_bias", False), False)
         expect("quantization_config", config.get("quantization_config"), None)
+        count = functools.partial(_count, config)
         # transformers 5 keeps rope_theta in rope_parameters, earlier versions beside rope_scaling
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope_type = expect(
             "rope_type", rope.get("rope_type", rope.get("type", "default")), "default", "llama3"
         )
-        try:
-            heads = config["num_attention_heads"]
-            eos = config.get("eos_token_id")
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                max_position_embeddings=config["max_position_embeddings"],
-                rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
-                rope_theta=rope.get("rope_theta", config.get("rope_theta", cls.rope_theta)),
-                rope_scaling=rope if rope_type == "llama3" else {},
-                sliding_window=config.get("sliding_window"),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            )
-        except KeyError as error:
-            raise ValueError(f"config.json: {error.args[0]} is missing") from error
+        missing = [name for name in LLAMA3_ROPE if name not in rope] if rope_type == "llama3" else []
+        if missing:
+            raise ValueError(f"config.json: {missing[0]} is missing for rope_type 'llama3'")
+        heads = count("num_attention_heads")
+        kv_heads = count("num_key_value_heads", heads)
+        head_dim = count("head_dim", count("hidden_size") // heads)
+        if heads % kv_heads:
+            raise ValueError(f"config.json: num_key_value_heads {kv_heads} does not divide {heads} heads")
+        if head_dim % 2:
+            raise ValueError(f"config.json: head_dim {head_dim} is odd, rotary positions turn pairs")
+        # Llama has no sliding window, whatever its config says; Mistral's may be null
+        sliding = config.get("model_type") == "mistral" and config.get("sliding_window") is not None
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=count("vocab_size"),
+            hidden_size=count("hidden_size"),
+            intermediate_size=count("intermediate_size"),
+            num_hidden_layers=count("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=count("max_position_embeddings"),
+            rms_norm_eps=config.get("rms_norm_eps", cls.rms_norm_eps),
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", cls.rope_theta)),
+            rope_scaling=rope if rope_type == "llama3" else {},
+            sliding_window=count("sliding_window") if sliding else None,
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        )
 
     def inverse_frequencies(self) -> np.ndarray:
         """Of the rotary embedding (Su et al., 2021), (D / 2,) float32, with Llama 3.1's scaling if any."""
@@ -93,9 +104,8 @@ class LlamaConfig:
         if not self.rope_scaling:
             return frequencies
         # long wavelengths are stretched by `factor`, short ones kept, those between interpolated
-        factor = self.rope_scaling["factor"]
-        low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
-        turns = self.rope_scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        factor, low, high, trained = (self.rope_scaling[name] for name in LLAMA3_ROPE)
+        turns = trained * frequencies / (2 * math.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return (frequencies * (kept + (1 - kept) / factor)).astype(np.float32)
 
@@ -229,6 +239,9 @@ class IncrementalDecoder:
             `dtype`, `key_format`, `value_format`, `group_size` and `backend` of `PagedKVCache`.
         """
         config = self.config
+        num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
+        block_size = arguments.integer("block_size", block_size, minimum=1)
+        max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         return PagedKVCache(
             -(-num_tokens // block_size) + max_num_seqs - 1,
             block_size,
@@ -296,12 +309,15 @@ class IncrementalDecoder:
         ValueError
             A token id is not in the vocabulary, or as `PagedKVCache.step`.
         """
+        self._check_cache(cache, cache.num_layers)
         tokens = [self._checked_tokens(ids) for ids in token_ids]
-        step = cache.step(seq_ids, [len(ids) for ids in tokens])
-        new = np.diff(step.batch.query_start_loc)
+        new = [len(ids) for ids in tokens]
+        lengths = cache.seq_lens
+        for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
+            self._check_end(lengths.get(seq_id, 0) + count)
+        step = cache.step(seq_ids, new)
         first = np.repeat(step.batch.seq_lens - step.batch.query_start_loc[1:], new)
         positions = first + np.arange(step.num_tokens)
-        self._check_positions(positions)
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
@@ -334,18 +350,22 @@ class IncrementalDecoder:
             raise ValueError(f"token_ids: expected shape (B, T) or (B,), not empty; got {token_ids.shape}")
         batch, count = token_ids.shape
         tokens = self._checked_tokens(token_ids.reshape(-1))
-        num_layers = self.config.num_hidden_layers
-        if isinstance(caches, KVCache):
-            layers = [(caches, i) for i in range(caches.num_layers)]
-        else:
-            layers = [(cache, 0) for cache in caches]
-        if len(layers) != num_layers:
-            raise ValueError(f"caches: expected {num_layers} layers; got {len(layers)}")
-        lengths = layers[0][0].seq_lens
-        if len(lengths) != batch:
-            raise ValueError(f"token_ids: expected batch size {len(lengths)}, the cache's; got {batch}")
+        caches = [caches] if isinstance(caches, KVCache) else list(caches)
+        layers = [(cache, i) for cache in caches for i in range(cache.num_layers)]
+        if not caches:
+            raise ValueError(f"caches: expected {self.config.num_hidden_layers} layers; got none")
+        lengths = caches[0].seq_lens
+        for cache in caches:  # nothing can fail once the first of them is written
+            self._check_cache(cache, len(layers))
+            if cache.batch_size != batch:
+                raise ValueError(
+                    f"token_ids: expected batch size {cache.batch_size}, the cache's; got {batch}"
+                )
+            if cache.seq_lens != lengths:
+                raise ValueError(f"caches: expected equal lengths; got {lengths} and {cache.seq_lens}")
+            cache.require_room(count)
+        self._check_end(max(lengths) + count)
         positions = (np.array(lengths)[:, None] + np.arange(count)).reshape(-1)
-        self._check_positions(positions)
 
         def dense(x: np.ndarray) -> np.ndarray:
             return x.reshape(batch, count, *x.shape[1:]).swapaxes(1, 2)
@@ -364,6 +384,7 @@ class IncrementalDecoder:
     ) -> Iterator[np.ndarray]:
         """`extend` one sequence in chunks; yields the logits (chunk, vocab_size) of each."""
         tokens = self._checked_tokens(token_ids)
+        chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
         for start in range(0, len(tokens), chunk_size):
             yield self.extend(cache, [seq_id], [tokens[start : start + chunk_size]])
 
@@ -403,10 +424,9 @@ class IncrementalDecoder:
         if not len(prompt):
             raise ValueError("prompt: expected at least one token; got none")
         max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
-        chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
         if not temperature >= 0:
             raise ValueError(f"temperature: expected 0 or more; got {temperature}")
-        self._check_positions(np.array([len(prompt) + max_new_tokens - 1]))
+        self._check_end(len(prompt) + max_new_tokens)
         cache = self.make_cache(len(prompt) + max_new_tokens, **cache_options)
         seq_id = cache.add_sequence()
         rng = np.random.default_rng(seed)
@@ -438,10 +458,31 @@ class IncrementalDecoder:
             )
         return tokens
 
-    def _check_positions(self, positions: np.ndarray) -> None:
+    def _check_end(self, length: int) -> None:
         limit = self.config.max_position_embeddings
-        if positions.max(initial=0) >= limit:
-            raise ValueError(f"token_ids: the model takes {limit} positions; got {positions.max() + 1}")
+        if length > limit:
+            raise ValueError(f"token_ids: the model takes {limit} positions; got {length}")
+
+    def _check_cache(self, cache: KVCache | PagedKVCache, num_layers: int) -> None:
+        """Raise unless caches of `num_layers` layers together, this one among them, fit the model."""
+        config = self.config
+        names = ("layers", "KV heads", "head_dim")
+        expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        actual = (num_layers, cache.num_kv_heads, cache.head_dim)
+        for name, want, have in zip(names, expected, actual, strict=True):
+            if want != have:
+                raise ValueError(f"cache: the model has {want} {name}; got a cache with {have}")
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive integer of a config.json; absent or null, the default."""
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"config.json: {name} is missing")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {name}: expected a positive integer; got {value!r}")
+    return value
 
 
 def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
@@ -507,4 +548,5 @@ def _random_weights(config: LlamaConfig, rng: np.random.Generator) -> dict[str, 
         if len(shape) == 1
         else rng.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(shape[1]))
         for name, shape in _weight_shapes(config).items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
     }

@@ -97,6 +97,10 @@ def memory_growth_table(
     seq_lens : sequence of int, optional
         Default: 128 to 65536.
     """
+    num_layers = arguments.integer("num_layers", num_layers, minimum=1)
+    num_heads = arguments.integer("num_heads", num_heads, minimum=1)
+    head_dim = arguments.integer("head_dim", head_dim, minimum=1)
+    batch_size = arguments.integer("batch_size", batch_size, minimum=1)
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
     per_token = {}
     for name, fmt in FORMATS.items():

@@ -33,8 +33,8 @@ def quantize(
     """
     fmt = _quantized_format(bits)
     x = arguments.float_array("x", x)
-    if x.ndim == 0:
-        raise ValueError("x: expected at least one axis; got a scalar")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected a last axis of at least one element; got shape {x.shape}")
     arguments.check_finite("x", x, fmt)
     group_size = arguments.group_size(group_size, x.shape[-1], (fmt,))
     rows = get_backend(backend).encode(x.reshape(-1, x.shape[-1]), fmt, group_size)
@@ -55,6 +55,7 @@ def dequantize(
             f"scale, zero: expected one shape {codes.shape[:-1]} + (groups,), groups a divisor of {head_dim}; "
             f"got {scale.shape} and {zero.shape}"
         )
+    arguments.group_size(head_dim // groups, head_dim, (fmt,))
     flat = Encoded(*(part.reshape(-1, part.shape[-1]) for part in (codes, scale, zero)))
     return get_backend(backend).decode(flat, fmt).reshape(*codes.shape[:-1], head_dim)
 

@@ -54,7 +54,8 @@ class Step:
             out = step.attend(q, layer=layer)
 
     The sequences' lengths move when the last layer is written; a step that is dropped before that leaves
-    them as they were, and the next step begins where it began.
+    them as they were, and the next step begins where it began. Blocks that it booked stay with the
+    sequences, which fill them later or give them back when they finish.
 
     Attributes
     ----------
@@ -68,7 +69,7 @@ class Step:
     ) -> None:
         self.batch = pool.book(seq_ids, num_new_tokens)
         self.seq_ids = np.asarray(seq_ids).tolist()
-        self._begin = self.batch.seq_lens - np.diff(self.batch.query_start_loc)
+        self._booking = pool.bookings(self.seq_ids)
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
@@ -84,6 +85,10 @@ class Step:
     def covers(self, layer: int) -> bool:
         """Whether the new tokens of a layer have been written."""
         return layer < self._next_layer
+
+    def is_latest(self) -> bool:
+        """Whether none of the sequences has been booked by another step since; raises if one is finished."""
+        return bool((self._pool.bookings(self.seq_ids) == self._booking).all())
 
     def write(self, k: Any, v: Any, *, layer: int = 0) -> None:
         """Store the keys and values of a layer.
@@ -105,9 +110,9 @@ class Step:
         shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
         k = arguments.new_tokens("k", k, shape, "T H D", layout.key_format)
         v = arguments.new_tokens("v", v, shape, "T H D", layout.value_format)
-        self.write_views(k[None], v[None], layer)
+        self._write_views(k[None], v[None], layer)
 
-    def write_views(self, k: np.ndarray, v: np.ndarray, layer: int) -> None:
+    def _write_views(self, k: np.ndarray, v: np.ndarray, layer: int) -> None:
         """`write` for checked float32 views (B, n, H, D)."""
         num_layers = self._buffers.layout.num_layers
         layer = arguments.layer_index(layer, num_layers)
@@ -116,7 +121,7 @@ class Step:
                 f"layer {self._next_layer}" if self._next_layer < num_layers else "none, the step is complete"
             )
             raise ValueError(f"layer: layers are written in order, next is {due}; got {layer}")
-        if (self._pool.lengths(self.seq_ids) != self._begin).any():
+        if not self.is_latest():
             raise ValueError("step: its sequences have moved on since it was made; make a new one")
         if k.size:
             self._backend.write(self._buffers, layer, k, v, self._slot_mapping)

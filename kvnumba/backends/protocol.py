@@ -59,6 +59,7 @@ class Backend(Protocol):
     ) -> None:
         """Causal attention of the plan's new tokens, lower-right aligned, straight out of the storage.
 
-        q and out are views (B, n, Hq, D) float32, lse (B, n, Hq) float32; out and lse are written.
+        q and out are views (B, n, Hq, D) float32, lse (B, n, Hq) float32; out and lse are written. A value
+        that is not finite may reach new tokens before its own: tiles weigh what is masked with 0.
         """
         ...

@@ -172,6 +172,46 @@ def test_a_full_cache_leaves_the_sequences(decoder, tokens, backend):
     decoder.extend(cache, [seq_id], [tokens[30:32]])
 
 
+def test_text_beyond_the_models_positions_books_nothing(backend):
+    decoder = kvnumba.IncrementalDecoder(32, 4, 1, 10, 50)
+    cache = decoder.make_cache(40, block_size=2, backend=backend)
+    seq_id = cache.add_sequence()
+    decoder.extend(cache, [seq_id], [[1] * 6])
+    with pytest.raises(ValueError, match="the model takes 10 positions; got 11"):
+        decoder.extend(cache, [seq_id], [[1] * 5])
+    assert cache.num_free_blocks == 17
+
+
+def test_one_cache_a_layer_is_all_or_nothing(backend):
+    decoder = kvnumba.IncrementalDecoder(32, 4, 2, 64, 50)
+    caches = [kvnumba.KVCache(1, length, 4, 8, backend=backend) for length in (8, 4)]
+    decoder.forward_step([[1, 2, 3]], caches)
+    with pytest.raises(kvnumba.CacheFull):
+        decoder.forward_step([[1, 2]], caches)
+    assert [cache.seq_lens for cache in caches] == [[3], [3]]
+    caches[1].seq_lens = [2]
+    with pytest.raises(ValueError, match=r"caches: expected equal lengths; got \[3\] and \[2\]"):
+        decoder.forward_step([[1]], caches)
+
+
+def test_caches_of_another_shape(decoder, backend):
+    caches = {
+        "the model has 4 layers; got a cache with 3": {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64},
+        "the model has 2 KV heads; got a cache with 4": {"num_layers": 4, "num_kv_heads": 4, "head_dim": 64},
+        "the model has 64 head_dim; got a cache with 32": {
+            "num_layers": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+        },
+    }
+    for message, shape in caches.items():
+        paged = kvnumba.PagedKVCache(4, 4, max_num_seqs=1, backend=backend, **shape)
+        with pytest.raises(ValueError, match=message):
+            decoder.extend(paged, [paged.add_sequence()], [b"a"])
+        with pytest.raises(ValueError, match=message):
+            decoder.forward_step([[1]], kvnumba.KVCache(1, 4, backend=backend, **shape))
+
+
 BAD_CALLS = {
     "no prompt": (lambda d: d.generate(b"", 5), ValueError, "prompt: expected at least one token"),
     "token": (lambda d: d.generate([1, 256], 5), ValueError, "token_ids: expected 0 to 255; got 256"),
@@ -187,7 +227,17 @@ BAD_CALLS = {
         "temperature: expected 0 or more",
     ),
     "format": (lambda d: d.generate(b"a", 5, dtype="int2"), ValueError, "dtype: expected one of"),
-    "layers": (lambda d: d.forward_step([[1]], []), ValueError, "caches: expected 4 layers; got 0"),
+    "layers": (lambda d: d.forward_step([[1]], []), ValueError, "caches: expected 4 layers; got none"),
+    "block_size": (
+        lambda d: d.make_cache(8, block_size=0),
+        ValueError,
+        "block_size: expected at least 1; got 0",
+    ),
+    "chunk_size": (
+        lambda d: d.generate(b"a", 5, chunk_size=0),
+        ValueError,
+        "chunk_size: expected at least 1; got 0",
+    ),
     "d_model": (
         lambda d: kvnumba.IncrementalDecoder(30, 4, 1, 8, 8),
         ValueError,

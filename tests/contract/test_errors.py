@@ -159,6 +159,7 @@ def test_bad_queries(kind, backend, q, options, error, message, normal):
         ([0], ValueError, "positions: expected a list of 2 integers"),
         ([0.0, 1.0], ValueError, "positions: expected a list of 2 integers"),
         (3, ValueError, "positions: expected a list of 2 integers"),
+        ([2**70, 0], ValueError, "positions: expected a list of 2 integers"),
     ],
 )
 def test_positions_out_of_range(backend, positions, error, message, normal):

@@ -80,7 +80,9 @@ def test_finished_and_unknown_ids_are_refused(backend, normal):
     for call in calls:
         with pytest.raises(ValueError, match=f"seq_id: sequence {seq_id} is finished"):
             call(seq_id)
-        for unknown in (-1, 1, 99):
+        with pytest.raises(ValueError, match="seq_id: expected at least 0; got -1"):
+            call(-1)
+        for unknown in (1, 99):
             with pytest.raises(ValueError, match=f"seq_id: sequence {unknown} is unknown"):
                 call(unknown)
     assert cache.num_free_blocks == 4
@@ -107,6 +109,39 @@ def test_a_full_pool_changes_nothing(backend, normal):
 
 def test_cache_full_is_a_runtime_error():
     assert issubclass(kvnumba.CacheFull, RuntimeError)
+
+
+def test_a_dropped_step_keeps_its_blocks_for_its_sequence(backend, normal):
+    cache = kvnumba.PagedKVCache(4, 4, 1, 8, 2, backend=backend)
+    seq_id = cache.add_sequence()
+    cache.step([seq_id], [16])
+    assert cache.num_free_blocks == 0
+    assert cache.seq_lens == {seq_id: 0}
+    k = normal(1, 16, 8)
+    cache.update(seq_id, k, k)
+    np.testing.assert_array_equal(cache.get_kv(seq_id)[0], k)
+    cache.finish_sequence(seq_id)
+    assert cache.num_free_blocks == 4
+
+
+def test_a_step_is_stale_once_another_is_booked(backend, normal):
+    cache = kvnumba.PagedKVCache(8, 4, 2, 8, 2, num_layers=2, backend=backend)
+    seq_id = cache.add_sequence()
+    k = normal(2, 2, 3, 8)
+    cache.update(seq_id, k[0], k[0], layer=0)  # a pass that is overtaken by another of the same length
+    step = cache.step([seq_id], [3])
+    for layer in range(2):
+        step.write(k[1].swapaxes(0, 1), k[1].swapaxes(0, 1), layer=layer)
+    with pytest.raises(ValueError, match="its sequences have moved on"):
+        cache.update(seq_id, k[0], k[0], layer=1)
+    assert cache.seq_lens == {seq_id: 3}
+    for layer in range(2):
+        np.testing.assert_array_equal(cache.get_kv(seq_id, layer=layer)[0], k[1])
+    q = normal(2, 1, 8)
+    cache.update(seq_id, k[0, :, :1], k[0, :, :1], layer=0)
+    cache.step([seq_id], [1])  # dropped, but booked: the pass before it no longer counts
+    want, _ = oracle.attention(q.swapaxes(0, 1), k[1], k[1])
+    np.testing.assert_allclose(cache.attend(seq_id, q).swapaxes(0, 1), want, atol=1e-6)
 
 
 def test_utilization_and_repr(backend, normal):

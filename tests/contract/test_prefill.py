@@ -104,6 +104,8 @@ def test_a_prompt_that_fails_changes_nothing(backend, kind, normal):
         prefill.attend(q, k, v, scale=2)
     lens = cache.seq_lens if kind == "contiguous" else list(cache.seq_lens.values())
     assert lens == [0, 0]
+    if kind == "paged":
+        assert cache.num_free_blocks == cache.num_blocks
     prefill.attend(q, k, v)
 
 
@@ -116,9 +118,11 @@ def test_bad_calls(backend, layer, normal):
     with pytest.raises(ValueError, match=r"hidden_states: expected shape \(B=2, S=45, d_model=12\)"):
         prefill.prefill(k, v, *weights, hidden[:, 1:])
     with pytest.raises(
-        ValueError, match=r"w_q: expected \(d_model, Hq \* D\) with head_dim D=8; got \(12, 33\)"
+        ValueError, match=r"w_q: expected .* multiple of num_kv_heads=2 and head_dim D=8; got \(12, 33\)"
     ):
         prefill.prefill(k, v, normal(MODEL, 33), None, None, weights[3], hidden)
+    with pytest.raises(ValueError, match=r"w_q: expected .* num_kv_heads=2 .*; got \(12, 24\)"):
+        prefill.prefill(k, v, normal(MODEL, 24), None, None, weights[3][:24], hidden)
     with pytest.raises(ValueError, match=r"w_o: expected shape \(Hq\*D=32, d_model\); got \(31, 12\)"):
         prefill.prefill(k, v, weights[0], None, None, weights[3][1:], hidden)
     with pytest.raises(TypeError, match="return_lse: this call returns a projected output"):
@@ -128,5 +132,8 @@ def test_bad_calls(backend, layer, normal):
         kvnumba.ChunkedPrefillCache(cache, 0)
     with pytest.raises(ValueError, match=r"seq_ids: expected .* got \[0\] with a KVCache"):
         kvnumba.ChunkedPrefillCache(cache, 8, seq_ids=[0])
+    paged = kvnumba.PagedKVCache(4, 4, 2, 8, 1, backend=backend)
+    with pytest.raises(TypeError, match="cache: expected a KVCache; got a PagedKVCache"):
+        kvnumba.multi_head_attention_with_cache(hidden, paged, *weights)
     with pytest.raises(ValueError, match="base_cache: expected one layer; got 2"):
         kvnumba.ChunkedPrefillCache(kvnumba.KVCache(1, 4, 1, 8, num_layers=2, backend=backend))

@@ -103,12 +103,22 @@ BAD_CALLS = {
         "x: expected finite values .* for int8; got nan",
     ),
     "integers": (lambda x: kvnumba.quantize(x.astype(int)), TypeError, "x: expected float32"),
-    "scalar": (lambda x: kvnumba.quantize(np.float32(1)), ValueError, "x: expected at least one axis"),
+    "scalar": (lambda x: kvnumba.quantize(np.float32(1)), ValueError, "x: expected a last axis of at least one element; got shape"),
     "group": (lambda x: kvnumba.quantize(x, group_size=5), ValueError, "group_size: expected a divisor"),
     "backend": (
         lambda x: kvnumba.quantize(x, backend="tpu"),
         ValueError,
         "backend: expected one of .*; got 'tpu'",
+    ),
+    "no elements": (
+        lambda x: kvnumba.quantize(x[:, :0]),
+        ValueError,
+        "x: expected a last axis of at least one element",
+    ),
+    "odd groups": (
+        lambda x: kvnumba.dequantize(np.zeros((2, 3), np.uint8), np.zeros((2, 2)), np.zeros((2, 2)), 4),
+        ValueError,
+        "group_size: expected an even number, int4 packs pairs; got 3",
     ),
     "codes": (lambda x: kvnumba.dequantize(x, x, x), TypeError, "codes: expected a uint8 array; got float32"),
     "scales": (

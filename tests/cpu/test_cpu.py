@@ -52,7 +52,7 @@ def run(script, **environment):
 
 
 @pytest.mark.parametrize("new_tokens", [1, 40])
-def test_kernels_allocate_nothing(fmt, new_tokens, normal):
+def test_allocations_do_not_grow_with_the_length(fmt, new_tokens, normal):
     """Numba's heap is used for the headers of arguments only: as often for 3,000 cached tokens as for 30,000.
 
     NumPy's arrays are counted by the contract suite.
@@ -142,6 +142,31 @@ def test_one_cache_from_two_threads(normal):
         thread.join()
     assert failures == []
     assert cache.num_free_blocks == 600
+
+
+def test_one_contiguous_cache_from_two_threads():
+    """Answers are not promised, only that the process lives; batches of different widths meet in one cache."""
+    script = """
+        cache = kvnumba.KVCache(2, 4000, 2, 16, backend="cpu")
+        x = np.ones((2, 2, 3000, 16), np.float32)
+        cache.update(x, x)
+
+        def work(count):
+            for i in range(300):
+                try:
+                    if i % 3 == 0:
+                        cache.update(x[:, :, :count], x[:, :, :count], [1000 * count] * 2)
+                    cache.attend(x[:, :, :count])
+                    cache.get_full_kv()
+                except (ValueError, RuntimeError):
+                    pass
+
+        threads = [threading.Thread(target=work, args=(count,)) for count in (1, 2, 3)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        print("alive")
+    """
+    assert run(script) == "alive"
 
 
 def test_a_plain_processor(tmp_path):

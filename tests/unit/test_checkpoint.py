@@ -137,7 +137,11 @@ def test_dtypes(tmp_path, rng):
         ),
         ({"rope_parameters": {"type": "linear"}}, "rope_type 'linear' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "8"}, "hidden_size: expected a positive integer; got '8'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide 4 heads"),
+        ({"head_dim": 3}, "head_dim 3 is odd"),
     ],
 )
 def test_configs_that_are_not_supported(folder, change, message):
@@ -188,7 +192,19 @@ def test_what_is_missing(folder, tmp_path):
         kvnumba.IncrementalDecoder.from_pretrained(folder)
 
 
+def test_llama_has_no_sliding_window():
+    assert LlamaConfig.from_dict({**CONFIG, "sliding_window": 3}).sliding_window is None
+    assert LlamaConfig.from_dict({**CONFIG, "model_type": "mistral", "sliding_window": 3}).sliding_window == 3
+    assert (
+        LlamaConfig.from_dict({**CONFIG, "model_type": "mistral", "sliding_window": None}).sliding_window
+        is None
+    )
+
+
 def test_what_is_broken(folder, rng):
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a JSON object with a weight_map"):
+        kvnumba.IncrementalDecoder.from_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
     path = folder / "model.safetensors"
     tensors = {name: ("F32", x) for name, x in weights(rng).items()}

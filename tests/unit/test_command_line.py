@@ -9,6 +9,14 @@ from kvnumba import __main__ as command_line
 DEMO = ["demo", "--bytes", "60", "--new", "3", "--backend", "numpy"]
 
 
+@pytest.mark.parametrize("name", ["cuda", "cud"])
+def test_info_of_a_choice_that_cannot_run(name, capsys, monkeypatch):
+    monkeypatch.setenv("KVNUMBA_BACKEND", name)
+    command_line.main(["info"])
+    chosen = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("chosen backend"))
+    assert "none: " in chosen
+
+
 def test_info_says_why(capsys):
     command_line.main(["info"])
     out = capsys.readouterr().out
@@ -78,7 +86,9 @@ class TestDemo:
             (["--prompt", "/no/such/file"], "No such file or directory"),
             (["--model", "/no/such/folder"], "expected a checkpoint folder with a config.json"),
             (["--backend", "cuda"], "no CUDA kernels yet"),
-            (["--bytes", "9000"], "the model takes 8192 positions"),
+            (["--bytes", "9000"], "together at most the model's 8192 positions; got 9000 and"),
+            (["--bytes", "0"], "--bytes, --new: expected at least 1 and 0"),
+            (["--new", "-1"], "--bytes, --new: expected at least 1 and 0"),
         ],
     )
     def test_mistakes_are_one_line(self, capsys, options, message):

@@ -71,3 +71,9 @@ def test_presets():
     assert (
         2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim == 131072
     )  # 128 KiB a token in float16
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_heads", "head_dim", "batch_size"])
+def test_sizes_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1; got 0"):
+        kvnumba.memory_growth_table(**{name: 0})

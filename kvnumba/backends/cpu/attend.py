@@ -159,6 +159,7 @@ def fill_work(seq_lens, query_start_loc, num_kv_heads, tile_tokens, window_left,
 @fast
 def exp(x):
     """e**x for x <= 0 (Cephes' expf): plain arithmetic, so that loops over it vectorise."""
+    below = x < np.float32(-87.0)
     x = max(x, np.float32(-87.0))
     n = np.rint(x * np.float32(1.4426950408889634))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -169,7 +170,7 @@ def exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1)
-    return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)
+    return np.float32(0) if below else p * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @fast
@@ -378,8 +379,9 @@ def attend_piece(
         weigh_values(scores, keys, total, part, rows, end - key)
 
     for r in range(rows):
-        inverse = 1 / row_sum[r] if row_sum[r] > 0 else np.float32(0)
-        row_lse = row_max[r] + np.float32(math.log(row_sum[r])) if row_sum[r] > 0 else np.float32(-np.inf)
+        seen = row_sum[r] != 0  # true of NaN too
+        inverse = 1 / row_sum[r] if seen else np.float32(0)
+        row_lse = row_max[r] + np.float32(math.log(row_sum[r])) if seen else np.float32(-np.inf)
         if partial < 0:
             qo_head = head * group + r % group
             start = place(token + r // group, qo_head, out_strides)
