@@ -274,12 +274,18 @@ class KVCache(_Cache):
             raise ValueError(f"batch_idx: expected 0 to {self.batch_size - 1}; got {batch_idx}")
         layer = arguments.layer_index(layer, self.num_layers)
         length = int(self._lengths(layer)[batch_idx])
-        return self._backend.read(self._buffers, layer, self._block_table[batch_idx], length)
+        row = self._block_table[batch_idx : batch_idx + 1]
+        k, v = self._backend.read(self._buffers, layer, row, length)
+        return k[0], v[0]
 
     def get_full_kv(self, *, layer: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """`get_kv` of every batch element: a list of keys and a list of values."""
-        pairs = [self.get_kv(b, layer=layer) for b in range(self.batch_size)]
-        return [k for k, _ in pairs], [v for _, v in pairs]
+        layer = arguments.layer_index(layer, self.num_layers)
+        lengths = self._lengths(layer)
+        k, v = self._backend.read(self._buffers, layer, self._block_table, int(lengths.max()))
+        return [x[:, :n] for x, n in zip(k, lengths, strict=True)], [
+            x[:, :n] for x, n in zip(v, lengths, strict=True)
+        ]
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of each element's newest T tokens, straight out of the storage.
@@ -596,7 +602,8 @@ class PagedKVCache(_Cache):
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
         length = self._length(seq_id, layer)
-        return self._backend.read(self._buffers, layer, self._pool.blocks(seq_id), length)
+        k, v = self._backend.read(self._buffers, layer, self._pool.blocks(seq_id)[None], length)
+        return k[0], v[0]
 
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of a sequence's newest T tokens, straight out of the storage.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,18 +69,20 @@ class Buffers:
     values: Encoded
 
 
-def allocate_on_host(layout: Layout) -> Buffers:
-    """Zeroed NumPy buffers; pages that are never written take no memory."""
+def allocate_on_host(
+    layout: Layout, zeros: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray] = np.zeros
+) -> Buffers:
+    """Zeroed NumPy buffers, made by ``zeros(shape, dtype)``; pages that are never written take no memory."""
 
-    def zeros(fmt: Format) -> Encoded:
+    def encoded(fmt: Format) -> Encoded:
         shape = layout.scales_shape(fmt)
         return Encoded(
-            np.zeros(layout.codes_shape(fmt), fmt.code_dtype),
-            np.zeros(shape, SCALE_DTYPE),
-            np.zeros(shape, SCALE_DTYPE),
+            zeros(layout.codes_shape(fmt), fmt.code_dtype),
+            zeros(shape, SCALE_DTYPE),
+            zeros(shape, SCALE_DTYPE),
         )
 
-    return Buffers(layout, zeros(layout.key_format), zeros(layout.value_format))
+    return Buffers(layout, encoded(layout.key_format), encoded(layout.value_format))
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,12 @@ class NumpyBackend:
                 store[layer][block, :, offset] = part.reshape(len(slot_mapping), layout.num_kv_heads, -1)
 
     def read(
-        self, buffers: Buffers, layer: int, block_ids: np.ndarray, length: int
+        self, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(length)
         return (
-            self._gather(buffers, buffers.keys, layer, block_ids, positions),
-            self._gather(buffers, buffers.values, layer, block_ids, positions),
+            self._gather(buffers, buffers.keys, layer, block_table, positions),
+            self._gather(buffers, buffers.values, layer, block_table, positions),
         )
 
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Batch:
@@ -147,11 +147,11 @@ class NumpyBackend:
     def _gather(
         self, buffers: Buffers, kept: Encoded, layer: int, block_ids: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
-        """Keys or values (H, n, D) float32 at some positions of a sequence."""
+        """Keys or values (..., H, n, D) float32 at some positions of sequences with blocks (..., max_blocks)."""
         layout = buffers.layout
         fmt = layout.key_format if kept is buffers.keys else layout.value_format
         block, offset = np.divmod(positions, layout.block_size)
-        rows = Encoded(*(part[layer][block_ids[block], :, offset].swapaxes(0, 1) for part in kept))
+        rows = Encoded(*(part[layer][block_ids[..., block], :, offset].swapaxes(-2, -3) for part in kept))
         return self.decode(rows, fmt)
 
 

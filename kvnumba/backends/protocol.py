@@ -38,9 +38,9 @@ class Backend(Protocol):
         ...
 
     def read(
-        self, buffers: Buffers, layer: int, block_ids: np.ndarray, length: int
+        self, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values (H, length, D) float32 of the first `length` tokens in some blocks."""
+        """Keys and values (B, H, length, D) float32 of the first `length` tokens in the blocks of B sequences."""
         ...
 
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Any:

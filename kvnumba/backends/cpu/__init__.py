@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from dataclasses import dataclass
@@ -11,14 +12,20 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from kvnumba.backends.cpu import attend, read, write
-from kvnumba.backends.cpu.rows import FORMAT_ID
+from kvnumba.backends.cpu import attend, plan, read, write
+from kvnumba.backends.cpu.codecs import FORMAT_ID
+from kvnumba.backends.cpu.jit import static
+from kvnumba.backends.cpu.simd import LANES, target_features
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
 
 # Numba's workqueue threading layer aborts the process when two threads enter kernels at once. Every kernel
-# uses all cores, so one at a time loses nothing.
+# uses all cores, so one at a time loses nothing, and all share one scratch.
 _ONE_AT_A_TIME = threading.Lock()
+
+ALIGNMENT = 64  # bytes of a cache line: a vector that straddles two is read twice
+OVERREAD = 16  # rows past the last that kernels may read (and never use)
+SERIAL_VALUES = 65_536  # values that one thread converts before another has woken up
 
 VECTOR_FEATURES = (
     "avx2",
@@ -49,8 +56,12 @@ class CpuBackend:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        self._scratch: dict[str, np.ndarray] = {}
+        self._counter = np.zeros(1, np.int64)
+
     def allocate(self, layout: Layout) -> CpuBuffers:
-        host = allocate_on_host(layout)
+        host = allocate_on_host(layout, _aligned_zeros)
         return CpuBuffers(layout, host.keys, host.values, _rows(host.keys), _rows(host.values))
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
@@ -62,57 +73,73 @@ class CpuBackend:
             np.empty((count, groups), SCALE_DTYPE),
         )
         if x.size:
+            flat = _writable(np.ascontiguousarray(x)).reshape(-1)
             with _ONE_AT_A_TIME:
-                write.encode(_writable(np.ascontiguousarray(x)), FORMAT_ID[fmt.name], *_rows(rows))
+                write.encode(static(), _workers(x.size), flat, head_dim, FORMAT_ID[fmt.name], *_rows(rows))
         return rows
 
     def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
         codes, scale, zero = (_writable(np.ascontiguousarray(part)) for part in rows)
         out = np.empty((len(codes), codes.shape[1] * codes.itemsize * 8 // fmt.bits), np.float32)
         if out.size:
+            encoded = _rows(Encoded(codes, scale, zero))
             with _ONE_AT_A_TIME:
-                read.decode(*_rows(Encoded(codes, scale, zero)), FORMAT_ID[fmt.name], out)
+                read.decode(
+                    static(), _workers(out.size), out.shape[1], FORMAT_ID[fmt.name], *encoded, out.reshape(-1)
+                )
         return out
 
     def write(
         self, buffers: CpuBuffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
     ) -> None:
         layout = buffers.layout
-        for x, fmt, rows in (
-            (k, layout.key_format, buffers.key_rows),
-            (v, layout.value_format, buffers.value_rows),
-        ):
-            memory, strides = _flat(x)
-            with _ONE_AT_A_TIME:
-                write.write(
-                    memory,
-                    strides,
-                    slot_mapping,
-                    layer * layout.num_blocks,
-                    layout.block_size,
-                    layout.num_kv_heads,
-                    layout.head_dim,
-                    FORMAT_ID[fmt.name],
-                    *rows,
-                )
+        with _ONE_AT_A_TIME:
+            write.write(
+                static(),
+                _workers(k.size),
+                *_flat(k),
+                *_flat(v),
+                slot_mapping,
+                layer * layout.num_blocks,
+                layout.block_size,
+                layout.num_kv_heads,
+                layout.head_dim,
+                FORMAT_ID[layout.key_format.name],
+                *buffers.key_rows,
+                FORMAT_ID[layout.value_format.name],
+                *buffers.value_rows,
+            )
 
     def read(
-        self, buffers: CpuBuffers, layer: int, block_ids: np.ndarray, length: int
+        self, buffers: CpuBuffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         layout = buffers.layout
-        k, v = (np.empty((layout.num_kv_heads, length, layout.head_dim), np.float32) for _ in range(2))
-        for out, fmt, rows in (
-            (k, layout.key_format, buffers.key_rows),
-            (v, layout.value_format, buffers.value_rows),
-        ):
-            first_block = layer * layout.num_blocks
-            with _ONE_AT_A_TIME:
-                read.read(*rows, FORMAT_ID[fmt.name], block_ids, first_block, layout.block_size, out)
+        shape = (len(block_table), layout.num_kv_heads, length, layout.head_dim)
+        k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        if k.size:
+            for out, fmt, rows in (
+                (k, layout.key_format, buffers.key_rows),
+                (v, layout.value_format, buffers.value_rows),
+            ):
+                with _ONE_AT_A_TIME:
+                    read.read(
+                        static(),
+                        _workers(k.size),
+                        block_table,
+                        layer * layout.num_blocks,
+                        layout.block_size,
+                        length,
+                        layout.num_kv_heads,
+                        layout.head_dim,
+                        FORMAT_ID[fmt.name],
+                        *rows,
+                        out.reshape(-1),
+                    )
         return k, v
 
-    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> attend.Plan:
+    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> plan.Plan:
         group = num_qo_heads // layout.num_kv_heads
-        return attend.plan(
+        return plan.plan(
             batch, layout.num_kv_heads, group, layout.head_dim, window_left, numba.get_num_threads()
         )
 
@@ -121,54 +148,63 @@ class CpuBackend:
         buffers: CpuBuffers,
         layer: int,
         q: np.ndarray,
-        plan: attend.Plan,
+        plan: plan.Plan,
         scoring: Scoring,
         out: np.ndarray,
         lse: np.ndarray,
     ) -> None:
         layout = buffers.layout
-        group = q.shape[2] // layout.num_kv_heads
-        out_memory, out_strides = _flat(out)
-        lse_memory, lse_strides = _flat(lse)
+        head_dim = layout.head_dim
+        views = (*_flat(q), *_flat(out), *_flat(lse))
+        most = max(rows for rows, _ in plan.pieces)
         with _ONE_AT_A_TIME:
-            attend.attend(
-                *_flat(q),
-                out_memory,
-                out_strides,
-                lse_memory,
-                lse_strides,
-                plan.block_table,
-                plan.seq_lens,
-                plan.query_start_loc,
-                plan.work,
-                plan.worker_start,
-                plan.scratch,
-                plan.partials,
-                layer * layout.num_blocks,
-                layout.block_size,
-                layout.num_kv_heads,
-                group,
-                layout.head_dim,
-                *buffers.key_rows,
-                FORMAT_ID[layout.key_format.name],
-                *buffers.value_rows,
-                FORMAT_ID[layout.value_format.name],
-                np.float32(scoring.sm_scale),
-                (scoring.window_left, np.float32(scoring.logits_soft_cap)),
-                _NONE if scoring.sinks is None else _writable(scoring.sinks),
-                _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
-            )
-            if len(plan.merges):
-                attend.merge(
-                    out_memory, out_strides, lse_memory, lse_strides, plan.merges, plan.partials, group
+            partials = self._space("partials", (plan.num_partials, most, head_dim + 1), np.float32)
+            for number, (rows, pieces) in enumerate(plan.pieces):
+                last = number == len(plan.pieces) - 1
+                num_floats, num_runs = attend.scratch_sizes(rows, head_dim)
+                attend.attend(
+                    static(rows),
+                    plan.workers,
+                    self._counter,
+                    *views,
+                    plan.block_table,
+                    plan.seq_lens,
+                    plan.query_start_loc,
+                    pieces,
+                    plan.merges if last else plan.merges[:0],
+                    partials,
+                    self._space("floats", (plan.workers, num_floats), np.float32),
+                    self._space("positions", (plan.workers, max(rows, LANES)), np.int32),
+                    self._space("runs", (plan.workers, num_runs, 4), np.int64),
+                    layer * layout.num_blocks,
+                    layout.block_size,
+                    layout.num_kv_heads,
+                    head_dim,
+                    attend.padded(head_dim),
+                    *buffers.key_rows,
+                    FORMAT_ID[layout.key_format.name],
+                    *buffers.value_rows,
+                    FORMAT_ID[layout.value_format.name],
+                    np.float32(scoring.sm_scale),
+                    scoring.window_left,
+                    np.float32(scoring.logits_soft_cap),
+                    _NONE if scoring.sinks is None else _writable(scoring.sinks),
+                    _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
                 )
+
+    def _space(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Scratch that is kept between calls: fresh memory costs a page fault every 4 KiB."""
+        size = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].size < size:
+            self._scratch[name] = _aligned_zeros((size,), np.dtype(dtype))
+        return self._scratch[name][:size].reshape(shape)
 
 
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     x = np.zeros((1, 2), np.float32)
     CpuBackend().encode(x, FORMATS["float32"], 2)  # the threading layer is known once a kernel has run
-    features = llvmlite.binding.get_host_cpu_features()
+    features = target_features()
     vectors = [name for name in VECTOR_FEATURES if features.get(name)]
     return [
         ("threads", f"{numba.get_num_threads()} of {os.cpu_count()} processors"),
@@ -178,6 +214,20 @@ def describe() -> list[tuple[str, str]]:
             f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}",
         ),
     ]
+
+
+def _workers(num_values: int) -> int:
+    """Threads that converting so many values is worth."""
+    return 1 if num_values <= SERIAL_VALUES else numba.get_num_threads()
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeros that begin at a cache line, with memory behind them for kernels that read whole tiles."""
+    count = math.prod(shape)
+    extra = OVERREAD * shape[-1] * dtype.itemsize + 2 * ALIGNMENT
+    memory = np.zeros(count * dtype.itemsize + extra + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def _rows(encoded: Encoded) -> Encoded:

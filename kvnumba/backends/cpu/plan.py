@@ -1,0 +1,184 @@
+"""Which thread attends to what: a batch cut into pieces, listed once for all its layers.
+
+A piece is some new tokens of one sequence, some query heads of one KV head, and a range of keys. Long ranges
+are split and merged by their lse (Flash-Decoding), so that a single sequence keeps every thread busy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvnumba.backends.cpu.jit import plain, serial_kernel, static
+from kvnumba.backends.cpu.tiles import FEW, MANY
+
+MIN_SPLIT = 512  # keys that are worth a piece of their own
+SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
+
+MOST = MANY[-1]
+
+# Columns of the table of pieces.
+SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, FIRST_KEY, END_KEY, PART, PARTIAL = range(10)
+PIECE_COLUMNS = 10
+# Columns of the table of merges.
+MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, FIRST_PARTIAL, NUM_PARTIALS, MERGE_TOKENS = range(6)
+MERGE_COLUMNS = 6
+
+
+class Plan(NamedTuple):
+    """What `attend` needs to know of a batch.
+
+    Attributes
+    ----------
+    block_table, seq_lens, query_start_loc
+        Of the batch.
+    pieces : list of (int, (N, 10) int64)
+        For each number of rows that kernels are compiled for, the pieces of that size. PART counts the pieces
+        of one range of keys, and PARTIAL is the number of a partial result, or -1 for a piece that is the
+        whole range.
+    merges : (M, 6) int64
+        Which partial results make which tokens and heads.
+    num_partials : int
+    workers : int
+        Threads that the work is worth.
+    """
+
+    block_table: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray
+    pieces: list[tuple[int, np.ndarray]]
+    merges: np.ndarray
+    num_partials: int
+    workers: int
+
+
+def plan(batch, num_kv_heads, group, head_dim, window_left, num_threads):
+    """Cut a batch into pieces that keep `num_threads` threads equally busy."""
+    pieces, merges, num_partials, workers, least, most = cut(
+        static(), batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
+    )
+    sizes = [(least, pieces)] if least == most else sort_by_size(pieces)
+    return Plan(
+        batch.block_table, batch.seq_lens, batch.query_start_loc, sizes, merges, num_partials, workers
+    )
+
+
+def sort_by_size(pieces):
+    """Pieces of each number of rows, the largest first: what takes longest is best begun early."""
+    rows = np.array([rows_of.py_func(n) for n in (pieces[:, NUM_TOKENS] * pieces[:, NUM_HEADS]).tolist()])
+    return [(int(size), pieces[rows == size]) for size in np.unique(rows)[::-1]]
+
+
+@serial_kernel
+def cut(static, seq_lens, query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads):
+    """The tables of a plan, the threads that it is worth, and its least and greatest number of rows."""
+    keys, scores = count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left)
+    workers = 1 if scores * head_dim <= SERIAL * 128 else num_threads
+    split = max(MIN_SPLIT, (keys + 4 * workers - 1) // (4 * workers)) if workers > 1 else max(keys, 1)
+    num_pieces, num_merges, num_partials, least, most = count_pieces(
+        seq_lens, query_start_loc, num_kv_heads, group, window_left, split
+    )
+    pieces = np.empty((num_pieces, PIECE_COLUMNS), np.int64)
+    merges = np.empty((num_merges, MERGE_COLUMNS), np.int64)
+    fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges)
+    return pieces, merges, num_partials, workers, least, most
+
+
+@plain
+def rows_of(rows):
+    """The number of rows, of those that kernels are compiled for, that serves so many."""
+    if rows <= FEW:
+        return rows
+    return MANY[0] if rows <= MANY[0] else MOST
+
+
+@plain
+def tile_of(count, group):
+    """Tokens and query heads of a piece, of a sequence with `count` new tokens."""
+    return (max(1, min(count, MOST // group)), min(group, MOST))
+
+
+@plain
+def key_range(seq_len, count, first, tokens, window_left):
+    """The keys that `tokens` new tokens from `first` on see, of a sequence with `count` new ones."""
+    position = seq_len - count + first
+    begin = max(0, position - window_left) if window_left >= 0 else 0
+    return begin, position + tokens
+
+
+@plain
+def count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left):
+    """Keys that all pieces see together, if none is split, and the scores that they make."""
+    keys, scores = 0, 0
+    for s in range(seq_lens.shape[0]):
+        count = query_start_loc[s + 1] - query_start_loc[s]
+        tile, _ = tile_of(count, group)
+        for first in range(0, count, tile):
+            tokens = min(tile, count - first)
+            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
+            keys += (end - begin) * num_kv_heads
+            scores += (end - begin) * num_kv_heads * tokens * group
+    return keys, scores
+
+
+@plain
+def count_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split):
+    """How many pieces, merges and partial results there are with ranges of `split` keys at most, and the
+    least and the greatest of their sizes in rows."""
+    num_pieces, num_merges, num_partials = 0, 0, 0
+    least, most = MOST, 0
+    for s in range(seq_lens.shape[0]):
+        count = query_start_loc[s + 1] - query_start_loc[s]
+        tile, heads = tile_of(count, group)
+        for first in range(0, count, tile):
+            tokens = min(tile, count - first)
+            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
+            parts = (end - begin + split - 1) // split
+            for head in range(0, group, heads):
+                rows = rows_of(tokens * min(heads, group - head))
+                least, most = min(least, rows), max(most, rows)
+                num_pieces += parts * num_kv_heads
+                if parts > 1:
+                    num_merges += num_kv_heads
+                    num_partials += parts * num_kv_heads
+    return num_pieces, num_merges, num_partials, least, most
+
+
+@plain
+def fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges):
+    """List the pieces that `count_pieces` counted, of a sequence the last tokens, which see most, first."""
+    n, m, p = 0, 0, 0
+    for s in range(seq_lens.shape[0]):
+        count = query_start_loc[s + 1] - query_start_loc[s]
+        tile, heads = tile_of(count, group)
+        tiles = (count + tile - 1) // tile
+        for t in range(tiles - 1, -1, -1):
+            first = t * tile
+            tokens = min(tile, count - first)
+            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
+            parts = (end - begin + split - 1) // split
+            length = (end - begin + parts - 1) // parts
+            for kv_head in range(num_kv_heads):
+                for head in range(0, group, heads):
+                    if parts > 1:
+                        merges[m, MERGE_TOKEN] = query_start_loc[s] + first
+                        merges[m, MERGE_HEAD] = kv_head * group + head
+                        merges[m, MERGE_HEADS] = min(heads, group - head)
+                        merges[m, FIRST_PARTIAL] = p
+                        merges[m, NUM_PARTIALS] = parts
+                        merges[m, MERGE_TOKENS] = tokens
+                        m += 1
+                    for part in range(parts):
+                        pieces[n, SEQUENCE] = s
+                        pieces[n, KV_HEAD] = kv_head
+                        pieces[n, FIRST_HEAD] = kv_head * group + head
+                        pieces[n, NUM_HEADS] = min(heads, group - head)
+                        pieces[n, FIRST_TOKEN] = first
+                        pieces[n, NUM_TOKENS] = tokens
+                        pieces[n, FIRST_KEY] = min(begin + part * length, end)
+                        pieces[n, END_KEY] = min(begin + (part + 1) * length, end)
+                        pieces[n, PART] = part
+                        pieces[n, PARTIAL] = p if parts > 1 else -1
+                        p += 1 if parts > 1 else 0
+                        n += 1
