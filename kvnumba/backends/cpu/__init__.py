@@ -14,7 +14,7 @@ import numpy as np
 
 from kvnumba.backends.cpu import attend, plan, read, write
 from kvnumba.backends.cpu.codecs import FORMAT_ID
-from kvnumba.backends.cpu.jit import static
+from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.simd import LANES, target_features
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
@@ -75,7 +75,9 @@ class CpuBackend:
         if x.size:
             flat = _writable(np.ascontiguousarray(x)).reshape(-1)
             with _ONE_AT_A_TIME:
-                write.encode(static(), _workers(x.size), flat, head_dim, FORMAT_ID[fmt.name], *_rows(rows))
+                launch(
+                    write.encode, COMMON, _workers(x.size), (flat, head_dim, *_rows(rows), FORMAT_ID[fmt.name])
+                )
         return rows
 
     def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
@@ -83,32 +85,31 @@ class CpuBackend:
         out = np.empty((len(codes), codes.shape[1] * codes.itemsize * 8 // fmt.bits), np.float32)
         if out.size:
             encoded = _rows(Encoded(codes, scale, zero))
+            job = (out.shape[1], *encoded, FORMAT_ID[fmt.name], out.reshape(-1))
             with _ONE_AT_A_TIME:
-                read.decode(
-                    static(), _workers(out.size), out.shape[1], FORMAT_ID[fmt.name], *encoded, out.reshape(-1)
-                )
+                launch(read.decode, COMMON, _workers(out.size), job)
         return out
 
     def write(
         self, buffers: CpuBuffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
     ) -> None:
         layout = buffers.layout
+        memory, strides = _flat(k, v)
+        job = (
+            *memory,
+            strides,
+            slot_mapping,
+            layer * layout.num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+            *buffers.key_rows,
+            FORMAT_ID[layout.key_format.name],
+            *buffers.value_rows,
+            FORMAT_ID[layout.value_format.name],
+        )
         with _ONE_AT_A_TIME:
-            write.write(
-                static(),
-                _workers(k.size),
-                *_flat(k),
-                *_flat(v),
-                slot_mapping,
-                layer * layout.num_blocks,
-                layout.block_size,
-                layout.num_kv_heads,
-                layout.head_dim,
-                FORMAT_ID[layout.key_format.name],
-                *buffers.key_rows,
-                FORMAT_ID[layout.value_format.name],
-                *buffers.value_rows,
-            )
+            launch(write.write, COMMON, _workers(k.size), job)
 
     def read(
         self, buffers: CpuBuffers, layer: int, block_table: np.ndarray, length: int
@@ -121,20 +122,19 @@ class CpuBackend:
                 (k, layout.key_format, buffers.key_rows),
                 (v, layout.value_format, buffers.value_rows),
             ):
+                job = (
+                    block_table,
+                    layer * layout.num_blocks,
+                    layout.block_size,
+                    length,
+                    layout.num_kv_heads,
+                    layout.head_dim,
+                    *rows,
+                    FORMAT_ID[fmt.name],
+                    out.reshape(-1),
+                )
                 with _ONE_AT_A_TIME:
-                    read.read(
-                        static(),
-                        _workers(k.size),
-                        block_table,
-                        layer * layout.num_blocks,
-                        layout.block_size,
-                        length,
-                        layout.num_kv_heads,
-                        layout.head_dim,
-                        FORMAT_ID[fmt.name],
-                        *rows,
-                        out.reshape(-1),
-                    )
+                    launch(read.read, COMMON, _workers(k.size), job)
         return k, v
 
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> plan.Plan:
@@ -155,42 +155,52 @@ class CpuBackend:
     ) -> None:
         layout = buffers.layout
         head_dim = layout.head_dim
-        views = (*_flat(q), *_flat(out), *_flat(lse))
+        (query, result, result_lse), strides = _flat(q, out, lse)
+        storage = (
+            layer * layout.num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            head_dim,
+            attend.padded(head_dim),
+            *buffers.key_rows,
+            FORMAT_ID[layout.key_format.name],
+            *buffers.value_rows,
+            FORMAT_ID[layout.value_format.name],
+        )
+        options = (
+            np.float32(scoring.sm_scale),
+            scoring.window_left,
+            np.float32(scoring.logits_soft_cap),
+            _NONE if scoring.sinks is None else _writable(scoring.sinks),
+            _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
+        )
         most = max(rows for rows, _ in plan.pieces)
         with _ONE_AT_A_TIME:
             partials = self._space("partials", (plan.num_partials, most, head_dim + 1), np.float32)
-            for number, (rows, pieces) in enumerate(plan.pieces):
-                last = number == len(plan.pieces) - 1
+            for rows, pieces in plan.pieces:
                 num_floats, num_runs = attend.scratch_sizes(rows, head_dim)
-                attend.attend(
-                    static(rows),
-                    plan.workers,
+                self._counter[0] = 0
+                job = (
                     self._counter,
-                    *views,
+                    query,
+                    result,
+                    result_lse,
+                    strides,
                     plan.block_table,
                     plan.seq_lens,
                     plan.query_start_loc,
                     pieces,
-                    plan.merges if last else plan.merges[:0],
                     partials,
                     self._space("floats", (plan.workers, num_floats), np.float32),
                     self._space("positions", (plan.workers, max(rows, LANES)), np.int32),
                     self._space("runs", (plan.workers, num_runs, 4), np.int64),
-                    layer * layout.num_blocks,
-                    layout.block_size,
-                    layout.num_kv_heads,
-                    head_dim,
-                    attend.padded(head_dim),
-                    *buffers.key_rows,
-                    FORMAT_ID[layout.key_format.name],
-                    *buffers.value_rows,
-                    FORMAT_ID[layout.value_format.name],
-                    np.float32(scoring.sm_scale),
-                    scoring.window_left,
-                    np.float32(scoring.logits_soft_cap),
-                    _NONE if scoring.sinks is None else _writable(scoring.sinks),
-                    _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
+                    *storage,
+                    *options,
                 )
+                launch(attend.attend, static(rows), plan.workers, job)
+            if plan.num_partials:
+                job = (result, result_lse, strides, plan.merges, partials, head_dim)
+                launch(attend.merge, COMMON, plan.workers, job)
 
     def _space(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Scratch that is kept between calls: fresh memory costs a page fault every 4 KiB."""
@@ -241,18 +251,22 @@ def _rows(encoded: Encoded) -> Encoded:
     )
 
 
-def _flat(x: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """The memory of a view (B, n, heads, ...) as a vector, and (n, batch, token, head stride) in elements.
+def _flat(*views: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The memory of views (B, n, heads, ...) as vectors, and their (n, batch, token, head stride) in elements.
 
     Memory in the order of the axes, or with n and heads swapped, is taken as it lies; any other is copied.
     """
-    _, count, heads = x.shape[:3]
-    row = x.shape[3] if x.ndim == 4 else 1
-    if x.flags.c_contiguous:
-        memory, strides = x, (count * heads * row, heads * row, row)
-    else:
-        memory, strides = np.ascontiguousarray(x.swapaxes(1, 2)), (heads * count * row, row, count * row)
-    return _writable(memory).reshape(-1), (count, *strides)
+    memory, strides = [], []
+    for x in views:
+        _, count, heads = x.shape[:3]
+        row = x.shape[3] if x.ndim == 4 else 1
+        if x.flags.c_contiguous:
+            strides.append((count, count * heads * row, heads * row, row))
+        else:
+            x = np.ascontiguousarray(x.swapaxes(1, 2))
+            strides.append((count, heads * count * row, row, count * row))
+        memory.append(_writable(x).reshape(-1))
+    return memory, np.array(strides)
 
 
 def _writable(x: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange, types
+from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import FLOAT32, INT4, INT8, decode_row, place
@@ -53,7 +53,7 @@ from kvnumba.backends.cpu.tiles import (
 FEW_PHASE, MANY_PHASE = 128, 64
 """Tokens whose scores are computed before their values are read."""
 
-AHEAD = 32  # tokens between what is read and what is prefetched
+AHEAD = 16  # tokens between what is read and what is prefetched
 NEVER = -(1 << 30)  # the position of a row that pads a vector: it sees nothing
 
 # Columns of the table of runs: first row, tokens, where their scores begin, position of the first.
@@ -72,7 +72,7 @@ def scratch_sizes(rows, head_dim):
     width = shape.vectors * LANES
     floats = (
         COLUMN_FACTS * width
-        + 2 * (width + 4) * padded(head_dim)
+        + 3 * (width + 4) * padded(head_dim)
         + (phase + shape.tokens) * shape.columns
         + (phase + shape.tokens) * head_dim
         + 2 * LANES
@@ -131,8 +131,7 @@ def place_in_chunks(d, paired):
 
 @plain
 def attend_piece(
-    static, piece, q, q_strides, out, out_strides, lse, lse_strides, partials, floats, positions, runs,
-    block_table, seq_lens, query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
+    static, piece, q, out, lse, strides, partials, floats, positions, runs, block_table, seq_lens, query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
     k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
     sm_scale, window_left, soft_cap, sinks, slopes,
 ):  # fmt: skip
@@ -157,8 +156,10 @@ def attend_piece(
     query_rows, query_width = (columns, row_floats) if few else (row_floats, columns)
     query = floats[used : used + columns * row_floats].reshape(query_rows, query_width)
     used += columns * row_floats
-    total = floats[used : used + (columns + 4) * row_floats].reshape(columns + 4, row_floats)
-    used += (columns + 4) * row_floats
+    # values are summed phase by phase: one running sum over a long sequence would round its tail away
+    sums = floats[used : used + 2 * columns * row_floats].reshape(2, columns, row_floats)
+    total, part = sums[0], sums[1]
+    used += 2 * columns * row_floats
     score_floats = (phase + tile_tokens(static)) * columns
     scores = floats[used : used + score_floats]
     used += score_floats
@@ -185,7 +186,7 @@ def attend_piece(
                 facts[ROW_MAX, column] = sinks[qo_head]
                 facts[ROW_SUM, column] = 1 if column < columns else 0
     for r in range(rows):
-        start = place(token + r // heads, piece[FIRST_HEAD] + r % heads, q_strides)
+        start = place(token + r // heads, piece[FIRST_HEAD] + r % heads, strides[0])
         query_sum = np.float32(0)
         for d in range(head_dim):
             value = q[start + d] * sm_scale
@@ -223,6 +224,7 @@ def attend_piece(
                 rescale = facts[RESCALE, r]
                 for d in range(row_floats):
                     total[r, d] *= rescale
+        part[:] = 0
         for n in range(num_runs):
             row, count, to = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES]
             exponentiate_run(static, count, scores, to, facts, v_folded, v_scale, v_zero, row)
@@ -230,14 +232,17 @@ def attend_piece(
             if v_direct:
                 weigh_run(
                     static, v_format, v_codes, row, count, runs[n + 1, RUN_ROW], ahead, scores, to,
-                    total, rows, head_dim,
+                    part, rows, head_dim,
                 )  # fmt: skip
             else:
                 for t in range(count):
                     decode_row(v_codes, row + t, v_format, v_scale, v_zero, tile, t * head_dim, head_dim)
                 weigh_run(
-                    static, FLOAT32, tile_codes, 0, count, 0, ahead, scores, to, total, rows, head_dim
+                    static, FLOAT32, tile_codes, 0, count, 0, ahead, scores, to, part, rows, head_dim
                 )
+        for r in range(rows):
+            for d in range(row_floats):
+                total[r, d] += part[r, d]
 
     partial = piece[PARTIAL]
     for r in range(rows):
@@ -250,59 +255,31 @@ def attend_piece(
         row_lse = facts[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
         if partial < 0:
             qo_head = piece[FIRST_HEAD] + r % heads
-            start = place(token + r // heads, qo_head, out_strides)
+            start = place(token + r // heads, qo_head, strides[1])
             for d in range(head_dim):
                 out[start + d] = (total[r, place_in_chunks(d, v_paired)] + zero_sum) * inverse
-            lse[place(token + r // heads, qo_head, lse_strides)] = row_lse
+            lse[place(token + r // heads, qo_head, strides[2])] = row_lse
         else:
             for d in range(head_dim):
                 partials[partial, r, d] = (total[r, place_in_chunks(d, v_paired)] + zero_sum) * inverse
             partials[partial, r, head_dim] = row_lse
 
 
-@plain
-def merge(m, out, out_strides, lse, lse_strides, merges, partials):
-    """Combine the partial results of a range that was split, weighted by their lse."""
-    head_dim = partials.shape[2] - 1
-    heads = merges[m, MERGE_HEADS]
-    first = merges[m, FIRST_PARTIAL]
-    end = first + merges[m, NUM_PARTIALS]
-    for r in range(merges[m, MERGE_TOKENS] * heads):
-        token, qo_head = merges[m, MERGE_TOKEN] + r // heads, merges[m, MERGE_HEAD] + r % heads
-        top = np.float32(-np.inf)
-        for p in range(first, end):
-            top = max(top, partials[p, r, head_dim])
-        start = place(token, qo_head, out_strides)
-        out[start : start + head_dim] = 0
-        if top == -np.inf:
-            lse[place(token, qo_head, lse_strides)] = top
-            continue
-        weight_sum = np.float32(0)
-        for p in range(first, end):
-            weight = np.float32(math.exp(partials[p, r, head_dim] - top))
-            weight_sum += weight
-            for d in range(head_dim):
-                out[start + d] += weight * partials[p, r, d]
-        for d in range(head_dim):
-            out[start + d] /= weight_sum
-        lse[place(token, qo_head, lse_strides)] = top + np.float32(math.log(weight_sum))
-
-
-@plain
-def work_off(
-    static, worker, counter, q, q_strides, out, out_strides, lse, lse_strides,
-    block_table, seq_lens, query_start_loc, pieces, partials, floats, positions, runs,
-    first_block, block_size, num_heads, head_dim, row_floats,
-    k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-    sm_scale, window_left, soft_cap, sinks, slopes,
-):  # fmt: skip
-    """Take pieces until none is left."""
+@kernel
+def attend(static, worker, workers, job):
+    """Take pieces of one size until none is left, each worker in its own scratch."""
+    (
+        counter, q, out, lse, strides, block_table, seq_lens, query_start_loc, pieces,
+        partials, floats, positions, runs, first_block, block_size, num_heads, head_dim, row_floats,
+        k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
+        sm_scale, window_left, soft_cap, sinks, slopes,
+    ) = job  # fmt: skip
     n = take(counter)
     while n < pieces.shape[0]:
         attend_piece(
-            static, pieces[n], q, q_strides, out, out_strides, lse, lse_strides, partials,
-            floats[worker], positions[worker], runs[worker],
-            block_table, seq_lens, query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
+            static, pieces[n], q, out, lse, strides, partials,
+            floats[worker], positions[worker], runs[worker], block_table, seq_lens, query_start_loc,
+            first_block, block_size, num_heads, head_dim, row_floats,
             k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
             sm_scale, window_left, soft_cap, sinks, slopes,
         )  # fmt: skip
@@ -310,32 +287,29 @@ def work_off(
 
 
 @kernel
-def attend(
-    static, workers, counter, q, q_strides, out, out_strides, lse, lse_strides,
-    block_table, seq_lens, query_start_loc, pieces, merges, partials, floats, positions, runs,
-    first_block, block_size, num_heads, head_dim, row_floats,
-    k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-    sm_scale, window_left, soft_cap, sinks, slopes,
-):  # fmt: skip
-    """Work off pieces of one size, each worker in its own scratch, and then the merges, if any are given."""
-    counter[0] = 0
-    if workers == 1:  # a parallel region costs more than small work
-        work_off(
-            static, 0, counter, q, q_strides, out, out_strides, lse, lse_strides,
-            block_table, seq_lens, query_start_loc, pieces, partials, floats, positions, runs,
-            first_block, block_size, num_heads, head_dim, row_floats,
-            k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-            sm_scale, window_left, soft_cap, sinks, slopes,
-        )  # fmt: skip
-        return
-    for worker in prange(workers):
-        work_off(
-            static, worker, counter, q, q_strides, out, out_strides, lse, lse_strides,
-            block_table, seq_lens, query_start_loc, pieces, partials, floats, positions, runs,
-            first_block, block_size, num_heads, head_dim, row_floats,
-            k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-            sm_scale, window_left, soft_cap, sinks, slopes,
-        )  # fmt: skip
-    if merges.shape[0] > 0:
-        for m in prange(merges.shape[0]):
-            merge(m, out, out_strides, lse, lse_strides, merges, partials)
+def merge(static, worker, workers, job):
+    """Combine the partial results of ranges that were split, weighted by their lse."""
+    out, lse, strides, merges, partials, head_dim = job
+    for m in range(worker, merges.shape[0], workers):
+        heads = merges[m, MERGE_HEADS]
+        first = merges[m, FIRST_PARTIAL]
+        end = first + merges[m, NUM_PARTIALS]
+        for r in range(merges[m, MERGE_TOKENS] * heads):
+            token, qo_head = merges[m, MERGE_TOKEN] + r // heads, merges[m, MERGE_HEAD] + r % heads
+            top = np.float32(-np.inf)
+            for p in range(first, end):
+                top = max(top, partials[p, r, head_dim])
+            start = place(token, qo_head, strides[1])
+            out[start : start + head_dim] = 0
+            lse[place(token, qo_head, strides[2])] = top
+            if top == -np.inf:
+                continue
+            weight_sum = np.float32(0)
+            for p in range(first, end):
+                weight = np.float32(math.exp(partials[p, r, head_dim] - top))
+                weight_sum += weight
+                for d in range(head_dim):
+                    out[start + d] += weight * partials[p, r, d]
+            for d in range(head_dim):
+                out[start + d] /= weight_sum
+            lse[place(token, qo_head, strides[2])] = top + np.float32(math.log(weight_sum))

@@ -317,6 +317,6 @@ def encode_row(x, start, head_dim, fmt, codes, row, scale, zero):
 
 @plain
 def place(token, head, strides):
-    """Where a token's head lies in the memory of a view (B, n, heads, ...), whose strides are in elements."""
-    per_batch, batch_stride, token_stride, head_stride = strides
-    return token // per_batch * batch_stride + token % per_batch * token_stride + head * head_stride
+    """Where a token's head lies in the memory of a view (B, n, heads, ...); strides (n, batch, token, head)."""
+    per_batch = strides[0]
+    return token // per_batch * strides[1] + token % per_batch * strides[2] + head * strides[3]

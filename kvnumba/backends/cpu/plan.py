@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cpu.jit import plain, serial_kernel, static
+from kvnumba.backends.cpu.jit import COMMON, kernel, plain
 from kvnumba.backends.cpu.tiles import FEW, MANY
 
 MIN_SPLIT = 512  # keys that are worth a piece of their own
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 def plan(batch, num_kv_heads, group, head_dim, window_left, num_threads):
     """Cut a batch into pieces that keep `num_threads` threads equally busy."""
     pieces, merges, num_partials, workers, least, most = cut(
-        static(), batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
+        COMMON, batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
     )
     sizes = [(least, pieces)] if least == most else sort_by_size(pieces)
     return Plan(
@@ -70,7 +70,7 @@ def sort_by_size(pieces):
     return [(int(size), pieces[rows == size]) for size in np.unique(rows)[::-1]]
 
 
-@serial_kernel
+@kernel
 def cut(static, seq_lens, query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads):
     """The tables of a plan, the threads that it is worth, and its least and greatest number of rows."""
     keys, scores = count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left)

@@ -33,6 +33,8 @@ FEW = 8
 MANY = (16, 64) if LANES == 16 else (16,)
 """Numbers of rows that kernels with more than FEW are compiled for."""
 
+STRIP = 16  # tokens whose values are read, for all of head_dim, before the next
+
 LEAST = float(np.finfo(np.float32).min)  # finite, so that no maximum is infinity less infinity
 
 # What is kept of each column, as rows of a table.
@@ -179,7 +181,7 @@ def score_run(
                     begins = b.icmp_signed("==", b.and_(c, index(per_line - 1)), index(0))
                     with b.if_then(begins):
                         for t in range(shape.tokens):
-                            e.prefetch(e.at(later, b.add(b.mul(index(t), row_bytes), offset)))
+                            e.prefetch(e.at(later, b.add(b.mul(offset, index(shape.tokens)), index(64 * t))))
                     return sums
 
                 size = index(chunk_values(fmt))
@@ -363,15 +365,16 @@ def exponentiate_run(typing, static, count, scores, to, facts, folded, scale, ze
 
 @intrinsic
 def weigh_run(
-    typing, static, fmt, codes, row, count, following, ahead, scores, to, total, rows_used, head_dim
+    typing, static, fmt, codes, row, count, following, ahead, scores, to, part, rows_used, head_dim
 ):  # fmt: skip
-    """Add the weighted values of `count` tokens to total (rows, padded head_dim).
+    """Add the weighted values of `count` tokens to part (rows, padded head_dim).
 
-    A run is summed on its own first: one running sum over a long sequence would round its tail away.
+    Strips of tokens are read whole before the next, though their sums fill the registers several times:
+    memory is read in its own order.
     """
     signature = types.void(
         static, types.intp, codes, types.intp, types.intp, types.intp, types.intp, scores, types.intp,
-        total, types.intp, types.intp,
+        part, types.intp, types.intp,
     )  # fmt: skip
     shape = shape_of(static.values[0])
     few = static.values[0] <= FEW
@@ -384,66 +387,78 @@ def weigh_run(
         memory = e.pointer(codes, args[2])
         start, following = (e.at(memory, b.mul(r, row_bytes)) for r in (row, following))
         weights = e.at(e.pointer(scores, args[7]), b.mul(to, index(4)))
-        total_memory = e.pointer(total, args[9])
-        total_bytes = b.mul(e.extent(total, args[9], 1), index(4))
+        part_memory = e.pointer(part, args[9])
+        part_bytes = b.mul(e.extent(part, args[9], 1), index(4))
 
         def case(fmt: int) -> None:
             parts = chunk_values(fmt) // LANES
+            size = index(chunk_values(fmt))
+            chunks = b.sdiv(b.add(head_dim, b.sub(size, index(1))), size)
+            together = _chunks_together(rows, parts)
+            passes = b.sdiv(chunks, index(together))
 
-            def columns(block: ir.Value, first_chunk: ir.Value, chunks: int) -> None:
-                first_row = b.mul(block, index(rows))
+            def columns(begin: Any, tokens: Any, first_row: Any, first_chunk: Any, width: int, step: Any) -> None:
+                """Some chunks of some tokens, for a block of rows."""
                 offset = b.mul(first_chunk, index(CHUNK_BYTES[fmt]))
-                lines = max(1, chunks * CHUNK_BYTES[fmt] // 64)
+                values = start_of(begin, offset)
+                later = _ahead(e, begin, ahead, count, start, following, row_bytes)
+                sums_at = b.add(b.mul(first_row, part_bytes), b.mul(first_chunk, index(4 * parts * LANES)))
+                places = [
+                    e.at(part_memory, b.add(sums_at, b.add(b.mul(index(r), part_bytes), index(4 * n * LANES))))
+                    for r in range(rows)
+                    for n in range(width * parts)
+                ]
 
                 def token(t: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    values = [
-                        x
-                        for c in range(chunks)
-                        for x in load_chunk(
-                            e, fmt,
-                            e.at(start, b.add(b.mul(t, row_bytes), b.add(offset, index(c * CHUNK_BYTES[fmt])))),
-                        )
-                    ]  # fmt: skip
-                    weight = e.at(weights, b.mul(b.add(b.mul(t, index(shape.columns)), first_row), index(4)))
+                    row = e.at(values, b.mul(t, row_bytes))
+                    loaded = [
+                        x for c in range(width) for x in load_chunk(e, fmt, e.at(row, c * CHUNK_BYTES[fmt]))
+                    ]
+                    weight = b.add(b.mul(b.add(begin, t), index(shape.columns)), first_row)
                     results = []
                     for r in range(rows):
-                        w = e.broadcast(e.at(weight, 4 * r))
-                        results += [e.fma(w, x, sums[r * len(values) + n]) for n, x in enumerate(values)]
-                    if few:
-                        later = _ahead(e, t, ahead, count, start, following, row_bytes)
-                        for line in range(lines):
-                            e.prefetch(e.at(later, b.add(offset, index(64 * line))))
+                        w = e.broadcast(e.at(weights, b.mul(b.add(weight, index(r)), index(4))))
+                        results += [e.fma(w, x, sums[r * len(loaded) + n]) for n, x in enumerate(loaded)]
+                    if few:  # the bytes ahead in their own order, a share of them with each token
+                        share = width * CHUNK_BYTES[fmt]
+                        behind = b.mul(b.add(b.mul(step, tokens), t), index(share))
+                        for line in range(0, share, 64):
+                            e.prefetch(e.at(later, b.add(behind, index(line))))
                     return results
 
-                width = chunks * parts
-                sums = e.loop(count, [constant(0.0)] * (rows * width), token)
-                for r in range(rows):
-                    at = b.mul(b.add(first_row, index(r)), total_bytes)
-                    at = b.add(at, b.mul(first_chunk, index(4 * parts * LANES)))
-                    for n in range(width):
-                        place = e.at(total_memory, b.add(at, index(4 * n * LANES)))
-                        e.store(e.add(e.load(place, vector(F32)), sums[r * width + n]), place)
+                sums = e.loop(tokens, [e.load(place, vector(F32)) for place in places], token)
+                for place, x in zip(places, sums, strict=True):
+                    e.store(x, place)
 
-            def block(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                size = index(chunk_values(fmt))
-                chunks = b.sdiv(b.add(head_dim, b.sub(size, index(1))), size)
-                wide = _chunks_together(rows, parts)
-                whole = b.sdiv(chunks, index(wide))
+            def start_of(token: Any, offset: Any) -> ir.Value:
+                return e.at(start, b.add(b.mul(token, row_bytes), offset))
 
-                def several(c: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                    columns(i, b.mul(c, index(wide)), wide)
+            def strip(n: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                begin = b.mul(n, index(STRIP))
+                tokens = b.sub(count, begin)
+                tokens = b.select(b.icmp_signed("<", tokens, index(STRIP)), tokens, index(STRIP))
+
+                def block(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                    first_row = b.mul(i, index(rows))
+
+                    def several(c: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                        columns(begin, tokens, first_row, b.mul(c, index(together)), together, c)
+                        return []
+
+                    def single(c: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                        done = b.mul(passes, index(together))
+                        columns(begin, tokens, first_row, b.add(done, c), 1, b.add(done, c))
+                        return []
+
+                    e.loop(passes, [], several)
+                    if together > 1:
+                        e.loop(b.srem(chunks, index(together)), [], single)
                     return []
 
-                def single(c: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                    columns(i, b.add(b.mul(whole, index(wide)), c), 1)
-                    return []
-
-                e.loop(whole, [], several)
-                if wide > 1:
-                    e.loop(b.srem(chunks, index(wide)), [], single)
+                e.loop(b.sdiv(b.add(rows_used, index(rows - 1)), index(rows)), [], block)
                 return []
 
-            e.loop(b.sdiv(b.add(rows_used, index(rows - 1)), index(rows)), [], block)
+            e.loop(b.sdiv(b.add(count, index(STRIP - 1)), index(STRIP)), [], strip)
 
         if few:
             e.switch(number, [lambda fmt=fmt: case(fmt) for fmt in FORMAT_ID.values()])

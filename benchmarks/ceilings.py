@@ -1,0 +1,97 @@
+"""What this machine can do at most: bytes read from memory and float32 multiply-adds, in a second."""
+
+from __future__ import annotations
+
+import time
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvnumba.backends.cpu.jit import COMMON, kernel, launch
+from kvnumba.backends.cpu.simd import F32, LANES, Emitter, constant, index, vector
+
+BYTES = 1 << 29
+AHEAD = 4096  # bytes between what is read and what is prefetched
+
+
+@intrinsic
+def _sum(typing, x, begin, end):
+    """The sum of whole vectors of x[begin:end], 8 at a time."""
+
+    def generate(context, builder, _, args):
+        e, b = Emitter(context, builder), builder
+        base = e.at(e.pointer(x, args[0]), b.mul(args[1], index(4)))
+
+        def body(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            line = e.at(base, b.mul(i, index(32 * LANES)))
+            for offset in range(0, 32 * LANES, 64):
+                e.prefetch(e.at(line, offset + AHEAD))
+            return [e.add(s, e.load(e.at(line, 4 * LANES * n), vector(F32))) for n, s in enumerate(sums)]
+
+        sums = e.loop(b.sdiv(b.sub(args[2], args[1]), index(8 * LANES)), [constant(0.0)] * 8, body)
+        total = sums[0]
+        for s in sums[1:]:
+            total = e.add(total, s)
+        return b.extract_element(e.reduce(total, e.add, 1), ir.IntType(32)(0))
+
+    return types.float32(x, types.intp, types.intp), generate
+
+
+@intrinsic
+def _multiply_add(typing, count, x):
+    """`count` rounds of 16 independent multiply-adds."""
+
+    def generate(context, builder, _, args):
+        e, b = Emitter(context, builder), builder
+        factor = e.splat(args[1])
+        sums = e.loop(args[0], [constant(float(n)) for n in range(16)], lambda i, s: [e.fma(factor, v, factor) for v in s])
+        total = sums[0]
+        for s in sums[1:]:
+            total = e.add(total, s)
+        return b.extract_element(e.reduce(total, e.add, 1), ir.IntType(32)(0))
+
+    return types.float32(types.intp, types.float32), generate
+
+
+@kernel
+def _read(static, worker, workers, job):
+    x, out = job
+    share = x.shape[0] // workers
+    out[worker] = _sum(x, worker * share, (worker + 1) * share)
+
+
+@kernel
+def _compute(static, worker, workers, job):
+    count, x, out = job
+    out[worker] = _multiply_add(count, x)
+
+
+def read_bandwidth(repeats: int = 10) -> float:
+    """Bytes read in a second by all threads, from an array much larger than the caches."""
+    x = np.ones(BYTES // 4, np.float32)
+    out = np.zeros(numba.get_num_threads(), np.float32)
+    job = (x, out)
+    return x.nbytes / _best(job, _read, repeats)
+
+
+def multiply_add_rate(repeats: int = 5) -> float:
+    """Floating-point operations a second of all threads, two for each multiply-add."""
+    count, threads = 2_000_000, numba.get_num_threads()
+    job = (count, np.float32(0.5), np.zeros(threads, np.float32))
+    return 2 * 16 * LANES * count * threads / _best(job, _compute, repeats)
+
+
+def _best(job: tuple, function: object, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        launch(function, COMMON, numba.get_num_threads(), job)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+if __name__ == "__main__":
+    print(f"read {read_bandwidth() / 1e9:.1f} GB/s, multiply-add {multiply_add_rate() / 1e9:.0f} GFLOP/s")

