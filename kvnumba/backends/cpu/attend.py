@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import FLOAT32, INT4, INT8, decode_row, place
+from kvnumba.backends.cpu.codecs import CENTER, FLOAT32, INT4, INT8, decode_row, place
 from kvnumba.backends.cpu.jit import kernel, plain
 from kvnumba.backends.cpu.plan import (
     END_KEY,
@@ -43,6 +43,7 @@ from kvnumba.backends.cpu.tiles import (
     columns_of,
     exponentiate_run,
     is_few,
+    prefetch_floats,
     score_run,
     settle,
     shape_of,
@@ -53,6 +54,7 @@ from kvnumba.backends.cpu.tiles import (
 FEW_PHASE, MANY_PHASE = 128, 64
 """Tokens whose scores are computed before their values are read."""
 
+CENTER_INT8, CENTER_INT4 = CENTER[INT8], CENTER[INT4]
 AHEAD = 16  # tokens between what is read and what is prefetched
 NEVER = -(1 << 30)  # the position of a row that pads a vector: it sees nothing
 
@@ -149,7 +151,9 @@ def attend_piece(
     k_direct = k_scale.shape[1] <= 1 if few else k_format == FLOAT32
     v_direct = v_scale.shape[1] <= 1 if few else v_format == FLOAT32
     k_paired, v_paired = k_direct and k_format == INT4, v_direct and v_format == INT4
-    v_folded = v_direct and (v_format == INT8 or v_format == INT4)
+    center = np.float32(0)
+    if v_direct and v_scale.shape[1] == 1:
+        center = np.float32(CENTER_INT8 if v_format == INT8 else CENTER_INT4)
 
     facts = floats[: COLUMN_FACTS * width].reshape(COLUMN_FACTS, width)
     used = COLUMN_FACTS * width
@@ -199,6 +203,8 @@ def attend_piece(
             facts[QUERY_SUM, column] = query_sum
 
     reach = np.int32(window_left if window_left >= 0 else (1 << 31) - 1)
+    plain_scores = window_left < 0 and soft_cap == 0 and slopes.shape[0] == 0
+    seen_by_all = position if plain_scores else -1
     key, end = piece[FIRST_KEY], piece[END_KEY]
     while key < end:
         num_runs, key = list_runs(
@@ -207,17 +213,23 @@ def attend_piece(
         for n in range(num_runs):
             row, count, to, first = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES], runs[n, RUN_KEY]
             ahead = min(AHEAD, count)
+            if k_scale.shape[1] == 1:
+                prefetch_floats(k_scale, runs[n + 1, RUN_ROW], count)
+                prefetch_floats(k_zero, runs[n + 1, RUN_ROW], count)
+            if v_scale.shape[1] == 1:
+                prefetch_floats(v_scale, row, count)
+                prefetch_floats(v_zero, row, count)
             if k_direct:
                 score_run(
                     static, k_format, k_codes, k_scale, k_zero, row, count, runs[n + 1, RUN_ROW], ahead,
-                    query, head_dim, facts, positions, first, reach, soft_cap, scores, to,
+                    query, head_dim, facts, positions, first, reach, seen_by_all, soft_cap, scores, to,
                 )  # fmt: skip
             else:
                 for t in range(count):
                     decode_row(k_codes, row + t, k_format, k_scale, k_zero, tile, t * head_dim, head_dim)
                 score_run(
                     static, FLOAT32, tile_codes, k_scale, k_zero, 0, count, 0, ahead,
-                    query, head_dim, facts, positions, first, reach, soft_cap, scores, to,
+                    query, head_dim, facts, positions, first, reach, seen_by_all, soft_cap, scores, to,
                 )  # fmt: skip
         if settle(static, facts):
             for r in range(rows):
@@ -227,7 +239,7 @@ def attend_piece(
         part[:] = 0
         for n in range(num_runs):
             row, count, to = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES]
-            exponentiate_run(static, count, scores, to, facts, v_folded, v_scale, v_zero, row)
+            exponentiate_run(static, count, scores, to, facts, center, v_scale, v_zero, row)
             ahead = min(AHEAD, count)
             if v_direct:
                 weigh_run(

@@ -48,9 +48,21 @@ def chunk_values(fmt: int) -> int:
     return 2 * LANES if fmt == INT4 else LANES
 
 
+CENTER = {INT8: 128.0, INT4: 8.0}
+"""What `load_chunk` takes off the codes: sums of products with them stay small, and so do their errors."""
+
+
 def load_chunk(e: Emitter, fmt: int, pointer: ir.Value) -> list[ir.Value]:
-    """A chunk as float vectors: one, or in int4 two, the even elements and the odd; codes stay codes."""
-    return _floats(e, fmt, e.load(pointer, vector(STORED[fmt])))
+    """A chunk as float vectors: one, or in int4 two, the even elements and the odd; centred codes stay codes."""
+    b = e.builder
+    stored = e.load(pointer, vector(STORED[fmt]))
+    if fmt == INT8:
+        return [b.sitofp(b.sext(b.xor(stored, constant(-128, I8)), vector(I32)), vector(F32))]
+    if fmt == INT4:
+        codes = b.zext(stored, vector(I32))
+        table = ir.Constant(vector(F32), [float(lane % 16) - CENTER[INT4] for lane in range(LANES)])
+        return [e.look_up(table, x) for x in (b.lshr(codes, constant(4, I32)), codes)]
+    return _floats(e, fmt, stored)
 
 
 def _floats(e: Emitter, fmt: int, stored: ir.Value) -> list[ir.Value]:

@@ -205,6 +205,14 @@ class Emitter:
         """Lanes of x by number."""
         return self.shuffle(x, ir.Constant(x.type, ir.Undefined), lanes)
 
+    def look_up(self, table: ir.Value, number: ir.Value) -> ir.Value:
+        """table[n % 16], where table[i] = table[0] + i: one instruction in AVX-512, arithmetic elsewhere."""
+        b = self.builder
+        if LANES == 16:
+            return self.call("llvm.x86.avx512.permvar.sf.512", vector(F32), [table, number])
+        low = b.sitofp(b.and_(number, constant(15, I32)), vector(F32))
+        return b.fadd(low, self.pick(table, [0] * LANES))
+
     def splat(self, scalar: ir.Value) -> ir.Value:
         """A scalar in every lane."""
         empty = ir.Constant(vector(scalar.type), ir.Undefined)

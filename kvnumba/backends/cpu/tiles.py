@@ -19,6 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import (
+    CENTER,
     CHUNK_BYTES,
     FLOAT32,
     FORMAT_ID,
@@ -27,12 +28,13 @@ from kvnumba.backends.cpu.codecs import (
     chunk_values,
     load_chunk,
 )
-from kvnumba.backends.cpu.simd import F32, I1, I32, LANES, Emitter, constant, index, vector
+from kvnumba.backends.cpu.simd import F32, I1, I32, I64, LANES, Emitter, constant, index, vector
 
 FEW = 8
 MANY = (16, 64) if LANES == 16 else (16,)
 """Numbers of rows that kernels with more than FEW are compiled for."""
 
+STRETCH = 64  # elements of head_dim that are summed on their own: long sums would round their tail away
 STRIP = 16  # tokens whose values are read, for all of head_dim, before the next
 
 LEAST = float(np.finfo(np.float32).min)  # finite, so that no maximum is infinity less infinity
@@ -116,36 +118,38 @@ def _finish(e: Emitter, shape: Shape, part: int, score: Any, token: Any, run: di
 @intrinsic
 def score_run(
     typing, static, fmt, codes, scale, zero, row, count, following, ahead,
-    query, head_dim, facts, positions, position, reach, soft_cap, scores, to,
+    query, head_dim, facts, positions, position, reach, seen_by_all, soft_cap, scores, to,
 ):  # fmt: skip
     """Scores of `count` tokens, rows of the storage from `row` on, into scores[to:]; keeps their maximum.
 
     For a few rows, `query` is (rows, padded head_dim), in int4 the even elements of each chunk before the
     odd; for many it is (head_dim, columns) and the format float32. Scores of whole tiles are written: those
-    past `count`, and those of keys that a row does not see, are -inf. Rows past the run are read.
+    past `count`, and those of keys that a row does not see, are -inf. Rows past the run are read. Of keys up
+    to the position `seen_by_all` nothing is masked, capped or biased.
 
     The row `ahead` tokens on is prefetched, after this run that of the one whose first row is `following`.
     """
     signature = types.void(
         static, types.intp, codes, scale, zero, types.intp, types.intp, types.intp, types.intp,
-        query, types.intp, facts, positions, types.intp, types.int32, types.float32, scores, types.intp,
+        query, types.intp, facts, positions, types.intp, types.int32, types.intp, types.float32, scores,
+        types.intp,
     )  # fmt: skip
     rows = static.values[0]
     shape = shape_of(rows)
 
     def generate(context, builder, _, args):
         e, b = Emitter(context, builder), builder
-        (_, number, _, _, _, row, count, following, ahead, _, head_dim, _, _, position, reach, soft_cap,
-         _, to) = args  # fmt: skip
+        (_, number, _, _, _, row, count, following, ahead, _, head_dim, _, _, position, reach, seen_by_all,
+         soft_cap, _, to) = args  # fmt: skip
         row_bytes = e.extent(codes, args[2], 1)
         memory = e.pointer(codes, args[2])
         start, following = (e.at(memory, b.mul(r, row_bytes)) for r in (row, following))
         query_memory = e.pointer(query, args[9])
         facts_memory = e.pointer(facts, args[11])
-        target = e.at(e.pointer(scores, args[16]), b.mul(to, index(4)))
+        target = e.at(e.pointer(scores, args[17]), b.mul(to, index(4)))
         run = {
             "facts": facts_memory, "positions": e.pointer(positions, args[12]), "position": position,
-            "reach": reach, "soft_cap": soft_cap, "count": count,
+            "reach": reach, "soft_cap": soft_cap, "count": count, "seen_by_all": seen_by_all,
         }  # fmt: skip
         tiles = b.sdiv(b.add(count, index(shape.tokens - 1)), index(shape.tokens))
         tops = [e.load(_fact(e, facts_memory, PHASE_MAX, shape, part), vector(F32)) for part in range(shape.vectors)]
@@ -206,7 +210,9 @@ def score_run(
                     step = e.load(e.at(e.pointer(scale, args[3]), offset), vector(F32, shape.tokens))
                     low = e.load(e.at(e.pointer(zero, args[4]), offset), vector(F32, shape.tokens))
                     total = e.load(_fact(e, facts_memory, QUERY_SUM, shape), vector(F32))
-                    score = e.fma(e.pick(low, pattern), total, e.mul(e.pick(step, pattern), score))
+                    step, low = e.pick(step, pattern), e.pick(low, pattern)
+                    middle = e.fma(step, constant(CENTER[fmt]), low)
+                    score = e.fma(middle, total, e.mul(step, score))
                 score = _finish(e, shape, 0, score, token, run)
                 e.store(score, e.at(target, b.mul(i, index(4 * LANES))))
                 return [e.max(score, carried[0])]
@@ -233,15 +239,33 @@ def score_run(
                             results.append(e.fma(key, queries[part], sums[t * shape.vectors + part]))
                     return results
 
-                sums = e.loop(head_dim, [constant(0.0)] * (shape.tokens * shape.vectors), element)
+                zeros = [constant(0.0)] * (shape.tokens * shape.vectors)
+
+                def stretch(n: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+                    first = b.mul(n, index(STRETCH))
+                    size = b.sub(head_dim, first)
+                    size = b.select(b.icmp_signed("<", size, index(STRETCH)), size, index(STRETCH))
+                    sums = e.loop(size, zeros, lambda d, sums: element(b.add(first, d), sums))
+                    return [e.add(x, y) for x, y in zip(totals, sums, strict=True)]
+
+                stretches = b.sdiv(b.add(head_dim, index(STRETCH - 1)), index(STRETCH))
+                sums = e.loop(stretches, zeros, stretch)
+                last = b.add(token, index(shape.tokens - 1))
+                known = b.icmp_signed("<", last, count)
+                known = b.and_(known, b.icmp_signed("<=", b.add(position, last), run["seen_by_all"]))
+
+                def finished() -> list[ir.Value]:
+                    return [
+                        _finish(e, shape, at % shape.vectors, x, b.add(token, index(at // shape.vectors)), run)
+                        for at, x in enumerate(sums)
+                    ]
+
+                sums = e.when(b.not_(known), sums, finished)
                 carried = list(carried)
-                for t in range(shape.tokens):
-                    for part in range(shape.vectors):
-                        at = t * shape.vectors + part
-                        score = _finish(e, shape, part, sums[at], b.add(token, index(t)), run)
-                        place = b.add(b.mul(token, index(4 * shape.columns)), index(4 * at * LANES))
-                        e.store(score, e.at(target, place))
-                        carried[part] = e.max(score, carried[part])
+                for at, score in enumerate(sums):
+                    place = b.add(b.mul(token, index(4 * shape.columns)), index(4 * at * LANES))
+                    e.store(score, e.at(target, place))
+                    carried[at % shape.vectors] = e.max(score, carried[at % shape.vectors])
                 return carried
 
             found = e.loop(tiles, tops, tile)
@@ -255,6 +279,25 @@ def score_run(
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def prefetch_floats(typing, array, first, count):
+    """Ask for `count` elements of an array of float32, from `first` on."""
+
+    def generate(context, builder, signature, args):
+        e, b = Emitter(context, builder), builder
+        start = e.at(e.pointer(array, args[0]), b.mul(args[1], index(4)))
+        lines = b.sdiv(b.add(args[2], index(15)), index(16))
+
+        def line(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            e.prefetch(e.at(start, b.mul(i, index(64))))
+            return []
+
+        e.loop(lines, [], line)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -289,19 +332,20 @@ def settle(typing, static, facts):
 
 
 @intrinsic
-def exponentiate_run(typing, static, count, scores, to, facts, folded, scale, zero, row):
+def exponentiate_run(typing, static, count, scores, to, facts, center, scale, zero, row):
     """Turn the scores of a run into weights, and add them to the rows' sums.
 
-    `folded`: the values' scales are folded into the weights, their zero points into a sum of their own.
+    With `center`, that of the values' codes, their scales are folded into the weights, and their zero points
+    into a sum of their own; 0 where they have none.
     """
     signature = types.void(
-        static, types.intp, scores, types.intp, facts, types.boolean, scale, zero, types.intp
+        static, types.intp, scores, types.intp, facts, types.float32, scale, zero, types.intp
     )
     shape = shape_of(static.values[0])
 
     def generate(context, builder, _, args):
         e, b = Emitter(context, builder), builder
-        _, count, _, to, _, folded, _, _, row = args
+        _, count, _, to, _, center, _, _, row = args
         memory = e.at(e.pointer(scores, args[2]), b.mul(to, index(4)))
         facts_memory = e.pointer(facts, args[4])
         lines = b.sdiv(b.add(count, index(shape.line - 1)), index(shape.line))
@@ -348,14 +392,16 @@ def exponentiate_run(typing, static, count, scores, to, facts, folded, scale, ze
                 step = b.select(none, constant(0.0), e.pick(step, pattern))
                 low = b.select(none, constant(0.0), e.pick(low, pattern))
                 e.store(e.mul(found[0], step), places[0])
-                return [totals[0], e.fma(found[0], low, sums[1])]
+                middle = e.fma(step, e.splat(center), low)
+                return [totals[0], e.fma(found[0], middle, sums[1])]
 
             sums = e.loop(lines, [constant(0.0)] * 2, line)
             keep(ROW_SUM, sums[:1])
             keep(ZERO_SUM, sums[1:])
 
         if shape.vectors == 1 and shape.columns <= FEW:
-            e.switch(b.zext(folded, ir.IntType(64)), [plain, fold])
+            folded = b.fcmp_ordered(">", center, ir.Constant(F32, 0.0))
+            e.switch(b.zext(folded, I64), [plain, fold])
         else:
             plain()
         return context.get_dummy_value()
@@ -434,9 +480,9 @@ def weigh_run(
                 return e.at(start, b.add(b.mul(token, row_bytes), offset))
 
             def strip(n: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                begin = b.mul(n, index(STRIP))
+                begin = b.mul(n, length)
                 tokens = b.sub(count, begin)
-                tokens = b.select(b.icmp_signed("<", tokens, index(STRIP)), tokens, index(STRIP))
+                tokens = b.select(b.icmp_signed("<", tokens, length), tokens, length)
 
                 def block(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                     first_row = b.mul(i, index(rows))
@@ -458,7 +504,8 @@ def weigh_run(
                 e.loop(b.sdiv(b.add(rows_used, index(rows - 1)), index(rows)), [], block)
                 return []
 
-            e.loop(b.sdiv(b.add(count, index(STRIP - 1)), index(STRIP)), [], strip)
+            length = index(STRIP) if few else b.add(count, index(1))  # float32 tiles come from the cache
+            e.loop(b.sdiv(b.add(count, b.sub(length, index(1))), length), [], strip)
 
         if few:
             e.switch(number, [lambda fmt=fmt: case(fmt) for fmt in FORMAT_ID.values()])
