@@ -34,7 +34,7 @@ FEW = 8
 MANY = (16, 64) if LANES == 16 else (16,)
 """Numbers of rows that kernels with more than FEW are compiled for."""
 
-STRETCH = 64  # elements of head_dim that are summed on their own: long sums would round their tail away
+STRETCH = 32  # elements of head_dim that are summed on their own: long sums would round their tail away
 STRIP = 16  # tokens whose values are read, for all of head_dim, before the next
 
 LEAST = float(np.finfo(np.float32).min)  # finite, so that no maximum is infinity less infinity
@@ -240,11 +240,14 @@ def score_run(
                     return results
 
                 zeros = [constant(0.0)] * (shape.tokens * shape.vectors)
+                later = _ahead(e, token, ahead, count, start, following, row_bytes)
 
                 def stretch(n: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                     first = b.mul(n, index(STRETCH))
                     size = b.sub(head_dim, first)
                     size = b.select(b.icmp_signed("<", size, index(STRETCH)), size, index(STRETCH))
+                    for line in range(0, 4 * STRETCH * shape.tokens, 64):
+                        e.prefetch(e.at(later, b.add(b.mul(first, index(4 * shape.tokens)), index(line))))
                     sums = e.loop(size, zeros, lambda d, sums: element(b.add(first, d), sums))
                     return [e.add(x, y) for x, y in zip(totals, sums, strict=True)]
 
@@ -465,7 +468,7 @@ def weigh_run(
                     for r in range(rows):
                         w = e.broadcast(e.at(weights, b.mul(b.add(weight, index(r)), index(4))))
                         results += [e.fma(w, x, sums[r * len(loaded) + n]) for n, x in enumerate(loaded)]
-                    if few:  # the bytes ahead in their own order, a share of them with each token
+                    if True:  # the bytes ahead in their own order, a share of them with each token
                         share = width * CHUNK_BYTES[fmt]
                         behind = b.mul(b.add(b.mul(step, tokens), t), index(share))
                         for line in range(0, share, 64):
