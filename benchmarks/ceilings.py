@@ -47,7 +47,11 @@ def _multiply_add(typing, count, x):
     def generate(context, builder, _, args):
         e, b = Emitter(context, builder), builder
         factor = e.splat(args[1])
-        sums = e.loop(args[0], [constant(float(n)) for n in range(16)], lambda i, s: [e.fma(factor, v, factor) for v in s])
+        sums = e.loop(
+            args[0],
+            [constant(float(n)) for n in range(16)],
+            lambda i, s: [e.fma(factor, v, factor) for v in s],
+        )
         total = sums[0]
         for s in sums[1:]:
             total = e.add(total, s)

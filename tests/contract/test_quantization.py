@@ -103,7 +103,11 @@ BAD_CALLS = {
         "x: expected finite values .* for int8; got nan",
     ),
     "integers": (lambda x: kvnumba.quantize(x.astype(int)), TypeError, "x: expected float32"),
-    "scalar": (lambda x: kvnumba.quantize(np.float32(1)), ValueError, "x: expected a last axis of at least one element; got shape"),
+    "scalar": (
+        lambda x: kvnumba.quantize(np.float32(1)),
+        ValueError,
+        "x: expected a last axis of at least one element; got shape",
+    ),
     "group": (lambda x: kvnumba.quantize(x, group_size=5), ValueError, "group_size: expected a divisor"),
     "backend": (
         lambda x: kvnumba.quantize(x, backend="tpu"),

@@ -53,13 +53,13 @@ def run(script, **environment):
 
 @pytest.mark.parametrize("new_tokens", [1, 40])
 def test_allocations_do_not_grow_with_the_length(fmt, new_tokens, normal):
-    """Numba's heap is used for the headers of arguments only: as often for 3,000 cached tokens as for 30,000.
+    """Numba's heap is used for the headers of arguments only: as often for 20,000 cached tokens as for 60,000.
 
     NumPy's arrays are counted by the contract suite.
     """
     _nrt_python.memsys_enable_stats()
     counts = []
-    for length in (3000, 30000):
+    for length in (20_000, 60_000):
         cache = kvnumba.PagedKVCache(length // 16 + 4, 16, 2, 32, 1, fmt, backend="cpu")
         seq_id = cache.add_sequence()
         k, q = normal(2, length, 32), normal(4, new_tokens, 32)
@@ -70,7 +70,7 @@ def test_allocations_do_not_grow_with_the_length(fmt, new_tokens, normal):
         cache.attend(seq_id, q)
         cache.get_kv(seq_id)
         counts.append(rtsys.get_allocation_stats().alloc - before)
-    assert counts[0] == counts[1] < 60
+    assert counts[0] == counts[1] < 100
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

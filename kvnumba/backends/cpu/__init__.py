@@ -12,9 +12,10 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from kvnumba.backends.cpu import attend, plan, read, write
+from kvnumba.backends.cpu import attend, read, write
 from kvnumba.backends.cpu.codecs import FORMAT_ID
 from kvnumba.backends.cpu.jit import COMMON, launch, static
+from kvnumba.backends.cpu.plan import Plan, plan_batch
 from kvnumba.backends.cpu.simd import LANES, target_features
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
@@ -76,7 +77,10 @@ class CpuBackend:
             flat = _writable(np.ascontiguousarray(x)).reshape(-1)
             with _ONE_AT_A_TIME:
                 launch(
-                    write.encode, COMMON, _workers(x.size), (flat, head_dim, *_rows(rows), FORMAT_ID[fmt.name])
+                    write.encode,
+                    COMMON,
+                    _workers(x.size),
+                    (flat, head_dim, *_rows(rows), FORMAT_ID[fmt.name]),
                 )
         return rows
 
@@ -137,9 +141,9 @@ class CpuBackend:
                     launch(read.read, COMMON, _workers(k.size), job)
         return k, v
 
-    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> plan.Plan:
+    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Plan:
         group = num_qo_heads // layout.num_kv_heads
-        return plan.plan(
+        return plan_batch(
             batch, layout.num_kv_heads, group, layout.head_dim, window_left, numba.get_num_threads()
         )
 
@@ -148,7 +152,7 @@ class CpuBackend:
         buffers: CpuBuffers,
         layer: int,
         q: np.ndarray,
-        plan: plan.Plan,
+        plan: Plan,
         scoring: Scoring,
         out: np.ndarray,
         lse: np.ndarray,
@@ -199,8 +203,8 @@ class CpuBackend:
                 )
                 launch(attend.attend, static(rows), plan.workers, job)
             if plan.num_partials:
-                job = (result, result_lse, strides, plan.merges, partials, head_dim)
-                launch(attend.merge, COMMON, plan.workers, job)
+                parts = (result, result_lse, strides, plan.merges, partials, head_dim)
+                launch(attend.merge, COMMON, plan.workers, parts)
 
     def _space(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Scratch that is kept between calls: fresh memory costs a page fault every 4 KiB."""

@@ -133,7 +133,8 @@ def place_in_chunks(d, paired):
 
 @plain
 def attend_piece(
-    static, piece, q, out, lse, strides, partials, floats, positions, runs, block_table, seq_lens, query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
+    static, piece, q, out, lse, strides, partials, floats, positions, runs, block_table, seq_lens,
+    query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
     k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
     sm_scale, window_left, soft_cap, sinks, slopes,
 ):  # fmt: skip
@@ -211,7 +212,12 @@ def attend_piece(
             static, blocks, key, end, phase, first_block, block_size, num_heads, kv_head, runs
         )
         for n in range(num_runs):
-            row, count, to, first = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES], runs[n, RUN_KEY]
+            row, count, to, first = (
+                runs[n, RUN_ROW],
+                runs[n, RUN_COUNT],
+                runs[n, RUN_SCORES],
+                runs[n, RUN_KEY],
+            )
             ahead = min(AHEAD, count)
             if k_scale.shape[1] == 1:
                 prefetch_floats(k_scale, runs[n + 1, RUN_ROW], count)
@@ -249,9 +255,7 @@ def attend_piece(
             else:
                 for t in range(count):
                     decode_row(v_codes, row + t, v_format, v_scale, v_zero, tile, t * head_dim, head_dim)
-                weigh_run(
-                    static, FLOAT32, tile_codes, 0, count, 0, ahead, scores, to, part, rows, head_dim
-                )
+                weigh_run(static, FLOAT32, tile_codes, 0, count, 0, ahead, scores, to, part, rows, head_dim)
         for r in range(rows):
             for d in range(row_floats):
                 total[r, d] += part[r, d]

@@ -7,7 +7,6 @@ one compiled kernel serves every pair of formats. Codes equal NumPy's bit for bi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -21,7 +20,6 @@ from kvnumba.backends.cpu.simd import (
     I8,
     I16,
     I32,
-    I64,
     LANES,
     Emitter,
     constant,
@@ -182,7 +180,10 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
                 if fmt in (INT8, INT4):
                     chunk = [b.fadd(b.fmul(x, step), low) for x in chunk]
                 if fmt == INT4:
-                    return [e.shuffle(*chunk, PAIRS[:LANES]), e.shuffle(*chunk, PAIRS[LANES:])]
+                    return [
+                        e.shuffle(chunk[0], chunk[1], PAIRS[:LANES]),
+                        e.shuffle(chunk[0], chunk[1], PAIRS[LANES:]),
+                    ]
                 return chunk
 
             def whole(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -213,9 +214,7 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
 @intrinsic
 def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
     """Store x[start : start + count] from byte `to` of codes on, with one scale and zero point."""
-    signature = types.void(
-        x, types.intp, types.intp, types.intp, codes, types.intp, scale, zero, types.intp
-    )
+    signature = types.void(x, types.intp, types.intp, types.intp, codes, types.intp, scale, zero, types.intp)
 
     def generate(context, builder, _, args):
         e, b = Emitter(context, builder), builder
@@ -282,7 +281,9 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
 
             def pair(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 first = b.mul(i, index(2))
-                e.store(packed(chunk(first), chunk(b.add(first, index(1)))), e.at(target, b.mul(i, index(LANES))))
+                e.store(
+                    packed(chunk(first), chunk(b.add(first, index(1)))), e.at(target, b.mul(i, index(LANES)))
+                )
                 return []
 
             e.loop(b.sdiv(full, index(2)), [], pair)
@@ -298,9 +299,9 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
                 _store_some(e, packed(before, after), place, pairs)
 
         cases: list[Callable[[], None]] = [
-            lambda fmt=fmt: floats(fmt) for fmt in (FLOAT32, FLOAT16, BFLOAT16)  # type: ignore[misc]
+            lambda fmt=fmt: floats(fmt) for fmt in (FLOAT32, FLOAT16, BFLOAT16)
         ]
-        cases += [lambda fmt=fmt: quantized(fmt) for fmt in (INT8, INT4)]  # type: ignore[misc]
+        cases += [lambda fmt=fmt: quantized(fmt) for fmt in (INT8, INT4)]
         e.switch(number, cases)
         return context.get_dummy_value()
 

@@ -19,7 +19,9 @@ SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before a
 MOST = MANY[-1]
 
 # Columns of the table of pieces.
-SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, FIRST_KEY, END_KEY, PART, PARTIAL = range(10)
+SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, FIRST_KEY, END_KEY, PART, PARTIAL = range(
+    10
+)
 PIECE_COLUMNS = 10
 # Columns of the table of merges.
 MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, FIRST_PARTIAL, NUM_PARTIALS, MERGE_TOKENS = range(6)
@@ -53,7 +55,7 @@ class Plan(NamedTuple):
     workers: int
 
 
-def plan(batch, num_kv_heads, group, head_dim, window_left, num_threads):
+def plan_batch(batch, num_kv_heads, group, head_dim, window_left, num_threads):
     """Cut a batch into pieces that keep `num_threads` threads equally busy."""
     pieces, merges, num_partials, workers, least, most = cut(
         COMMON, batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads

@@ -149,10 +149,19 @@ def score_run(
         target = e.at(e.pointer(scores, args[17]), b.mul(to, index(4)))
         run = {
             "facts": facts_memory, "positions": e.pointer(positions, args[12]), "position": position,
-            "reach": reach, "soft_cap": soft_cap, "count": count, "seen_by_all": seen_by_all,
+            "reach": reach, "soft_cap": soft_cap, "count": count,
         }  # fmt: skip
         tiles = b.sdiv(b.add(count, index(shape.tokens - 1)), index(shape.tokens))
-        tops = [e.load(_fact(e, facts_memory, PHASE_MAX, shape, part), vector(F32)) for part in range(shape.vectors)]
+        tops = [
+            e.load(_fact(e, facts_memory, PHASE_MAX, shape, part), vector(F32))
+            for part in range(shape.vectors)
+        ]
+
+        def is_known(token: ir.Value) -> ir.Value:
+            """Whether nothing of a tile is masked, capped or biased."""
+            last = b.add(token, index(shape.tokens - 1))
+            known = b.icmp_signed("<", last, count)
+            return b.and_(known, b.icmp_signed("<=", b.add(position, last), seen_by_all))
 
         def few(fmt: int) -> None:
             parts = chunk_values(fmt) // LANES
@@ -166,7 +175,9 @@ def score_run(
                 tokens = [e.at(base, b.mul(index(t), row_bytes)) for t in range(shape.tokens)]
                 later = _ahead(e, token, ahead, count, start, following, row_bytes)
 
-                def chunk(c: ir.Value, sums: list[ir.Value], inside: ir.Value | None = None) -> list[ir.Value]:
+                def chunk(
+                    c: ir.Value, sums: list[ir.Value], inside: ir.Value | None = None
+                ) -> list[ir.Value]:
                     offset = b.mul(c, index(CHUNK_BYTES[fmt]))
                     keys = [load_chunk(e, fmt, e.at(pointer, offset)) for pointer in tokens]
                     if inside is not None and not quantized:  # beyond the row lies another, perhaps NaN
@@ -213,7 +224,8 @@ def score_run(
                     step, low = e.pick(step, pattern), e.pick(low, pattern)
                     middle = e.fma(step, constant(CENTER[fmt]), low)
                     score = e.fma(middle, total, e.mul(step, score))
-                score = _finish(e, shape, 0, score, token, run)
+                known = is_known(token)
+                score = e.when(b.not_(known), [score], lambda: [_finish(e, shape, 0, score, token, run)])[0]
                 e.store(score, e.at(target, b.mul(i, index(4 * LANES))))
                 return [e.max(score, carried[0])]
 
@@ -253,13 +265,13 @@ def score_run(
 
                 stretches = b.sdiv(b.add(head_dim, index(STRETCH - 1)), index(STRETCH))
                 sums = e.loop(stretches, zeros, stretch)
-                last = b.add(token, index(shape.tokens - 1))
-                known = b.icmp_signed("<", last, count)
-                known = b.and_(known, b.icmp_signed("<=", b.add(position, last), run["seen_by_all"]))
+                known = is_known(token)
 
                 def finished() -> list[ir.Value]:
                     return [
-                        _finish(e, shape, at % shape.vectors, x, b.add(token, index(at // shape.vectors)), run)
+                        _finish(
+                            e, shape, at % shape.vectors, x, b.add(token, index(at // shape.vectors)), run
+                        )
                         for at, x in enumerate(sums)
                     ]
 
@@ -362,7 +374,9 @@ def exponentiate_run(typing, static, count, scores, to, facts, center, scale, ze
         def weights(i: ir.Value, sums: list[ir.Value]) -> tuple[list[Any], list[ir.Value], list[ir.Value]]:
             places, found, totals = [], [], []
             for part in parts:
-                place = e.at(memory, b.mul(b.add(b.mul(i, index(shape.vectors)), index(part)), index(4 * LANES)))
+                place = e.at(
+                    memory, b.mul(b.add(b.mul(i, index(shape.vectors)), index(part)), index(4 * LANES))
+                )
                 weight = e.exp(b.fsub(e.load(place, vector(F32)), tops[part]))
                 places.append(place)
                 found.append(weight)
@@ -446,14 +460,18 @@ def weigh_run(
             together = _chunks_together(rows, parts)
             passes = b.sdiv(chunks, index(together))
 
-            def columns(begin: Any, tokens: Any, first_row: Any, first_chunk: Any, width: int, step: Any) -> None:
+            def columns(
+                begin: Any, tokens: Any, first_row: Any, first_chunk: Any, width: int, step: Any
+            ) -> None:
                 """Some chunks of some tokens, for a block of rows."""
                 offset = b.mul(first_chunk, index(CHUNK_BYTES[fmt]))
                 values = start_of(begin, offset)
                 later = _ahead(e, begin, ahead, count, start, following, row_bytes)
                 sums_at = b.add(b.mul(first_row, part_bytes), b.mul(first_chunk, index(4 * parts * LANES)))
                 places = [
-                    e.at(part_memory, b.add(sums_at, b.add(b.mul(index(r), part_bytes), index(4 * n * LANES))))
+                    e.at(
+                        part_memory, b.add(sums_at, b.add(b.mul(index(r), part_bytes), index(4 * n * LANES)))
+                    )
                     for r in range(rows)
                     for n in range(width * parts)
                 ]
@@ -468,11 +486,11 @@ def weigh_run(
                     for r in range(rows):
                         w = e.broadcast(e.at(weights, b.mul(b.add(weight, index(r)), index(4))))
                         results += [e.fma(w, x, sums[r * len(loaded) + n]) for n, x in enumerate(loaded)]
-                    if True:  # the bytes ahead in their own order, a share of them with each token
-                        share = width * CHUNK_BYTES[fmt]
-                        behind = b.mul(b.add(b.mul(step, tokens), t), index(share))
-                        for line in range(0, share, 64):
-                            e.prefetch(e.at(later, b.add(behind, index(line))))
+                    # the bytes ahead in their own order, a share of them with each token
+                    share = width * CHUNK_BYTES[fmt]
+                    behind = b.mul(b.add(b.mul(step, tokens), t), index(share))
+                    for line in range(0, share, 64):
+                        e.prefetch(e.at(later, b.add(behind, index(line))))
                     return results
 
                 sums = e.loop(tokens, [e.load(place, vector(F32)) for place in places], token)

@@ -7,7 +7,9 @@ from kvnumba.backends.cpu.jit import kernel, plain
 
 
 @plain
-def write_token(x, strides, token, slot, first_block, block_size, num_heads, head_dim, fmt, codes, scale, zero):
+def write_token(
+    x, strides, token, slot, first_block, block_size, num_heads, head_dim, fmt, codes, scale, zero
+):
     """Encode all heads of a token; rows of the storage are numbered (block * H + head) * block_size + offset."""
     block = first_block + slot // block_size
     for head in range(num_heads):
