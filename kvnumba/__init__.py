@@ -6,6 +6,7 @@ Importing this module loads NumPy only; a backend is loaded when the first cache
 from kvnumba.arguments import AttentionOptions
 from kvnumba.attention import ChunkedPrefillCache, merge_states, multi_head_attention_with_cache
 from kvnumba.cache import KVCache, PagedKVCache, QuantizedKVCache
+from kvnumba.compilation import warmup
 from kvnumba.decoder import IncrementalDecoder
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
@@ -36,4 +37,5 @@ __all__ = [
     "quantize",
     "unpack_int4",
     "use_backend",
+    "warmup",
 ]

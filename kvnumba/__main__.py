@@ -1,4 +1,4 @@
-"""``python -m kvnumba``: info, memory and demo."""
+"""``python -m kvnumba``: info, memory, demo and bench."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--backend", choices=[*BACKENDS, "auto"], help="default: KVNUMBA_BACKEND, or auto")
     demo.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table too")
 
+    bench = commands.add_parser("bench", help="how fast this machine attends, in a minute")
+    bench.add_argument("--backend", choices=[*BACKENDS, "auto"], help="default: KVNUMBA_BACKEND, or auto")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table too")
+
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
@@ -57,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             )
             print(memory_growth_table(layers, heads, dim, args.batch))
+        elif args.command == "bench":
+            from kvnumba import bench as benchmark
+
+            if args.plot:
+                require_extra("bench", "matplotlib")
+            benchmark.run(args.backend, args.plot)
         else:
             require_extra("demo", "tqdm", *(["matplotlib"] if args.plot else []))
             from kvnumba import demo as demonstration

@@ -182,8 +182,14 @@ def check_finite(argument: str, array: np.ndarray, fmt: Format) -> None:
     """Raise if a quantised format cannot hold a value: NaN, infinity, or beyond half of float32's range."""
     if not fmt.quantized:
         return
-    if array.size and not (np.abs(array) <= QUANTIZABLE_LIMIT).all():
-        worst = array[~(np.abs(array) <= QUANTIZABLE_LIMIT)][0]
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)  # one pass that allocates nothing
+    if np.isfinite(squares):
+        return
+    outside = ~(np.abs(array) <= QUANTIZABLE_LIMIT)
+    if outside.any():
+        worst = array[outside][0]
         raise ValueError(
             f"{argument}: expected finite values up to {QUANTIZABLE_LIMIT:.2g} for {fmt.name}; got {worst}"
         )

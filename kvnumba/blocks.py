@@ -100,7 +100,7 @@ class BlockPool:
         with self._lock:
             rows = self.rows(seq_ids)
             new = arguments.integers("num_new_tokens", num_new_tokens, length=len(rows))
-            if len(np.unique(rows)) != len(rows):
+            if len(set(rows.tolist())) != len(rows):
                 raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
             if (new < 0).any():
                 raise ValueError(f"num_new_tokens: expected 0 or more; got {new[new < 0][0]}")

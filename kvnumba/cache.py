@@ -214,17 +214,19 @@ class KVCache(_Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.seq_lens = [0] * self.batch_size
-        self._forward: tuple[np.ndarray, int] | None = None  # begin of each element, tokens
+        self._forward: tuple[list[int], int] | None = None  # begin of each element, tokens
         self._layers_written = 0
 
     def require_room(self, num_new_tokens: int) -> None:
         """Raise CacheFull unless every batch element can take so many more tokens."""
-        lengths = self._checked_lengths()
-        free = self.max_seq_len - lengths.max()
+        self._require_room(self._checked_lengths(), num_new_tokens)
+
+    def _require_room(self, lengths: list[int], num_new_tokens: int) -> None:
+        free = self.max_seq_len - max(lengths)
         if num_new_tokens > free:
             raise CacheFull(
                 f"{num_new_tokens} new tokens need room, {free} of max_seq_len={self.max_seq_len} are free "
-                f"in batch element {lengths.argmax()}"
+                f"in batch element {lengths.index(max(lengths))}"
             )
 
     def update(
@@ -258,13 +260,13 @@ class KVCache(_Cache):
         count = k.shape[2]
         begin = self._begin(positions, count) if layer == 0 else self._resume(positions, count, layer)
         if count:
-            batch = self._batch(begin + count, count)
-            slots = batch.slot_mapping(self.max_seq_len)
+            starts = [b * self.max_seq_len + first for b, first in enumerate(begin)]
+            slots = np.add.outer(starts, np.arange(count)).reshape(-1)
             self._backend.write(self._buffers, layer, k.swapaxes(1, 2), v.swapaxes(1, 2), slots)
         self._forward = (begin, count)
         self._layers_written = layer + 1
         if self._layers_written == self.num_layers:
-            self.seq_lens = (begin + count).tolist()
+            self.seq_lens = [first + count for first in begin]
             self._forward = None
 
     def get_kv(self, batch_idx: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -273,7 +275,7 @@ class KVCache(_Cache):
         if batch_idx >= self.batch_size:
             raise ValueError(f"batch_idx: expected 0 to {self.batch_size - 1}; got {batch_idx}")
         layer = arguments.layer_index(layer, self.num_layers)
-        length = int(self._lengths(layer)[batch_idx])
+        length = self._lengths(layer)[batch_idx]
         row = self._block_table[batch_idx : batch_idx + 1]
         k, v = self._backend.read(self._buffers, layer, row, length)
         return k[0], v[0]
@@ -282,7 +284,7 @@ class KVCache(_Cache):
         """`get_kv` of every batch element: a list of keys and a list of values."""
         layer = arguments.layer_index(layer, self.num_layers)
         lengths = self._lengths(layer)
-        k, v = self._backend.read(self._buffers, layer, self._block_table, int(lengths.max()))
+        k, v = self._backend.read(self._buffers, layer, self._block_table, max(lengths))
         return [x[:, :n] for x, n in zip(k, lengths, strict=True)], [
             x[:, :n] for x, n in zip(v, lengths, strict=True)
         ]
@@ -315,14 +317,15 @@ class KVCache(_Cache):
         )
         count = query.shape[2]
         lengths = self._lengths(layer)
-        if count > lengths.min():
+        if count > min(lengths):
             raise ValueError(
-                f"q: expected at most as many tokens as an element holds, {lengths.min()}; got shape {query.shape}"
+                f"q: expected at most as many tokens as an element holds, {min(lengths)}; got shape {query.shape}"
             )
-        key = [count, *lengths.tolist()]
+        key = [count, *lengths]
         planned = self._attention  # read once: another thread may replace it
         if planned is None or planned[0] != key:
-            batch = self._batch(lengths, count)
+            start_loc = np.arange(self.batch_size + 1, dtype=np.int32) * np.int32(count)
+            batch = Batch(self._block_table, np.array(lengths, np.int32), start_loc)
             planned = (key, BatchAttention(self._backend, self._buffers, batch))
             self._attention = planned
         out = np.empty(query.shape, np.float32)
@@ -336,20 +339,21 @@ class KVCache(_Cache):
         longest = max(self.seq_lens)
         return f"{type(self).__name__}(B={self.batch_size}, tokens={longest}/{self.max_seq_len}, {self._describe()})"
 
-    def _begin(self, positions: Sequence[int] | None, count: int) -> np.ndarray:
+    def _begin(self, positions: Sequence[int] | None, count: int) -> list[int]:
         """Where a forward pass of `count` tokens begins in each element."""
         if positions is None:
-            self.require_room(count)
-            return self._checked_lengths()
-        begin = arguments.integers("positions", positions, length=self.batch_size)
-        if begin.min() < 0 or begin.max() + count > self.max_seq_len:
+            begin = self._checked_lengths()
+            self._require_room(begin, count)
+            return begin
+        begin = arguments.integers("positions", positions, length=self.batch_size).tolist()
+        if min(begin) < 0 or max(begin) + count > self.max_seq_len:
             raise ValueError(
                 f"positions: expected 0 to {self.max_seq_len - count} for {count} new tokens with "
-                f"max_seq_len={self.max_seq_len}; got {begin.tolist()}"
+                f"max_seq_len={self.max_seq_len}; got {begin}"
             )
         return begin
 
-    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> np.ndarray:
+    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> list[int]:
         """The same for a later layer, which goes where the first one went."""
         if self._forward is None or layer != self._layers_written:
             due = 0 if self._forward is None else self._layers_written
@@ -359,25 +363,25 @@ class KVCache(_Cache):
             raise ValueError(
                 f"new_k: expected {expected} new tokens, as in layer 0; got {count} in layer {layer}"
             )
-        if positions is not None and begin.tolist() != list(positions):
-            raise ValueError(f"positions: expected {begin.tolist()}, as in layer 0; got {list(positions)}")
+        if positions is not None:
+            given = arguments.integers("positions", positions, length=self.batch_size).tolist()
+            if given != begin:
+                raise ValueError(f"positions: expected {begin}, as in layer 0; got {given}")
         return begin
 
-    def _lengths(self, layer: int) -> np.ndarray:
+    def _lengths(self, layer: int) -> list[int]:
         """Tokens of each element that a layer holds, those of the running forward pass included."""
-        if self._forward is not None and layer < self._layers_written:
-            begin, count = self._forward
-            return begin + count
+        forward = self._forward
+        if forward is not None and layer < self._layers_written:
+            begin, count = forward
+            return [first + count for first in begin]
         return self._checked_lengths()
 
-    def _checked_lengths(self) -> np.ndarray:
-        lengths = arguments.integers("seq_lens", self.seq_lens, length=self.batch_size)
-        if lengths.min() < 0 or lengths.max() > self.max_seq_len:
+    def _checked_lengths(self) -> list[int]:
+        lengths = arguments.integers("seq_lens", self.seq_lens, length=self.batch_size).tolist()
+        if min(lengths) < 0 or max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens: expected 0 to max_seq_len={self.max_seq_len}; got {self.seq_lens}")
         return lengths
-
-    def _batch(self, seq_lens: np.ndarray, count: int) -> Batch:
-        return Batch.of(self._block_table, seq_lens.astype(np.int32), np.full(self.batch_size, count))
 
 
 class QuantizedKVCache(KVCache):

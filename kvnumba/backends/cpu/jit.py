@@ -106,6 +106,22 @@ def _run(static, address, workers, job):
 _compiled: dict[tuple[Any, Static], tuple[int, Any]] = {}
 
 
+def entry(function: Any, static: Static, *rest: Any) -> tuple[int, Any]:
+    """The address of a kernel compiled for a `Static`, and what calls it from Python.
+
+    Numba's own dispatch would look at the type of every argument in every call; here they are looked at
+    once, and every later call must have arguments of the same types.
+    """
+    key = (function, static)
+    if key not in _compiled:
+        signature = tuple(typeof(argument) for argument in (static, *rest))
+        function.compile(signature)
+        compiled = function.overloads[signature]
+        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+        _compiled[key] = address, compiled.entry_point
+    return _compiled[key]
+
+
 def launch(function: Any, static: Static, workers: int, job: tuple[Any, ...]) -> None:
     """Run ``function(static, worker, workers, job)`` in each of some threads; in this one, where it is one.
 
@@ -121,15 +137,8 @@ def launch(function: Any, static: Static, workers: int, job: tuple[Any, ...]) ->
     job : tuple
         Arrays and scalars; each has the same type in every call of a function.
     """
-    key = (function, static)
-    if key not in _compiled:
-        signature = (typeof(static), types.intp, types.intp, typeof(job))
-        function.compile(signature)
-        compiled = function.overloads[signature]
-        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-        _compiled[key] = address, compiled.entry_point
-    address, entry_point = _compiled[key]
+    address, call = entry(function, static, 0, 1, job)
     if workers == 1:  # a parallel region costs more than small work
-        entry_point(static, 0, 1, job)
+        call(static, 0, 1, job)
     else:
         _run(COMMON, address, workers, job)

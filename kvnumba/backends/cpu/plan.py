@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cpu.jit import COMMON, kernel, plain
+from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
 from kvnumba.backends.cpu.tiles import FEW, MANY
 
 MIN_SPLIT = 512  # keys that are worth a piece of their own
@@ -57,9 +57,11 @@ class Plan(NamedTuple):
 
 def plan_batch(batch, num_kv_heads, group, head_dim, window_left, num_threads):
     """Cut a batch into pieces that keep `num_threads` threads equally busy."""
-    pieces, merges, num_partials, workers, least, most = cut(
-        COMMON, batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
-    )
+    arguments = (
+        batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
+    )  # fmt: skip
+    _, call = entry(cut, COMMON, *arguments)
+    pieces, merges, num_partials, workers, least, most = call(COMMON, *arguments)
     sizes = [(least, pieces)] if least == most else sort_by_size(pieces)
     return Plan(
         batch.block_table, batch.seq_lens, batch.query_start_loc, sizes, merges, num_partials, workers

@@ -5,16 +5,19 @@ from __future__ import annotations
 from kvnumba.backends.cpu.codecs import encode_row, place
 from kvnumba.backends.cpu.jit import kernel, plain
 
+CHUNK = 32  # tokens of a head that are written together: runs that the memory system streams
+
 
 @plain
-def write_token(
-    x, strides, token, slot, first_block, block_size, num_heads, head_dim, fmt, codes, scale, zero
-):
-    """Encode all heads of a token; rows of the storage are numbered (block * H + head) * block_size + offset."""
-    block = first_block + slot // block_size
+def write_chunk(
+    x, strides, begin, end, slot_mapping, first_block, block_size, num_heads, head_dim, codes, scale, zero, fmt
+):  # fmt: skip
+    """Encode some tokens; rows of the storage are numbered (block * H + head) * block_size + offset."""
     for head in range(num_heads):
-        row = (block * num_heads + head) * block_size + slot % block_size
-        encode_row(x, place(token, head, strides), head_dim, fmt, codes, row, scale, zero)
+        for token in range(begin, end):
+            slot = slot_mapping[token]
+            row = ((first_block + slot // block_size) * num_heads + head) * block_size + slot % block_size
+            encode_row(x, place(token, head, strides), head_dim, fmt, codes, row, scale, zero)
 
 
 @kernel
@@ -28,15 +31,16 @@ def write(static, worker, workers, job):
         k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
     ) = job  # fmt: skip
     count = slot_mapping.shape[0]
-    for token in range(worker * count // workers, (worker + 1) * count // workers):
-        slot = slot_mapping[token]
-        write_token(
-            k, strides[0], token, slot, first_block, block_size, num_heads, head_dim,
-            k_format, k_codes, k_scale, k_zero,
+    end_of_share = (worker + 1) * count // workers
+    for begin in range(worker * count // workers, end_of_share, CHUNK):
+        end = min(begin + CHUNK, end_of_share)
+        write_chunk(
+            k, strides[0], begin, end, slot_mapping, first_block, block_size, num_heads, head_dim,
+            k_codes, k_scale, k_zero, k_format,
         )  # fmt: skip
-        write_token(
-            v, strides[1], token, slot, first_block, block_size, num_heads, head_dim,
-            v_format, v_codes, v_scale, v_zero,
+        write_chunk(
+            v, strides[1], begin, end, slot_mapping, first_block, block_size, num_heads, head_dim,
+            v_codes, v_scale, v_zero, v_format,
         )  # fmt: skip
 
 

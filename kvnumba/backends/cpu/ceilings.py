@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -73,29 +73,15 @@ def _compute(static, worker, workers, job):
     out[worker] = _multiply_add(count, x)
 
 
-def read_bandwidth(repeats: int = 10) -> float:
-    """Bytes read in a second by all threads, from an array much larger than the caches."""
+def reading() -> tuple[Callable[[], None], int]:
+    """A call that reads an array much larger than the caches in all threads, and the bytes that it reads."""
     x = np.ones(BYTES // 4, np.float32)
-    out = np.zeros(numba.get_num_threads(), np.float32)
-    job = (x, out)
-    return x.nbytes / _best(job, _read, repeats)
+    job = (x, np.zeros(numba.get_num_threads(), np.float32))
+    return lambda: launch(_read, COMMON, numba.get_num_threads(), job), x.nbytes
 
 
-def multiply_add_rate(repeats: int = 5) -> float:
-    """Floating-point operations a second of all threads, two for each multiply-add."""
+def computing() -> tuple[Callable[[], None], int]:
+    """A call that multiplies and adds in all threads, and its floating-point operations, two for each."""
     count, threads = 2_000_000, numba.get_num_threads()
     job = (count, np.float32(0.5), np.zeros(threads, np.float32))
-    return 2 * 16 * LANES * count * threads / _best(job, _compute, repeats)
-
-
-def _best(job: tuple, function: object, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        launch(function, COMMON, numba.get_num_threads(), job)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-if __name__ == "__main__":
-    print(f"read {read_bandwidth() / 1e9:.1f} GB/s, multiply-add {multiply_add_rate() / 1e9:.0f} GFLOP/s")
+    return lambda: launch(_compute, COMMON, threads, job), 2 * 16 * LANES * count * threads

@@ -1,0 +1,89 @@
+"""Decoding and prompts, out of shuffled blocks: kvnumba in every format, its peers, and the machine's ceilings.
+
+``pytest benchmarks`` runs all of it; each result is checked against the float64 oracle before it is timed.
+"""
+
+import numpy as np
+import oracle
+import ours
+import peers
+import pytest
+from shapes import problem
+
+from kvnumba.formats import FORMATS
+from kvnumba.registry import available_backends
+
+LONG = 16_384  # tokens of all sequences together, from which a problem is marked `long`
+
+DECODE = {
+    **{f"llama-3-8b 1 x {length}": ("llama-3-8b", 1, length, 1, 128) for length in (64, 1024, 8192, 32768, 131072)},
+    "llama-3-8b 16 x 4096": ("llama-3-8b", 16, 4096, 1, 128),
+    "llama-3-8b 1 x 32768, blocks of 16": ("llama-3-8b", 1, 32768, 1, 16),
+    "llama-2-7b 1 x 8192": ("llama-2-7b", 1, 8192, 1, 128),
+    "qwen3-32b 1 x 32768": ("qwen3-32b", 1, 32768, 1, 128),
+    "gemma-2-9b 1 x 8192": ("gemma-2-9b", 1, 8192, 1, 128),
+    "bundled 1 x 4096, real text": ("bundled", 1, 4096, 1, 128),
+}  # fmt: skip
+PREFILL = {
+    "llama-3-8b 512 new on 8192": ("llama-3-8b", 1, 8192, 512, 128),
+    "bundled 512 new on 4096, real text": ("bundled", 1, 4096, 512, 128),
+}
+"""Name -> model, batch, length, new tokens of each sequence, block_size."""
+
+OURS = [(f"kvnumba {backend}", fmt) for backend in available_backends() for fmt in FORMATS]
+THEIRS = [(name, fmt) for name, (_, formats) in peers.PEERS.items() for fmt in formats]
+
+
+def cases(problems):
+    return [
+        pytest.param(name, spec, id=name, marks=[pytest.mark.long] if spec[1] * spec[2] >= LONG else [])
+        for name, spec in problems.items()
+    ]
+
+
+def run(benchmark, kind, name, spec, implementation, fmt):
+    p = problem(*spec)
+    benchmark.group = f"{kind} {name}"
+    benchmark.extra_info.update(implementation=implementation, format=fmt)
+    if implementation in peers.PEERS:
+        reason = peers.unavailable(implementation)
+        if reason:
+            pytest.skip(reason)
+        try:
+            call = peers.PEERS[implementation][0](p, fmt)
+        except (NotImplementedError, RuntimeError) as error:
+            pytest.skip(f"{implementation}, {fmt}: {error}")
+        kept = p.k, p.v
+    else:
+        cache, call = ours.paged(p, fmt, implementation.removeprefix("kvnumba "))
+        benchmark.extra_info["bytes"] = p.k.shape[0] * p.k.shape[1] * cache.bytes_per_token()
+        ids = sorted(cache.seq_lens)
+        pairs = [cache.get_kv(i) for i in ids]
+        kept = tuple(np.stack([pair[n] for pair in pairs]).swapaxes(1, 2) for n in range(2))
+    out = call()
+    check(out, p.q, *kept, exact=implementation not in peers.PEERS)
+    rounds = 3 if p.q.shape[1] > 1 else 11
+    benchmark.pedantic(call, rounds=rounds, warmup_rounds=1, iterations=1)
+
+
+def check(out, q, k, v, exact):
+    """The first and the last sequence's newest tokens against the oracle; peers may keep fewer bits."""
+    for b in {0, len(q) - 1}:
+        tail = q[b][-4:]
+        want, _ = oracle.attention(tail, k[b].swapaxes(0, 1), v[b].swapaxes(0, 1))
+        allowed = 2e-6 * max(1, np.abs(want).max()) if exact else 0.3
+        assert np.abs(out[b][-4:] - want).max() <= allowed
+
+
+@pytest.mark.parametrize(("implementation", "fmt"), OURS + THEIRS)
+@pytest.mark.parametrize(("name", "spec"), cases(DECODE))
+def bench_decode(benchmark, name, spec, implementation, fmt):
+    if implementation == "kvnumba numpy" and spec[1] * spec[2] >= LONG:
+        pytest.skip("the reference is not for speed")
+    run(benchmark, "decode", name, spec, implementation, fmt)
+
+
+@pytest.mark.parametrize(("implementation", "fmt"), OURS + THEIRS)
+@pytest.mark.parametrize(("name", "spec"), cases(PREFILL))
+def bench_prefill(benchmark, name, spec, implementation, fmt):
+    run(benchmark, "prefill", name, spec, implementation, fmt)

@@ -1,0 +1,38 @@
+"""kvnumba's side of a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from shapes import Problem
+
+import kvnumba
+
+
+def paged(problem: Problem, fmt: str, backend: str) -> tuple[kvnumba.PagedKVCache, Callable[[], np.ndarray]]:
+    """A paged cache that holds the problem, and its attention as a call without arguments."""
+    batch, new, num_qo_heads, head_dim = problem.q.shape
+    length, num_kv_heads = problem.k.shape[1:3]
+    size, blocks = problem.block_size, problem.block_table.shape[1]
+    cache = kvnumba.PagedKVCache(
+        batch * blocks, size, num_kv_heads, head_dim, batch * blocks, fmt, backend=backend
+    )
+    shuffle(cache)
+    ids = [cache.add_sequence() for _ in range(batch)]
+    for seq_id, k, v in zip(ids, problem.k, problem.v, strict=True):
+        for start in range(0, length - new, 4096):
+            part = slice(start, min(start + 4096, length - new))
+            cache.update(seq_id, k[part].swapaxes(0, 1), v[part].swapaxes(0, 1))
+    step = cache.step(ids, [new] * batch)
+    step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
+    q = problem.q.reshape(-1, num_qo_heads, head_dim)
+    return cache, lambda: step.attend(q).reshape(problem.q.shape)
+
+
+def shuffle(cache: kvnumba.PagedKVCache) -> None:
+    """Leave the free blocks of an empty cache in a random order."""
+    ids = [cache.add_sequence() for _ in range(cache.num_blocks)]
+    cache.step(ids, [cache.block_size] * len(ids))
+    for i in np.random.default_rng(1).permutation(len(ids)):
+        cache.finish_sequence(ids[i])

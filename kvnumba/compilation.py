@@ -1,0 +1,40 @@
+"""Compile kernels before they are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvnumba import arguments
+from kvnumba.cache import KVCache
+from kvnumba.quantization import dequantize, quantize
+
+
+def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None = None) -> None:
+    """Compile, or load from disk, the kernels that a model's caches will run.
+
+    On the `cpu` backend they depend on the query heads of a KV head only, not on formats, head_dim or lengths.
+    Without this call each compiles at its first use: about 20 s in all, once for an installation.
+
+    Parameters
+    ----------
+    num_qo_heads, num_kv_heads : int
+        Of the model; the first is a multiple of the second.
+    backend : str, optional
+        Default: the one that is chosen.
+    """
+    num_kv_heads = arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
+    num_qo_heads = arguments.integer("num_qo_heads", num_qo_heads, minimum=1)
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"num_qo_heads: expected a multiple of num_kv_heads={num_kv_heads}; got {num_qo_heads}"
+        )
+    group = num_qo_heads // num_kv_heads
+    # long rows: a short cache is then work enough for several threads, whose results are merged
+    cache = KVCache(1, 1500, 1, 2048, "int8", backend=backend)
+    k = np.zeros((1, 1, 1400, 2048), np.float32)
+    for new in (k, k[:, :, :1]):
+        cache.update(new, new)
+    for count in (1, -(-9 // group), -(-17 // group)):  # a few rows of scores, some, and many
+        cache.attend(np.zeros((1, group, count, 2048), np.float32))
+    cache.get_kv(0)
+    dequantize(*quantize(k[0, 0, :1], backend=backend), backend=backend)
