@@ -10,8 +10,10 @@ from shapes import Problem
 import kvnumba
 
 
-def paged(problem: Problem, fmt: str, backend: str) -> tuple[kvnumba.PagedKVCache, Callable[[], np.ndarray]]:
-    """A paged cache that holds the problem, and its attention as a call without arguments."""
+def paged(
+    problem: Problem, fmt: str, backend: str
+) -> tuple[kvnumba.PagedKVCache, list[int], Callable[[], np.ndarray]]:
+    """A paged cache that holds the problem, its sequences, and their attention as a call without arguments."""
     batch, new, num_qo_heads, head_dim = problem.q.shape
     length, num_kv_heads = problem.k.shape[1:3]
     size, blocks = problem.block_size, problem.block_table.shape[1]
@@ -27,7 +29,7 @@ def paged(problem: Problem, fmt: str, backend: str) -> tuple[kvnumba.PagedKVCach
     step = cache.step(ids, [new] * batch)
     step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
     q = problem.q.reshape(-1, num_qo_heads, head_dim)
-    return cache, lambda: step.attend(q).reshape(problem.q.shape)
+    return cache, ids, lambda: step.attend(q).reshape(problem.q.shape)
 
 
 def shuffle(cache: kvnumba.PagedKVCache) -> None:

@@ -29,12 +29,14 @@ SMALL = textwrap.dedent("""
     def attend_once(fmt, seed, length=700):
         normal = lambda *shape: np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         cache = kvnumba.KVCache(1, 2000, 2, 16, fmt, backend="cpu")
-        k, v, q = normal(1, 2, length, 16), 2 * normal(1, 2, length, 16), normal(1, 4, 9, 16)
+        k, v = normal(1, 2, length, 16), 2 * normal(1, 2, length, 16)
         cache.update(k, v)
         oracle.assert_stored(cache.get_kv(0)[0], k[0], fmt)
-        out, lse = cache.attend(q, return_lse=True)
-        actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
-        oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0))
+        for new_tokens in (1, 9):  # a few rows of scores, and many
+            q = normal(1, 4, new_tokens, 16)
+            out, lse = cache.attend(q, return_lse=True)
+            actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
+            oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0))
 """).format(tests=os.path.dirname(oracle.__file__))
 
 
@@ -169,16 +171,32 @@ def test_one_contiguous_cache_from_two_threads():
     assert run(script) == "alive"
 
 
-def test_a_plain_processor(tmp_path):
-    """The same kernels for a processor without AVX, compiled afresh."""
+PROCESSORS = {
+    "plain": ({"x86_64": "x86-64", "AMD64": "x86-64"}.get(os.uname().machine, "generic"), ""),
+    "avx2": ("haswell", "+avx2,+fma,+f16c,+avx,+sse4.2"),
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_other_processors(processor, tmp_path):
+    """The same kernels with narrower vectors and without this processor's instructions, compiled afresh."""
+    name, features = PROCESSORS[processor]
+    if processor != "plain" and "avx2" not in describe_processor():
+        pytest.skip("this processor has no AVX2")
     script = """
-        import platform
         for fmt in ("float32", "float16", "bfloat16", "int8", "int4"):
             attend_once(fmt, 1)
-        print(platform.machine())
+        from kvnumba.backends.cpu import simd
+        print(simd.LANES, simd.HAS_HALF)
     """
-    cpu = {"x86_64": "x86-64", "AMD64": "x86-64"}.get(os.uname().machine, "generic")
-    run(script, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
+    printed = run(script, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ("8 False" if processor == "plain" else "8 True")
+
+
+def describe_processor():
+    from kvnumba.backends.cpu import describe
+
+    return dict(describe())["processor"]
 
 
 def test_an_installation_that_cannot_be_written():
@@ -198,3 +216,37 @@ def test_an_installation_that_cannot_be_written():
         print([options.get("cache") for options in calls])
     """
     assert run(script) == "[True, None]"
+
+
+def test_kernels_stay_on_disk_until_a_source_changes(tmp_path):
+    """A second process compiles nothing; one with another source does."""
+    script = """
+        import kvnumba.backends.cpu.jit as jit
+        {change}
+        attend_once("int8", 1)
+        from kvnumba.backends.cpu import attend
+        print(sum(attend.attend.stats.cache_misses.values()))
+    """
+    change = "jit._sources = lambda: 'another'"
+    runs = ("pass", "pass", change)
+    misses = [run(script.format(change=text), NUMBA_CACHE_DIR=str(tmp_path)) for text in runs]
+    assert int(misses[0]) > 0
+    assert int(misses[1]) == 0
+    assert int(misses[2]) > 0
+
+
+def test_warmup_compiles_all(tmp_path):
+    script = """
+        from kvnumba.backends.cpu import jit
+        kvnumba.warmup(8, 2, backend="cpu")
+        before = set(jit._compiled)
+        x = np.ones((2, 700, 64), np.float32)
+        cache = kvnumba.PagedKVCache(80, 16, 2, 64, 2, "int4", backend="cpu")
+        seq_id = cache.add_sequence()
+        for tokens in (690, 4, 3, 1):
+            cache.update(seq_id, x[:, :tokens], x[:, :tokens])
+            cache.attend(seq_id, np.ones((8, tokens, 64), np.float32))
+        cache.get_kv(seq_id)
+        print(set(jit._compiled) == before)
+    """
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "True"

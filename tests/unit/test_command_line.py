@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from kvnumba.formats import FORMATS
+
 from kvnumba import __main__ as command_line
 
 DEMO = ["demo", "--bytes", "60", "--new", "3", "--backend", "numpy"]
@@ -104,3 +106,11 @@ class TestDemo:
         with pytest.raises(SystemExit):
             command_line.main([*DEMO, "--prompt", str(tmp_path / "empty")])
         assert "is empty" in capsys.readouterr().err
+
+
+def test_bench(capsys, monkeypatch):
+    monkeypatch.setattr("kvnumba.bench.CONTEXTS", (128, 256))
+    monkeypatch.setattr("kvnumba.bench.torch_peers", dict)
+    command_line.main(["bench", "--backend", "numpy"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if re.match(r"(float|bfloat|int)\d+ ", line)] == list(FORMATS)
