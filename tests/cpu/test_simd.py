@@ -102,7 +102,9 @@ def test_centred_codes(fmt, rng):
     codes = rng.integers(0, 256, LANES).astype(np.uint8)
     out = np.empty(2 * LANES, np.float32)
     compiled(lambda e, source: load_chunk(e, number, source))(codes, out)
-    want = codes.astype(np.float32) if fmt == "int8" else np.concatenate([codes >> 4, codes & 15]).astype(float)
+    want = (
+        codes.astype(np.float32) if fmt == "int8" else np.concatenate([codes >> 4, codes & 15]).astype(float)
+    )
     np.testing.assert_array_equal(out[: len(want)], want - CENTER[number])
 
 

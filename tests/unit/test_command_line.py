@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from kvnumba.formats import FORMATS
-
 from kvnumba import __main__ as command_line
+from kvnumba.formats import FORMATS
 
 DEMO = ["demo", "--bytes", "60", "--new", "3", "--backend", "numpy"]
 
