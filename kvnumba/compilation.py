@@ -34,7 +34,7 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
     k = np.zeros((1, 1, 1400, 2048), np.float32)
     for new in (k, k[:, :, :1]):
         cache.update(new, new)
-    for count in (1, -(-9 // group), -(-17 // group)):  # a few rows of scores, some, and many
+    for count in (1, 2, -(-9 // group), -(-17 // group)):  # from a few rows of scores to many
         cache.attend(np.zeros((1, group, count, 2048), np.float32))
     cache.get_kv(0)
     dequantize(*quantize(k[0, 0, :1], backend=backend), backend=backend)

@@ -132,7 +132,7 @@ def test_a_plan_covers_everything_once(window_left, group, num_threads):
             last_head = piece[plan.FIRST_HEAD] + heads
             keys = slice(piece[plan.FIRST_KEY], piece[plan.END_KEY])
             seen[first : first + tokens, piece[plan.FIRST_HEAD] : last_head, keys] += 1
-            partials += [piece[plan.PARTIAL]] * (piece[plan.PARTIAL] >= 0)
+            partials += [piece[plan.PARTIAL]] * int(piece[plan.PARTIAL] >= 0)
     for s in range(4):
         for i in range(new[s]):
             token, position = batch.query_start_loc[s] + i, seq_lens[s] - new[s] + i

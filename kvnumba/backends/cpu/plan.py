@@ -19,10 +19,10 @@ SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before a
 MOST = MANY[-1]
 
 # Columns of the table of pieces.
-SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, FIRST_KEY, END_KEY, PART, PARTIAL = range(
-    10
-)
-PIECE_COLUMNS = 10
+(
+    SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, ROWS, FIRST_KEY, END_KEY, PART, PARTIAL
+) = range(11)  # fmt: skip
+PIECE_COLUMNS = 11
 # Columns of the table of merges.
 MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, FIRST_PARTIAL, NUM_PARTIALS, MERGE_TOKENS = range(6)
 MERGE_COLUMNS = 6
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     ----------
     block_table, seq_lens, query_start_loc
         Of the batch.
-    pieces : list of (int, (N, 10) int64)
+    pieces : list of (int, (N, 11) int64)
         For each number of rows that kernels are compiled for, the pieces of that size. PART counts the pieces
         of one range of keys, and PARTIAL is the number of a partial result, or -1 for a piece that is the
         whole range.
@@ -70,8 +70,7 @@ def plan_batch(batch, num_kv_heads, group, head_dim, window_left, num_threads):
 
 def sort_by_size(pieces):
     """Pieces of each number of rows, the largest first: what takes longest is best begun early."""
-    rows = np.array([rows_of.py_func(n) for n in (pieces[:, NUM_TOKENS] * pieces[:, NUM_HEADS]).tolist()])
-    return [(int(size), pieces[rows == size]) for size in np.unique(rows)[::-1]]
+    return [(int(size), pieces[pieces[:, ROWS] == size]) for size in np.unique(pieces[:, ROWS])[::-1]]
 
 
 @kernel
@@ -90,10 +89,13 @@ def cut(static, seq_lens, query_start_loc, num_kv_heads, group, head_dim, window
 
 
 @plain
-def rows_of(rows):
-    """The number of rows, of those that kernels are compiled for, that serves so many."""
+def rows_of(rows, count):
+    """The number of rows, of those that kernels are compiled for, that serves so many of `count` new tokens.
+
+    A single token has a kernel of its own size; other sizes are few, to compile few kernels.
+    """
     if rows <= FEW:
-        return rows
+        return rows if count == 1 else FEW
     return MANY[0] if rows <= MANY[0] else MOST
 
 
@@ -140,7 +142,7 @@ def count_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, sp
             begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
             parts = (end - begin + split - 1) // split
             for head in range(0, group, heads):
-                rows = rows_of(tokens * min(heads, group - head))
+                rows = rows_of(tokens * min(heads, group - head), count)
                 least, most = min(least, rows), max(most, rows)
                 num_pieces += parts * num_kv_heads
                 if parts > 1:
@@ -180,6 +182,7 @@ def fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, spl
                         pieces[n, NUM_HEADS] = min(heads, group - head)
                         pieces[n, FIRST_TOKEN] = first
                         pieces[n, NUM_TOKENS] = tokens
+                        pieces[n, ROWS] = rows_of(tokens * min(heads, group - head), count)
                         pieces[n, FIRST_KEY] = min(begin + part * length, end)
                         pieces[n, END_KEY] = min(begin + (part + 1) * length, end)
                         pieces[n, PART] = part
