@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -260,17 +261,23 @@ def _flat(*views: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
 
     Memory in the order of the axes, or with n and heads swapped, is taken as it lies; any other is copied.
     """
-    memory, strides = [], []
+    memory, kinds = [], []
     for x in views:
-        _, count, heads = x.shape[:3]
-        row = x.shape[3] if x.ndim == 4 else 1
-        if x.flags.c_contiguous:
-            strides.append((count, count * heads * row, heads * row, row))
-        else:
-            x = np.ascontiguousarray(x.swapaxes(1, 2))
-            strides.append((count, heads * count * row, row, count * row))
-        memory.append(_writable(x).reshape(-1))
-    return memory, np.array(strides)
+        in_order = x.flags.c_contiguous
+        memory.append(_writable(x if in_order else np.ascontiguousarray(x.swapaxes(1, 2))).reshape(-1))
+        kinds.append((x.shape, in_order))
+    return memory, _strides(*kinds)
+
+
+@functools.lru_cache(1024)
+def _strides(*kinds: tuple[tuple[int, ...], bool]) -> np.ndarray:
+    """Of views by their shapes and whether their memory is in the order of their axes."""
+    rows = []
+    for (_, count, heads, *rest), in_order in kinds:
+        row = math.prod(rest)
+        token_and_head = (heads * row, row) if in_order else (row, count * row)
+        rows.append((count, count * heads * row, *token_and_head))
+    return np.array(rows)
 
 
 def _writable(x: Any) -> Any:
