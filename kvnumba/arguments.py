@@ -55,7 +55,7 @@ def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scor
     sm_scale = options.get("sm_scale")
     sm_scale = head_dim**-0.5 if sm_scale is None else _real("sm_scale", sm_scale)
     window_left = integer("window_left", options.get("window_left", -1), minimum=-1)
-    soft_cap = _real("logits_soft_cap", options.get("logits_soft_cap", 0.0))
+    soft_cap = float(np.float32(_real("logits_soft_cap", options.get("logits_soft_cap", 0.0))))
     if soft_cap < 0:
         raise ValueError(f"logits_soft_cap: expected 0 (off) or more; got {soft_cap}")
     per_head = {

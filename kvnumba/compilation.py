@@ -8,6 +8,13 @@ from kvnumba import arguments
 from kvnumba.cache import KVCache
 from kvnumba.quantization import dequantize, quantize
 
+TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
+
+
+def tile_counts(group: int) -> range:
+    """Numbers of new tokens that meet every kernel, of `group` query heads for each KV head."""
+    return range(1, max(3, min(TILE, TILE // group + 2)))
+
 
 def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None = None) -> None:
     """Compile, or load from disk, the kernels that a model's caches will run.
@@ -34,7 +41,11 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
     k = np.zeros((1, 1, 1400, 2048), np.float32)
     for new in (k, k[:, :, :1]):
         cache.update(new, new)
-    for count in (1, 2, -(-9 // group), -(-17 // group)):  # from a few rows of scores to many
-        cache.attend(np.zeros((1, group, count, 2048), np.float32))
+    cache.attend(np.zeros((1, group, 1, 2048), np.float32))
+    # every number of new tokens up to a whole tile and what may be left of a prompt
+    short = KVCache(1, TILE, 1, 8, backend=backend)
+    short.update(k[:, :, :TILE, :8], k[:, :, :TILE, :8])
+    for count in tile_counts(group):
+        short.attend(np.zeros((1, group, count, 8), np.float32))
     cache.get_kv(0)
     dequantize(*quantize(k[0, 0, :1], backend=backend), backend=backend)

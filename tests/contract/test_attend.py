@@ -217,12 +217,22 @@ def test_float_formats_let_nan_and_infinity_pass(backend):
     np.testing.assert_array_equal(cache.get_kv(0)[0][0, 0], np.array([np.nan, np.inf, -np.inf, np.inf]))
 
 
-def test_nan_in_the_cache_reaches_the_lse(backend, normal):
-    cache = kvnumba.KVCache(1, 4, 1, 8, backend=backend)
-    cache.update(np.full((1, 1, 4, 8), np.nan, np.float32), normal(1, 1, 4, 8))
-    out, lse = cache.attend(normal(1, 2, 1, 8), return_lse=True)
+@pytest.mark.parametrize("length", [4, 1500])
+def test_nan_in_the_cache_reaches_the_lse(backend, length, normal):
+    """Also where several threads share the keys."""
+    cache = kvnumba.KVCache(1, length, 1, 128, backend=backend)
+    cache.update(np.full((1, 1, length, 128), np.nan, np.float32), normal(1, 1, length, 128))
+    out, lse = cache.attend(normal(1, 32, 1, 128), return_lse=True)
     assert np.isnan(out).all()
     assert np.isnan(lse).all()
+
+
+@pytest.mark.parametrize("window_left", [2**31 - 1, 2**31, 2**32 + 5, 2**62])
+def test_windows_wider_than_any_sequence(backend, window_left, normal):
+    cache = kvnumba.KVCache(1, 70, 1, 8, backend=backend)
+    cache.update(normal(1, 1, 70, 8), normal(1, 1, 70, 8))
+    q = normal(1, 2, 3, 8)
+    np.testing.assert_array_equal(cache.attend(q, window_left=window_left), cache.attend(q))
 
 
 def test_keys_of_no_weight(backend, normal):

@@ -26,7 +26,7 @@ SMALL = textwrap.dedent("""
     sys.path.insert(0, {tests!r})
     import oracle
 
-    def attend_once(fmt, seed, length=700):
+    def attend_once(fmt, seed, length=700, **options):
         normal = lambda *shape: np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         cache = kvnumba.KVCache(1, 2000, 2, 16, fmt, backend="cpu")
         k, v = normal(1, 2, length, 16), 2 * normal(1, 2, length, 16)
@@ -34,9 +34,9 @@ SMALL = textwrap.dedent("""
         oracle.assert_stored(cache.get_kv(0)[0], k[0], fmt)
         for new_tokens in (1, 9):  # a few rows of scores, and many
             q = normal(1, 4, new_tokens, 16)
-            out, lse = cache.attend(q, return_lse=True)
+            out, lse = cache.attend(q, return_lse=True, **options)
             actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
-            oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0))
+            oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *cache.get_kv(0), **options)
 """).format(tests=os.path.dirname(oracle.__file__))
 
 
@@ -186,6 +186,8 @@ def test_other_processors(processor, tmp_path):
     script = """
         for fmt in ("float32", "float16", "bfloat16", "int8", "int4"):
             attend_once(fmt, 1)
+        masks = dict(window_left=300, logits_soft_cap=5.0, alibi_slopes=[0.1, 0.2, 0.3, 0.4], sinks=[0.0] * 4)
+        attend_once("int8", 2, **masks)
         from kvnumba.backends.cpu import simd
         print(simd.LANES, simd.HAS_HALF)
     """

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from kvnumba import compilation
 from kvnumba.backends.cpu import plan
 from kvnumba.backends.cpu.codecs import CENTER, FORMAT_ID, load_chunk
 from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, constant, vector
@@ -111,6 +112,18 @@ def test_centred_codes(fmt, rng):
 def test_broadcast_lanes():
     x = np.arange(LANES, dtype=np.float32)
     assert (mapped(lambda e, v: e.splat(e.builder.extract_element(v, I32(3))), x) == 3).all()
+
+
+@pytest.mark.parametrize("group", [*range(1, 17), 24, 65, 70])
+def test_warmup_meets_every_size(group):
+    """The kernels that `warmup` runs are all that prompts of any length and single tokens need."""
+
+    def sizes(counts):
+        lengths = np.full(1, 600, np.int32)
+        batches = [Batch.of(np.zeros((1, 1), np.int32), lengths, np.array([count])) for count in counts]
+        return {rows for b in batches for rows, _ in plan.plan_batch(b, 1, group, 8, -1, 2).pieces}
+
+    assert sizes(range(1, 300)) == sizes(compilation.tile_counts(group))
 
 
 @pytest.mark.parametrize("window_left", [-1, 100])

@@ -18,7 +18,7 @@ from kvnumba.backends.cpu.codecs import FORMAT_ID
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import Plan, plan_batch
 from kvnumba.backends.cpu.simd import LANES, target_features
-from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
+from kvnumba.formats import SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
 
 # Numba's workqueue threading layer aborts the process when two threads enter kernels at once. Every kernel
@@ -63,7 +63,7 @@ class CpuBackend:
         self._counter = np.zeros(1, np.int64)
 
     def allocate(self, layout: Layout) -> CpuBuffers:
-        host = allocate_on_host(layout, _aligned_zeros)
+        host = allocate_on_host(layout, _storage)
         return CpuBuffers(layout, host.keys, host.values, _rows(host.keys), _rows(host.values))
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
@@ -179,9 +179,10 @@ class CpuBackend:
             _NONE if scoring.sinks is None else _writable(scoring.sinks),
             _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
         )
-        most = max(rows for rows, _ in plan.pieces)
         with _ONE_AT_A_TIME:
-            partials = self._space("partials", (plan.num_partials, most, head_dim + 1), np.float32)
+            partials = self._space(
+                "partials", (plan.num_partials, plan.partial_rows, head_dim + 1), np.float32
+            )
             for rows, pieces in plan.pieces:
                 num_floats, num_runs = attend.scratch_sizes(rows, head_dim)
                 self._counter[0] = 0
@@ -211,18 +212,17 @@ class CpuBackend:
         """Scratch that is kept between calls: fresh memory costs a page fault every 4 KiB."""
         size = math.prod(shape)
         if name not in self._scratch or self._scratch[name].size < size:
-            self._scratch[name] = _aligned_zeros((size,), np.dtype(dtype))
+            self._scratch[name] = _aligned_zeros((size,), np.dtype(dtype), spare_bytes=0)
         return self._scratch[name][:size].reshape(shape)
 
 
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
-    x = np.zeros((1, 2), np.float32)
-    CpuBackend().encode(x, FORMATS["float32"], 2)  # the threading layer is known once a kernel has run
+    num_threads = numba.get_num_threads()  # starts the threading layer, which is known from then on
     features = target_features()
     vectors = [name for name in VECTOR_FEATURES if features.get(name)]
     return [
-        ("threads", f"{numba.get_num_threads()} of {os.cpu_count()} processors"),
+        ("threads", f"{num_threads} of {os.cpu_count()} processors"),
         ("threading layer", numba.threading_layer()),
         (
             "processor",
@@ -236,11 +236,15 @@ def _workers(num_values: int) -> int:
     return 1 if num_values <= SERIAL_VALUES else numba.get_num_threads()
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros that begin at a cache line, with memory behind them for kernels that read whole tiles."""
+def _storage(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeroed rows, with memory behind them for kernels that read whole tiles."""
+    return _aligned_zeros(shape, dtype, OVERREAD * shape[-1] * dtype.itemsize + 2 * ALIGNMENT)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], spare_bytes: int) -> np.ndarray:
+    """Zeros that begin at a cache line."""
     count = math.prod(shape)
-    extra = OVERREAD * shape[-1] * dtype.itemsize + 2 * ALIGNMENT
-    memory = np.zeros(count * dtype.itemsize + extra + ALIGNMENT, np.uint8)
+    memory = np.zeros(count * dtype.itemsize + spare_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
@@ -277,7 +281,7 @@ def _strides(*kinds: tuple[tuple[int, ...], bool]) -> np.ndarray:
         row = math.prod(rest)
         token_and_head = (heads * row, row) if in_order else (row, count * row)
         rows.append((count, count * heads * row, *token_and_head))
-    return np.array(rows)
+    return np.array(rows, np.int64)
 
 
 def _writable(x: Any) -> Any:

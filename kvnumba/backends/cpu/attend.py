@@ -56,6 +56,7 @@ FEW_PHASE, MANY_PHASE = 128, 64
 
 CENTER_INT8, CENTER_INT4 = CENTER[INT8], CENTER[INT4]
 AHEAD = 16  # tokens between what is read and what is prefetched
+FARTHEST = (1 << 31) - 1  # more tokens than a window can be wide
 NEVER = -(1 << 30)  # the position of a row that pads a vector: it sees nothing
 
 # Columns of the table of runs: first row, tokens, where their scores begin, position of the first.
@@ -68,15 +69,14 @@ def padded(head_dim):
 
 
 def scratch_sizes(rows, head_dim):
-    """Floats and runs that a worker needs for pieces of up to so many rows."""
+    """Floats and runs that a worker of a kernel for so many rows needs: what `attend_piece` cuts up."""
     shape = shape_of(rows)
     phase = FEW_PHASE if rows <= FEW else MANY_PHASE
     width = shape.vectors * LANES
     floats = (
         COLUMN_FACTS * width
-        + 3 * (width + 4) * padded(head_dim)
-        + (phase + shape.tokens) * shape.columns
-        + (phase + shape.tokens) * head_dim
+        + 3 * shape.columns * padded(head_dim)
+        + (phase + shape.tokens) * (shape.columns + head_dim)
         + 2 * LANES
     )
     return -(-floats // LANES) * LANES, phase + 2
@@ -203,7 +203,7 @@ def attend_piece(
         for column in range(r, width, columns):
             facts[QUERY_SUM, column] = query_sum
 
-    reach = np.int32(window_left if window_left >= 0 else (1 << 31) - 1)
+    reach = np.int32(min(window_left, FARTHEST) if window_left >= 0 else FARTHEST)
     plain_scores = window_left < 0 and soft_cap == 0 and slopes.shape[0] == 0
     seen_by_all = position if plain_scores else -1
     key, end = piece[FIRST_KEY], piece[END_KEY]
@@ -312,13 +312,14 @@ def merge(static, worker, workers, job):
         end = first + merges[m, NUM_PARTIALS]
         for r in range(merges[m, MERGE_TOKENS] * heads):
             token, qo_head = merges[m, MERGE_TOKEN] + r // heads, merges[m, MERGE_HEAD] + r % heads
-            top = np.float32(-np.inf)
+            top, unseen = np.float32(-np.inf), True
             for p in range(first, end):
-                top = max(top, partials[p, r, head_dim])
+                top = max(top, partials[p, r, head_dim])  # NaN is passed over here, and weighs NaN below
+                unseen = unseen and partials[p, r, head_dim] == -np.inf
             start = place(token, qo_head, strides[1])
             out[start : start + head_dim] = 0
             lse[place(token, qo_head, strides[2])] = top
-            if top == -np.inf:
+            if unseen:
                 continue
             weight_sum = np.float32(0)
             for p in range(first, end):

@@ -10,6 +10,8 @@ from typing import Any
 from numba import njit, prange, typeof, types
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
+from kvnumba import formats
+
 
 def _cached(options):
     """A decorator with `options` that keeps compiled code on disk, where the disk allows."""
@@ -36,8 +38,8 @@ plain = njit(**OPTIONS)
 class Static:
     """Numbers that kernels are compiled for: an argument whose value is its type.
 
-    Every kernel takes one, with a digest of this folder's sources in its name: Numba's disk cache looks at
-    the file of a kernel alone, and would not notice that a generator in another file has changed.
+    Every kernel takes one, with a digest of this folder's sources and of the formats in its name: Numba's disk
+    cache looks at the file of a kernel alone, and would not notice that a generator in another has changed.
     """
 
     def __init__(self, *values: int) -> None:
@@ -65,7 +67,7 @@ COMMON = static()
 @functools.cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [Path(formats.__file__), *sorted(Path(__file__).parent.glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -41,7 +41,8 @@ class Plan(NamedTuple):
         whole range.
     merges : (M, 6) int64
         Which partial results make which tokens and heads.
-    num_partials : int
+    num_partials, partial_rows : int
+        How many partial results there are, and the most rows of one.
     workers : int
         Threads that the work is worth.
     """
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     pieces: list[tuple[int, np.ndarray]]
     merges: np.ndarray
     num_partials: int
+    partial_rows: int
     workers: int
 
 
@@ -63,14 +65,22 @@ def plan_batch(batch, num_kv_heads, group, head_dim, window_left, num_threads):
     _, call = entry(cut, COMMON, *arguments)
     pieces, merges, num_partials, workers, least, most = call(COMMON, *arguments)
     sizes = [(least, pieces)] if least == most else sort_by_size(pieces)
+    split = pieces[pieces[:, PARTIAL] >= 0] if num_partials else pieces[:0]
     return Plan(
-        batch.block_table, batch.seq_lens, batch.query_start_loc, sizes, merges, num_partials, workers
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        sizes,
+        merges,
+        num_partials,
+        int(split[:, ROWS].max(initial=0)),
+        workers,
     )
 
 
 def sort_by_size(pieces):
-    """Pieces of each number of rows, the largest first: what takes longest is best begun early."""
-    return [(int(size), pieces[pieces[:, ROWS] == size]) for size in np.unique(pieces[:, ROWS])[::-1]]
+    """Pieces of each number of rows."""
+    return [(int(size), pieces[pieces[:, ROWS] == size]) for size in np.unique(pieces[:, ROWS])]
 
 
 @kernel

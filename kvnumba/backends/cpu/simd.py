@@ -222,14 +222,6 @@ class Emitter:
         """A float32 in memory in every lane."""
         return self.splat(self.load(pointer, F32))
 
-    def widen(self, x: ir.Value) -> ir.Value:
-        """A shorter vector, with zeros after it."""
-        count = x.type.count
-        if count == LANES:
-            return x
-        lanes = [min(i, count) for i in range(LANES)]
-        return self.shuffle(x, ir.Constant(x.type, None), lanes)
-
     def reduce(self, x: ir.Value, operation: Callable[[ir.Value, ir.Value], ir.Value], step: int) -> ir.Value:
         """Combine lanes whose numbers differ by multiples of `step`, and leave the result in each."""
         distance = LANES // 2

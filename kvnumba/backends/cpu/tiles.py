@@ -317,7 +317,10 @@ def prefetch_floats(typing, array, first, count):
 
 @intrinsic
 def settle(typing, static, facts):
-    """Take the phase's maximum into the rows'; returns whether one moved, then RESCALE says by how much."""
+    """Take the phase's maximum into the rows'; returns whether one moved, then RESCALE says by how much.
+
+    NaN is no maximum (`Emitter.max` returns its second operand): it reaches the sums through its own weight.
+    """
     shape = shape_of(static.values[0])
 
     def generate(context, builder, _, args):
