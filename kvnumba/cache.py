@@ -294,7 +294,7 @@ class KVCache(_Cache):
 
         Query i of T sees positions up to ``seq_len - T + i``. Extra memory is
         O(B * T * Hq * D + threads * tile), whatever the cached length: keys and values are never copied to
-        float32 as a whole, and the scores never exist.
+        float32 as a whole, and never more than a tile of scores exists.
 
         Parameters
         ----------
