@@ -132,6 +132,70 @@ def place_in_chunks(d, paired):
 
 
 @plain
+def load_queries(
+    static, piece, token, position, q, strides, head_dim, sm_scale, paired, sinks, slopes, query, facts, positions
+):  # fmt: skip
+    """Lay out a piece's queries, scaled, and what is known of each column of its scores."""
+    rows, heads = piece[NUM_TOKENS] * piece[NUM_HEADS], piece[NUM_HEADS]
+    columns, width = columns_of(static), facts.shape[1]
+    # a sink is a key that every query sees, whose value is 0; the first part of a range counts it
+    counts_sink = sinks.shape[0] > 0 and piece[PART] == 0
+    facts[:] = 0
+    facts[PHASE_MAX] = LEAST
+    facts[ROW_MAX] = LEAST
+    positions[:] = NEVER
+    for column in range(width):
+        r = column % columns
+        if r < rows:
+            qo_head = piece[FIRST_HEAD] + r % heads
+            positions[column] = position + r // heads
+            if slopes.shape[0] > 0:
+                facts[SLOPE, column] = slopes[qo_head]
+            if counts_sink:
+                facts[ROW_MAX, column] = sinks[qo_head]
+                facts[ROW_SUM, column] = 1 if column < columns else 0
+    query[:] = 0
+    for r in range(rows):
+        start = place(token + r // heads, piece[FIRST_HEAD] + r % heads, strides)
+        query_sum = np.float32(0)
+        for d in range(head_dim):
+            value = q[start + d] * sm_scale
+            query_sum += value
+            if is_few(static):
+                query[r, place_in_chunks(d, paired)] = value
+            else:
+                query[d, r] = value
+        for column in range(r, width, columns):
+            facts[QUERY_SUM, column] = query_sum
+
+
+@plain
+def store_result(
+    piece, token, columns, facts, total, paired, head_dim, out, out_strides, lse, lse_strides, partials
+):  # fmt: skip
+    """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
+    heads, partial = piece[NUM_HEADS], piece[PARTIAL]
+    for r in range(piece[NUM_TOKENS] * heads):
+        row_sum, zero_sum = np.float32(0), np.float32(0)
+        for column in range(r, facts.shape[1], columns):
+            row_sum += facts[ROW_SUM, column]
+            zero_sum += facts[ZERO_SUM, column]
+        seen = row_sum != 0  # true of NaN too
+        inverse = 1 / row_sum if seen else np.float32(0)
+        row_lse = facts[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
+        if partial < 0:
+            row_token, qo_head = token + r // heads, piece[FIRST_HEAD] + r % heads
+            start = place(row_token, qo_head, out_strides)
+            for d in range(head_dim):
+                out[start + d] = (total[r, place_in_chunks(d, paired)] + zero_sum) * inverse
+            lse[place(row_token, qo_head, lse_strides)] = row_lse
+        else:
+            for d in range(head_dim):
+                partials[partial, r, d] = (total[r, place_in_chunks(d, paired)] + zero_sum) * inverse
+            partials[partial, r, head_dim] = row_lse
+
+
+@plain
 def attend_piece(
     static, piece, q, out, lse, strides, partials, floats, positions, runs, block_table, seq_lens,
     query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
@@ -171,37 +235,11 @@ def attend_piece(
     tile = floats[used : used + (phase + tile_tokens(static)) * head_dim]
     tile_codes = tile.view(np.uint8).reshape(-1, 4 * head_dim)
 
-    query[:] = 0
     total[:] = 0
-    # a sink is a key that every query sees, whose value is 0; the first part of a range counts it
-    counts_sink = sinks.shape[0] > 0 and piece[PART] == 0
-    for column in range(width):
-        r = column % columns
-        facts[PHASE_MAX, column] = LEAST
-        facts[ROW_MAX, column] = LEAST
-        for fact in (ROW_SUM, ZERO_SUM, QUERY_SUM, SLOPE):
-            facts[fact, column] = 0
-        positions[column] = NEVER
-        if r < rows:
-            qo_head = piece[FIRST_HEAD] + r % heads
-            positions[column] = position + r // heads
-            if slopes.shape[0] > 0:
-                facts[SLOPE, column] = slopes[qo_head]
-            if counts_sink:
-                facts[ROW_MAX, column] = sinks[qo_head]
-                facts[ROW_SUM, column] = 1 if column < columns else 0
-    for r in range(rows):
-        start = place(token + r // heads, piece[FIRST_HEAD] + r % heads, strides[0])
-        query_sum = np.float32(0)
-        for d in range(head_dim):
-            value = q[start + d] * sm_scale
-            query_sum += value
-            if few:
-                query[r, place_in_chunks(d, k_paired)] = value
-            else:
-                query[d, r] = value
-        for column in range(r, width, columns):
-            facts[QUERY_SUM, column] = query_sum
+    load_queries(
+        static, piece, token, position, q, strides[0], head_dim, sm_scale, k_paired, sinks, slopes,
+        query, facts, positions,
+    )  # fmt: skip
 
     reach = np.int32(min(window_left, FARTHEST) if window_left >= 0 else FARTHEST)
     plain_scores = window_left < 0 and soft_cap == 0 and slopes.shape[0] == 0
@@ -260,25 +298,9 @@ def attend_piece(
             for d in range(row_floats):
                 total[r, d] += part[r, d]
 
-    partial = piece[PARTIAL]
-    for r in range(rows):
-        row_sum, zero_sum = np.float32(0), np.float32(0)
-        for column in range(r, width, columns):
-            row_sum += facts[ROW_SUM, column]
-            zero_sum += facts[ZERO_SUM, column]
-        seen = row_sum != 0  # true of NaN too
-        inverse = 1 / row_sum if seen else np.float32(0)
-        row_lse = facts[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
-        if partial < 0:
-            qo_head = piece[FIRST_HEAD] + r % heads
-            start = place(token + r // heads, qo_head, strides[1])
-            for d in range(head_dim):
-                out[start + d] = (total[r, place_in_chunks(d, v_paired)] + zero_sum) * inverse
-            lse[place(token + r // heads, qo_head, strides[2])] = row_lse
-        else:
-            for d in range(head_dim):
-                partials[partial, r, d] = (total[r, place_in_chunks(d, v_paired)] + zero_sum) * inverse
-            partials[partial, r, head_dim] = row_lse
+    store_result(
+        piece, token, columns, facts, total, v_paired, head_dim, out, strides[1], lse, strides[2], partials
+    )
 
 
 @kernel

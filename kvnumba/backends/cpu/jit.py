@@ -29,7 +29,8 @@ def _cached(options):
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 kernel = _cached(OPTIONS)
-"""What Python calls, or `launch` in each thread; kept on disk, and so taking a `Static` first."""
+"""What Python calls, or `launch` in each thread; kept on disk, and so taking a `Static` first. Kernels raise
+nothing: in a thread of its own an exception would be lost."""
 
 plain = njit(**OPTIONS)
 """A piece of a kernel, compiled with it."""
