@@ -55,6 +55,11 @@ def calls_of(spec: tuple) -> dict[tuple[str, str], Callable[[], object]]:
     return calls
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+
+
 def table(problems: dict[str, tuple], rounds: int) -> str:
     """Markdown: a row for each problem, milliseconds, and how many times as fast as its counterpart."""
     lines = []
@@ -62,12 +67,12 @@ def table(problems: dict[str, tuple], rounds: int) -> str:
         times = medians(calls_of(spec), rounds)
         cells = []
         for fmt in FORMATS:
-            cell = f"{1e3 * times['kvnumba', fmt]:.3g}"
+            cell = milliseconds(times["kvnumba", fmt])
             if COUNTERPART[fmt] in times:
                 cell += f" ({times[COUNTERPART[fmt]] / times['kvnumba', fmt]:.2f}x)"
             cells.append(cell)
         for peer in (("torch SDPA", "float32"), ("transformers QuantizedCache", "4 bits")):
-            cells.append(f"{1e3 * times[peer]:.3g}" if peer in times else "-")
+            cells.append(milliseconds(times[peer]) if peer in times else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr, flush=True)
     head = "| | " + " | ".join([*FORMATS, "torch SDPA float32", "transformers QuantizedCache, 4 bits"]) + " |"
