@@ -8,6 +8,7 @@ import numpy as np
 from shapes import Problem
 
 import kvnumba
+from kvnumba.bench import shuffle
 
 
 def paged(
@@ -30,11 +31,3 @@ def paged(
     step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
     q = problem.q.reshape(-1, num_qo_heads, head_dim)
     return cache, ids, lambda: step.attend(q).reshape(problem.q.shape)
-
-
-def shuffle(cache: kvnumba.PagedKVCache) -> None:
-    """Leave the free blocks of an empty cache in a random order."""
-    ids = [cache.add_sequence() for _ in range(cache.num_blocks)]
-    cache.step(ids, [cache.block_size] * len(ids))
-    for i in np.random.default_rng(1).permutation(len(ids)):
-        cache.finish_sequence(ids[i])

@@ -56,10 +56,7 @@ def decode_step(length: int, fmt: str, backend: str) -> tuple[PagedKVCache, Call
     shape, rng = PRESETS[PRESET], np.random.default_rng(0)
     blocks = length // BLOCK_SIZE
     cache = PagedKVCache(blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim, blocks, fmt, backend=backend)
-    ids = [cache.add_sequence() for _ in range(blocks)]
-    cache.step(ids, [BLOCK_SIZE] * blocks)
-    for i in rng.permutation(blocks):
-        cache.finish_sequence(ids[i])
+    shuffle(cache)
     seq_id = cache.add_sequence()
     x = rng.standard_normal((shape.num_kv_heads, 1024, shape.head_dim), dtype=np.float32)
     for start in range(0, length - 1, 1024):
@@ -69,6 +66,14 @@ def decode_step(length: int, fmt: str, backend: str) -> tuple[PagedKVCache, Call
     step.write(x[None, :, 0], x[None, :, 0])
     q = rng.standard_normal((1, NUM_QO_HEADS, shape.head_dim), dtype=np.float32)
     return cache, lambda: step.attend(q)
+
+
+def shuffle(cache: PagedKVCache) -> None:
+    """Leave the free blocks of an empty cache, whose sequences may be as many, in a random order."""
+    ids = [cache.add_sequence() for _ in range(cache.num_blocks)]
+    cache.step(ids, [cache.block_size] * len(ids))
+    for i in np.random.default_rng(1).permutation(len(ids)):
+        cache.finish_sequence(ids[i])
 
 
 def torch_peers() -> dict[str, Callable[[int], Callable[[], Any]]]:

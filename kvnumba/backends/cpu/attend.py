@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -31,7 +32,6 @@ from kvnumba.backends.cpu.plan import (
 from kvnumba.backends.cpu.simd import LANES
 from kvnumba.backends.cpu.tiles import (
     COLUMN_FACTS,
-    FEW,
     LEAST,
     PHASE_MAX,
     QUERY_SUM,
@@ -43,6 +43,7 @@ from kvnumba.backends.cpu.tiles import (
     columns_of,
     exponentiate_run,
     is_few,
+    phase_tokens,
     prefetch_floats,
     score_run,
     settle,
@@ -50,9 +51,6 @@ from kvnumba.backends.cpu.tiles import (
     tile_tokens,
     weigh_run,
 )
-
-FEW_PHASE, MANY_PHASE = 128, 64
-"""Tokens whose scores are computed before their values are read."""
 
 CENTER_INT8, CENTER_INT4 = CENTER[INT8], CENTER[INT4]
 AHEAD = 16  # tokens between what is read and what is prefetched
@@ -68,18 +66,18 @@ def padded(head_dim):
     return -(-head_dim // (2 * LANES)) * 2 * LANES
 
 
+@functools.cache
 def scratch_sizes(rows, head_dim):
     """Floats and runs that a worker of a kernel for so many rows needs: what `attend_piece` cuts up."""
     shape = shape_of(rows)
-    phase = FEW_PHASE if rows <= FEW else MANY_PHASE
     width = shape.vectors * LANES
     floats = (
         COLUMN_FACTS * width
         + 3 * shape.columns * padded(head_dim)
-        + (phase + shape.tokens) * (shape.columns + head_dim)
+        + (shape.phase + shape.tokens) * (shape.columns + head_dim)
         + 2 * LANES
     )
-    return -(-floats // LANES) * LANES, phase + 2
+    return -(-floats // LANES) * LANES, shape.phase + 2
 
 
 @intrinsic
@@ -210,7 +208,7 @@ def attend_piece(
     rows = tokens * heads
     columns, few = columns_of(static), is_few(static)
     width = max(columns, LANES)
-    phase = FEW_PHASE if few else MANY_PHASE
+    phase = phase_tokens(static)
 
     # A few rows read codes as they lie, unless a row has several scales; many rows want float32.
     k_direct = k_scale.shape[1] <= 1 if few else k_format == FLOAT32

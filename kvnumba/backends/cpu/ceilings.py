@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numba
@@ -11,10 +12,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import COMMON, kernel, launch
-from kvnumba.backends.cpu.simd import F32, LANES, Emitter, constant, index, vector
+from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, constant, index, vector
 
 BYTES = 1 << 29
 AHEAD = 4096  # bytes between what is read and what is prefetched
+
+
+def _total(e: Emitter, sums: list[ir.Value]) -> ir.Value:
+    """The sum of all lanes of some vectors."""
+    return e.builder.extract_element(e.reduce(functools.reduce(e.add, sums), e.add, 1), I32(0))
 
 
 @intrinsic
@@ -32,10 +38,7 @@ def _sum(typing, x, begin, end):
             return [e.add(s, e.load(e.at(line, 4 * LANES * n), vector(F32))) for n, s in enumerate(sums)]
 
         sums = e.loop(b.sdiv(b.sub(args[2], args[1]), index(8 * LANES)), [constant(0.0)] * 8, body)
-        total = sums[0]
-        for s in sums[1:]:
-            total = e.add(total, s)
-        return b.extract_element(e.reduce(total, e.add, 1), ir.IntType(32)(0))
+        return _total(e, sums)
 
     return types.float32(x, types.intp, types.intp), generate
 
@@ -45,17 +48,14 @@ def _multiply_add(typing, count, x):
     """`count` rounds of 16 independent multiply-adds."""
 
     def generate(context, builder, _, args):
-        e, b = Emitter(context, builder), builder
+        e = Emitter(context, builder)
         factor = e.splat(args[1])
         sums = e.loop(
             args[0],
             [constant(float(n)) for n in range(16)],
             lambda i, s: [e.fma(factor, v, factor) for v in s],
         )
-        total = sums[0]
-        for s in sums[1:]:
-            total = e.add(total, s)
-        return b.extract_element(e.reduce(total, e.add, 1), ir.IntType(32)(0))
+        return _total(e, sums)
 
     return types.float32(types.intp, types.float32), generate
 

@@ -6,8 +6,6 @@ one compiled kernel serves every pair of formats. Codes equal NumPy's bit for bi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -24,12 +22,13 @@ from kvnumba.backends.cpu.simd import (
     Emitter,
     constant,
     index,
+    size_of,
     vector,
 )
 from kvnumba.formats import FORMATS
 
 FORMAT_ID = {name: number for number, name in enumerate(FORMATS)}
-FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = FORMAT_ID.values()
+FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = ALL_FORMATS = list(FORMAT_ID.values())
 
 EVEN, ODD = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
 PAIRS = [lane + half * LANES for lane in range(LANES) for half in range(2)]
@@ -37,8 +36,7 @@ PAIRS = [lane + half * LANES for lane in range(LANES) for half in range(2)]
 STORED = {FLOAT32: F32, FLOAT16: I16, BFLOAT16: I16, INT8: I8, INT4: I8}
 """What a chunk has LANES of: values, in int4 pairs of them."""
 
-SIZE = {F32: 4, I16: 2, I8: 1}
-CHUNK_BYTES = {fmt: SIZE[kind] * LANES for fmt, kind in STORED.items()}
+CHUNK_BYTES = {fmt: size_of(kind) * LANES for fmt, kind in STORED.items()}
 
 
 def chunk_values(fmt: int) -> int:
@@ -138,7 +136,7 @@ def _load_some(e: Emitter, pointer: ir.Value, count: ir.Value, rest: ir.Value) -
     kind = rest.type.element
 
     def body(i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-        value = e.load(e.at(pointer, e.builder.mul(i, index(SIZE[kind]))), kind)
+        value = e.load(e.at(pointer, e.builder.mul(i, index(size_of(kind)))), kind)
         return [e.builder.insert_element(carried[0], value, i)]
 
     return e.loop(count, [rest], body)[0]
@@ -146,7 +144,7 @@ def _load_some(e: Emitter, pointer: ir.Value, count: ir.Value, rest: ir.Value) -
 
 def _store_some(e: Emitter, x: ir.Value, pointer: ir.Value, count: ir.Value) -> None:
     """The first `count` lanes of x."""
-    size = SIZE[x.type.element]
+    size = size_of(x.type.element)
 
     def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         e.store(e.builder.extract_element(x, i), e.at(pointer, e.builder.mul(i, index(size))))
@@ -205,7 +203,7 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
                     place = b.add(b.mul(full, index(4 * size)), index(4 * part * LANES))
                     _store_some(e, x, e.at(target, place), rest)
 
-        e.switch(number, [lambda fmt=fmt: case(fmt) for fmt in FORMAT_ID.values()])
+        e.switch(number, ALL_FORMATS, case)
         return context.get_dummy_value()
 
     return signature, generate
@@ -298,11 +296,7 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
                 pairs = b.sdiv(b.add(b.select(single, index(LANES), index(0)), left), index(2))
                 _store_some(e, packed(before, after), place, pairs)
 
-        cases: list[Callable[[], None]] = [
-            lambda fmt=fmt: floats(fmt) for fmt in (FLOAT32, FLOAT16, BFLOAT16)
-        ]
-        cases += [lambda fmt=fmt: quantized(fmt) for fmt in (INT8, INT4)]
-        e.switch(number, cases)
+        e.switch(number, ALL_FORMATS, lambda fmt: quantized(fmt) if fmt in (INT8, INT4) else floats(fmt))
         return context.get_dummy_value()
 
     return signature, generate

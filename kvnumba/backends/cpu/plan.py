@@ -89,12 +89,13 @@ def cut(static, seq_lens, query_start_loc, num_kv_heads, group, head_dim, window
     keys, scores = count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left)
     workers = 1 if scores * head_dim <= SERIAL * 128 else num_threads
     split = max(MIN_SPLIT, (keys + 4 * workers - 1) // (4 * workers)) if workers > 1 else max(keys, 1)
-    num_pieces, num_merges, num_partials, least, most = count_pieces(
-        seq_lens, query_start_loc, num_kv_heads, group, window_left, split
+    pieces, merges = np.empty((0, PIECE_COLUMNS), np.int64), np.empty((0, MERGE_COLUMNS), np.int64)
+    num_pieces, num_merges, num_partials, least, most = list_pieces(
+        seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges
     )
     pieces = np.empty((num_pieces, PIECE_COLUMNS), np.int64)
     merges = np.empty((num_merges, MERGE_COLUMNS), np.int64)
-    fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges)
+    list_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges)
     return pieces, merges, num_partials, workers, least, most
 
 
@@ -139,31 +140,13 @@ def count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left):
 
 
 @plain
-def count_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split):
-    """How many pieces, merges and partial results there are with ranges of `split` keys at most, and the
-    least and the greatest of their sizes in rows."""
-    num_pieces, num_merges, num_partials = 0, 0, 0
+def list_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges):
+    """List pieces and merges with ranges of `split` keys at most, where their tables have room.
+
+    Of a sequence the last tokens, which see most, come first. Returns how many pieces, merges and partial
+    results there are, and the least and the greatest number of rows.
+    """
     least, most = MOST, 0
-    for s in range(seq_lens.shape[0]):
-        count = query_start_loc[s + 1] - query_start_loc[s]
-        tile, heads = tile_of(count, group)
-        for first in range(0, count, tile):
-            tokens = min(tile, count - first)
-            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
-            parts = (end - begin + split - 1) // split
-            for head in range(0, group, heads):
-                rows = rows_of(tokens * min(heads, group - head), count)
-                least, most = min(least, rows), max(most, rows)
-                num_pieces += parts * num_kv_heads
-                if parts > 1:
-                    num_merges += num_kv_heads
-                    num_partials += parts * num_kv_heads
-    return num_pieces, num_merges, num_partials, least, most
-
-
-@plain
-def fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges):
-    """List the pieces that `count_pieces` counted, of a sequence the last tokens, which see most, first."""
     n, m, p = 0, 0, 0
     for s in range(seq_lens.shape[0]):
         count = query_start_loc[s + 1] - query_start_loc[s]
@@ -177,25 +160,31 @@ def fill_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, spl
             length = (end - begin + parts - 1) // parts
             for kv_head in range(num_kv_heads):
                 for head in range(0, group, heads):
+                    num_heads = min(heads, group - head)
+                    rows = rows_of(tokens * num_heads, count)
+                    least, most = min(least, rows), max(most, rows)
                     if parts > 1:
-                        merges[m, MERGE_TOKEN] = query_start_loc[s] + first
-                        merges[m, MERGE_HEAD] = kv_head * group + head
-                        merges[m, MERGE_HEADS] = min(heads, group - head)
-                        merges[m, FIRST_PARTIAL] = p
-                        merges[m, NUM_PARTIALS] = parts
-                        merges[m, MERGE_TOKENS] = tokens
+                        if m < merges.shape[0]:
+                            merges[m, MERGE_TOKEN] = query_start_loc[s] + first
+                            merges[m, MERGE_HEAD] = kv_head * group + head
+                            merges[m, MERGE_HEADS] = num_heads
+                            merges[m, FIRST_PARTIAL] = p
+                            merges[m, NUM_PARTIALS] = parts
+                            merges[m, MERGE_TOKENS] = tokens
                         m += 1
                     for part in range(parts):
-                        pieces[n, SEQUENCE] = s
-                        pieces[n, KV_HEAD] = kv_head
-                        pieces[n, FIRST_HEAD] = kv_head * group + head
-                        pieces[n, NUM_HEADS] = min(heads, group - head)
-                        pieces[n, FIRST_TOKEN] = first
-                        pieces[n, NUM_TOKENS] = tokens
-                        pieces[n, ROWS] = rows_of(tokens * min(heads, group - head), count)
-                        pieces[n, FIRST_KEY] = min(begin + part * length, end)
-                        pieces[n, END_KEY] = min(begin + (part + 1) * length, end)
-                        pieces[n, PART] = part
-                        pieces[n, PARTIAL] = p if parts > 1 else -1
+                        if n < pieces.shape[0]:
+                            pieces[n, SEQUENCE] = s
+                            pieces[n, KV_HEAD] = kv_head
+                            pieces[n, FIRST_HEAD] = kv_head * group + head
+                            pieces[n, NUM_HEADS] = num_heads
+                            pieces[n, FIRST_TOKEN] = first
+                            pieces[n, NUM_TOKENS] = tokens
+                            pieces[n, ROWS] = rows
+                            pieces[n, FIRST_KEY] = min(begin + part * length, end)
+                            pieces[n, END_KEY] = min(begin + (part + 1) * length, end)
+                            pieces[n, PART] = part
+                            pieces[n, PARTIAL] = p if parts > 1 else -1
                         p += 1 if parts > 1 else 0
                         n += 1
+    return n, m, p, least, most

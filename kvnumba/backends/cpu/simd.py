@@ -81,14 +81,14 @@ class Emitter:
     def load(self, pointer: ir.Value, kind: ir.Type) -> ir.Value:
         """A scalar or vector that need not be aligned beyond its elements."""
         value = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()))
-        value.align = _bytes(kind.element if isinstance(kind, ir.VectorType) else kind)
+        value.align = size_of(kind.element if isinstance(kind, ir.VectorType) else kind)
         return value
 
     def store(self, value: ir.Value, pointer: ir.Value) -> None:
         """The same for a store."""
         kind = value.type
         stored = self.builder.store(value, self.builder.bitcast(pointer, kind.as_pointer()))
-        stored.align = _bytes(kind.element if isinstance(kind, ir.VectorType) else kind)
+        stored.align = size_of(kind.element if isinstance(kind, ir.VectorType) else kind)
 
     def prefetch(self, pointer: ir.Value) -> None:
         """Ask for the cache line of an address, which may be anywhere."""
@@ -145,17 +145,17 @@ class Emitter:
             merged.append(phi)
         return merged
 
-    def switch(self, number: ir.Value, cases: Sequence[Callable[[], None]]) -> None:
-        """Run one of the cases; the last where the number is none of them."""
+    def switch(self, number: ir.Value, values: Sequence[int], case: Callable[[int], None]) -> None:
+        """``case(number)``, written once for each of some values; the last where the number is none of them."""
         b = self.builder
-        blocks = [b.append_basic_block("case") for _ in cases]
+        blocks = {value: b.append_basic_block("case") for value in values}
         after = b.append_basic_block("end")
-        choice = b.switch(number, blocks[-1])
-        for value, block in enumerate(blocks[:-1]):
-            choice.add_case(index(value), block)
-        for case, block in zip(cases, blocks, strict=True):
+        choice = b.switch(number, blocks[values[-1]])
+        for value in values[:-1]:
+            choice.add_case(index(value), blocks[value])
+        for value, block in blocks.items():
             b.position_at_end(block)
-            case()
+            case(value)
             b.branch(after)
         b.position_at_end(after)
 
@@ -314,7 +314,8 @@ def _fold_order() -> list[int]:
 _FOLD_ORDER = _fold_order()
 
 
-def _bytes(kind: ir.Type) -> int:
+def size_of(kind: ir.Type) -> int:
+    """Bytes of an element."""
     return {F16: 2, F32: 4, I8: 1, I16: 2, I32: 4, I64: 8}[kind]
 
 

@@ -19,16 +19,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import (
+    ALL_FORMATS,
     CENTER,
     CHUNK_BYTES,
     FLOAT32,
-    FORMAT_ID,
     INT4,
     INT8,
     chunk_values,
     load_chunk,
 )
-from kvnumba.backends.cpu.simd import F32, I1, I32, I64, LANES, Emitter, constant, index, vector
+from kvnumba.backends.cpu.simd import F32, I1, I32, LANES, Emitter, constant, index, vector
 
 FEW = 8
 MANY = (16, 64) if LANES == 16 else (16,)
@@ -51,15 +51,16 @@ class Shape(NamedTuple):
     tokens: int  # of a tile: those whose scores are accumulated together
     vectors: int  # that hold the scores of one line
     line: int  # tokens of a line
+    phase: int  # tokens whose scores are computed before their values are read
 
 
 def shape_of(rows: int) -> Shape:
     """The shape for 1 to FEW rows, or one of MANY."""
     if rows <= FEW:
         columns = 1 << (rows - 1).bit_length()
-        return Shape(columns, LANES // columns, 1, LANES // columns)
+        return Shape(columns, LANES // columns, 1, LANES // columns, 128)
     vectors = rows // LANES
-    return Shape(rows, {1: 8, 2: 4, 4: 4}[vectors], vectors, 1)
+    return Shape(rows, {1: 8, 2: 4, 4: 4}[vectors], vectors, 1, 64)
 
 
 def _constant_of(name: str, value: Any) -> Any:
@@ -77,6 +78,7 @@ def _constant_of(name: str, value: Any) -> Any:
 
 columns_of = _constant_of("columns_of", lambda rows: shape_of(rows).columns)
 tile_tokens = _constant_of("tile_tokens", lambda rows: shape_of(rows).tokens)
+phase_tokens = _constant_of("phase_tokens", lambda rows: shape_of(rows).phase)
 is_few = _constant_of("is_few", lambda rows: int(rows <= FEW))
 
 
@@ -191,7 +193,7 @@ def score_run(
                             for t in range(shape.tokens):
                                 place = t * rows + r
                                 sums[place] = e.fma(keys[t][part], q, sums[place])
-                    # a line of each row, with the chunk that begins it
+                    # of the tile ahead a line for each token, in the order of memory, with each line begun here
                     per_line = max(1, 64 // CHUNK_BYTES[fmt])
                     begins = b.icmp_signed("==", b.and_(c, index(per_line - 1)), index(0))
                     with b.if_then(begins):
@@ -288,7 +290,7 @@ def score_run(
                 e.store(found[part], _fact(e, facts_memory, PHASE_MAX, shape, part))
 
         if rows <= FEW:
-            e.switch(number, [lambda fmt=fmt: few(fmt) for fmt in FORMAT_ID.values()])
+            e.switch(number, ALL_FORMATS, few)
         else:
             many()
         return context.get_dummy_value()
@@ -420,8 +422,11 @@ def exponentiate_run(typing, static, count, scores, to, facts, center, scale, ze
             keep(ZERO_SUM, sums[1:])
 
         if shape.vectors == 1 and shape.columns <= FEW:
-            folded = b.fcmp_ordered(">", center, ir.Constant(F32, 0.0))
-            e.switch(b.zext(folded, I64), [plain, fold])
+            with b.if_else(b.fcmp_ordered(">", center, ir.Constant(F32, 0.0))) as (folded, otherwise):
+                with folded:
+                    fold()
+                with otherwise:
+                    plain()
         else:
             plain()
         return context.get_dummy_value()
@@ -532,7 +537,7 @@ def weigh_run(
             e.loop(b.sdiv(b.add(count, b.sub(length, index(1))), length), [], strip)
 
         if few:
-            e.switch(number, [lambda fmt=fmt: case(fmt) for fmt in FORMAT_ID.values()])
+            e.switch(number, ALL_FORMATS, case)
         else:
             case(FLOAT32)
         return context.get_dummy_value()
