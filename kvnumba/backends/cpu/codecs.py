@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import plain
 from kvnumba.backends.cpu.simd import (
+    EVEN,
     F16,
     F32,
     HAS_HALF,
@@ -19,6 +20,7 @@ from kvnumba.backends.cpu.simd import (
     I16,
     I32,
     LANES,
+    ODD,
     Emitter,
     constant,
     index,
@@ -30,8 +32,9 @@ from kvnumba.formats import FORMATS
 FORMAT_ID = {name: number for number, name in enumerate(FORMATS)}
 FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = ALL_FORMATS = list(FORMAT_ID.values())
 
-EVEN, ODD = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
 PAIRS = [lane + half * LANES for lane in range(LANES) for half in range(2)]
+
+QUANTIZED = (INT8, INT4)
 
 STORED = {FLOAT32: F32, FLOAT16: I16, BFLOAT16: I16, INT8: I8, INT4: I8}
 """What a chunk has LANES of: values, in int4 pairs of them."""
@@ -44,21 +47,31 @@ def chunk_values(fmt: int) -> int:
     return 2 * LANES if fmt == INT4 else LANES
 
 
-CENTER = {INT8: 128.0, INT4: 8.0}
-"""What `load_chunk` takes off the codes: sums of products with them stay small, and so do their errors."""
+LARGEST_CODE = {INT8: 255, INT4: 15}
+MIDDLE_CODE = {INT8: 128, INT4: 8}
+"""What is taken off the codes where their size matters: sums of products with them stay small."""
+
+CODE_BYTES = 2 * LANES  # that `load_codes` reads
 
 
-def load_chunk(e: Emitter, fmt: int, pointer: ir.Value) -> list[ir.Value]:
-    """A chunk as float vectors: one, or in int4 two, the even elements and the odd; centred codes stay codes."""
+def code_vectors(fmt: int) -> int:
+    """Vectors that `load_codes` makes."""
+    return 2 if fmt == INT4 else 1
+
+
+def load_floats(e: Emitter, fmt: int, pointer: ir.Value) -> ir.Value:
+    """A chunk of a format of floats."""
+    return _floats(e, fmt, e.load(pointer, vector(STORED[fmt])))[0]
+
+
+def load_codes(e: Emitter, fmt: int, pointer: ir.Value) -> list[ir.Value]:
+    """CODE_BYTES bytes of codes as 16-bit integers: a vector, or in int4 two, the even elements and the odd."""
     b = e.builder
-    stored = e.load(pointer, vector(STORED[fmt]))
+    words = b.zext(e.load(pointer, vector(I8, CODE_BYTES)), vector(I16, CODE_BYTES))
     if fmt == INT8:
-        return [b.sitofp(b.sext(b.xor(stored, constant(-128, I8)), vector(I32)), vector(F32))]
-    if fmt == INT4:
-        codes = b.zext(stored, vector(I32))
-        table = ir.Constant(vector(F32), [float(lane % 16) - CENTER[INT4] for lane in range(LANES)])
-        return [e.look_up(table, x) for x in (b.lshr(codes, constant(4, I32)), codes)]
-    return _floats(e, fmt, stored)
+        return [words]
+    four, low = (constant(number, I16, CODE_BYTES) for number in (4, 15))
+    return [b.lshr(words, four), b.and_(words, low)]
 
 
 def _floats(e: Emitter, fmt: int, stored: ir.Value) -> list[ir.Value]:
@@ -168,14 +181,14 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
 
         def case(fmt: int) -> None:
             size = chunk_values(fmt)
-            if fmt in (INT8, INT4):
+            if fmt in QUANTIZED:
                 offset = b.mul(group, index(4))
                 step = e.broadcast(e.at(e.pointer(scale, args[4]), offset))
                 low = e.broadcast(e.at(e.pointer(zero, args[5]), offset))
 
             def values(stored: ir.Value) -> list[ir.Value]:
                 chunk = _floats(e, fmt, stored)
-                if fmt in (INT8, INT4):
+                if fmt in QUANTIZED:
                     chunk = [b.fadd(b.fmul(x, step), low) for x in chunk]
                 if fmt == INT4:
                     return [
@@ -250,7 +263,7 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
             return e.reduce(found[0], e.min, 1), e.reduce(found[1], e.max, 1)
 
         def quantized(fmt: int) -> None:
-            largest = 255 if fmt == INT8 else 15
+            largest = LARGEST_CODE[fmt]
             low, high = limits()
             step = b.fdiv(b.fsub(high, low), constant(float(largest)))
             positive = b.fcmp_ordered(">", step, constant(0.0))
@@ -296,7 +309,7 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
                 pairs = b.sdiv(b.add(b.select(single, index(LANES), index(0)), left), index(2))
                 _store_some(e, packed(before, after), place, pairs)
 
-        e.switch(number, ALL_FORMATS, lambda fmt: quantized(fmt) if fmt in (INT8, INT4) else floats(fmt))
+        e.switch(number, ALL_FORMATS, lambda fmt: quantized(fmt) if fmt in QUANTIZED else floats(fmt))
         return context.get_dummy_value()
 
     return signature, generate
