@@ -34,6 +34,10 @@ class AttentionOptions(TypedDict, total=False):
         One more logit a query head, in the denominator (and in lse) only.
     alibi_slopes : (Hq,) float32
         ``slope * (j - i)`` is added to the score of key j.
+    arithmetic : str
+        "float32", or "bfloat16", in which a backend may multiply the queries, keys, weights and values of
+        several new tokens, where the processor does that faster; sums are float32 in either. Default: that of
+        the queries' dtype.
     return_lse : bool
         Return ``(out, lse)``: the natural logarithm of the sum of exponentials of the scores.
     """
@@ -43,11 +47,15 @@ class AttentionOptions(TypedDict, total=False):
     logits_soft_cap: float
     sinks: Any
     alibi_slopes: Any
+    arithmetic: str | None
     return_lse: bool
 
 
-def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scoring:
-    """Check the options of an ``attend``, fill in the defaults, and leave out `return_lse`."""
+ARITHMETICS = ("float32", "bfloat16")
+
+
+def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int, q: Any = None) -> Scoring:
+    """Check the options of an ``attend`` of queries `q`, fill in the defaults, and leave out `return_lse`."""
     unknown = set(options) - set(AttentionOptions.__annotations__)
     if unknown:
         expected = ", ".join(AttentionOptions.__annotations__)
@@ -62,7 +70,12 @@ def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scor
         name: None if options.get(name) is None else _per_head(name, options.get(name), num_qo_heads)
         for name in ("sinks", "alibi_slopes")
     }
-    return Scoring(sm_scale, window_left, soft_cap, **per_head)
+    arithmetic = options.get("arithmetic")
+    if arithmetic is None:
+        arithmetic = "bfloat16" if _is_bfloat16(getattr(q, "dtype", np.dtype(np.float32))) else "float32"
+    elif arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {arithmetic!r}")
+    return Scoring(sm_scale, window_left, soft_cap, **per_head, arithmetic=arithmetic)
 
 
 def integer(argument: str, value: Any, *, minimum: int) -> int:

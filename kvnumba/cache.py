@@ -331,7 +331,7 @@ class KVCache(_Cache):
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:3], np.float32)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
-        planned[1].attend(layer, *views, options)
+        planned[1].attend(layer, *views, options, q)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
 
@@ -648,7 +648,7 @@ class PagedKVCache(_Cache):
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:2], np.float32)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
-        planned[1].attend(layer, *views, options)
+        planned[1].attend(layer, *views, options, q)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
 

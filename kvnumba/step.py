@@ -29,12 +29,15 @@ class BatchAttention:
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
-        self, layer: int, q: np.ndarray, out: np.ndarray, lse: np.ndarray, options: AttentionOptions
+        self, layer: int, q: np.ndarray, out: np.ndarray, lse: np.ndarray, options: AttentionOptions, given: Any
     ) -> None:
-        """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq)."""
+        """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq).
+
+        `given` are the queries as the caller gave them, whose dtype decides about the arithmetic.
+        """
         layout = self._buffers.layout
         num_qo_heads = q.shape[2]
-        scoring = arguments.scoring(options, num_qo_heads, layout.head_dim)
+        scoring = arguments.scoring(options, num_qo_heads, layout.head_dim, given)
         if q.size == 0:
             return
         key = (num_qo_heads, scoring.window_left)
@@ -160,7 +163,7 @@ class Step:
         self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
         out = np.empty(query.shape, np.float32)
         lse = np.empty(query.shape[:2], np.float32)
-        self._attention.attend(layer, query[None], out[None], lse[None], options)
+        self._attention.attend(layer, query[None], out[None], lse[None], options, q)
         out = arguments.like(q, out)
         return (out, lse) if options.get("return_lse") else out
 

@@ -129,3 +129,4 @@ class Scoring:
     logits_soft_cap: float
     sinks: np.ndarray | None
     alibi_slopes: np.ndarray | None
+    arithmetic: str

@@ -17,7 +17,8 @@ from kvnumba.backends.cpu import attend, read, write
 from kvnumba.backends.cpu.codecs import FORMAT_ID
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import Plan, plan_batch
-from kvnumba.backends.cpu.simd import LANES, target_features
+from kvnumba.backends.cpu.queries import padded
+from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, LANES, target_features
 from kvnumba.formats import SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
 
@@ -166,7 +167,7 @@ class CpuBackend:
             layout.block_size,
             layout.num_kv_heads,
             head_dim,
-            attend.padded(head_dim),
+            padded(head_dim),
             *buffers.key_rows,
             FORMAT_ID[layout.key_format.name],
             *buffers.value_rows,
@@ -178,6 +179,7 @@ class CpuBackend:
             np.float32(scoring.logits_soft_cap),
             _NONE if scoring.sinks is None else _writable(scoring.sinks),
             _NONE if scoring.alibi_slopes is None else _writable(scoring.alibi_slopes),
+            scoring.arithmetic == "bfloat16" and HAS_BFLOAT16_DOT,
         )
         with _ONE_AT_A_TIME:
             partials = self._space(

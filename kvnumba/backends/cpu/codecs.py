@@ -15,6 +15,7 @@ from kvnumba.backends.cpu.simd import (
     EVEN,
     F16,
     F32,
+    HAS_BFLOAT16_DOT,
     HAS_HALF,
     I8,
     I16,
@@ -35,6 +36,9 @@ FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = ALL_FORMATS = list(FORMAT_ID.values())
 PAIRS = [lane + half * LANES for lane in range(LANES) for half in range(2)]
 
 QUANTIZED = (INT8, INT4)
+
+ARITHMETICS = [FLOAT32, BFLOAT16] if HAS_BFLOAT16_DOT else [FLOAT32]
+"""Formats that keys and values are brought to for many rows of queries."""
 
 STORED = {FLOAT32: F32, FLOAT16: I16, BFLOAT16: I16, INT8: I8, INT4: I8}
 """What a chunk has LANES of: values, in int4 pairs of them."""
@@ -313,6 +317,35 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def interleave_rows(typing, codes, first, second, count, out, to):
+    """Two rows of 16 bits an element, from bytes `first` and `second` of codes, side by side from byte `to` of out."""
+
+    def generate(context, builder, signature, args):
+        e, b = Emitter(context, builder), builder
+        source, target = e.pointer(codes, args[0]), e.at(e.pointer(out, args[4]), args[5])
+        rows = [e.at(source, first) for first in args[1:3]]
+        full, left = b.sdiv(args[3], index(LANES)), b.srem(args[3], index(LANES))
+
+        def side_by_side(low: ir.Value, high: ir.Value) -> ir.Value:
+            low, high = (b.zext(x, vector(I32)) for x in (low, high))
+            return b.or_(low, b.shl(high, constant(16, I32)))
+
+        def whole(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            pair = (e.load(e.at(row, b.mul(i, index(2 * LANES))), vector(I16)) for row in rows)
+            e.store(side_by_side(*pair), e.at(target, b.mul(i, index(4 * LANES))))
+            return []
+
+        e.loop(full, [], whole)
+        with b.if_then(b.icmp_signed(">", left, index(0)), likely=False):
+            empty = ir.Constant(vector(I16), None)
+            pair = (_load_some(e, e.at(row, b.mul(full, index(2 * LANES))), left, empty) for row in rows)
+            _store_some(e, side_by_side(*pair), e.at(target, b.mul(full, index(4 * LANES))), left)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.intp, types.intp, out, types.intp), generate
 
 
 @plain

@@ -10,6 +10,8 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import (
     ALL_FORMATS,
+    ARITHMETICS,
+    BFLOAT16,
     CHUNK_BYTES,
     CODE_BYTES,
     QUANTIZED,
@@ -59,8 +61,8 @@ def score_run(
     """Scores of `count` tokens, rows of the storage from `row` on, into scores[to:]; keeps their maximum.
 
     For a few rows, `query` is (rows, padded head_dim), for quantised formats the memory of 16-bit integers, in
-    int4 the even elements of each chunk before the odd; for many it is (head_dim, columns) and the format
-    float32. Scores of whole tiles are written: those
+    int4 the even elements of each chunk before the odd; for many it is (head_dim, columns), or in bfloat16
+    (head_dim / 2, columns, 2), and the format one of ARITHMETICS. Scores of whole tiles are written: those
     past `count`, and those of keys that a row does not see, are -inf. Rows past the run are read. Of keys up
     to the position `seen_by_all` nothing is masked, capped or biased.
 
@@ -183,13 +185,18 @@ def score_run(
             found = e.loop(tiles, tops, tile)
             e.store(found[0], fact_at(e, facts_memory, PHASE_MAX, shape))
 
-        def many() -> None:
+        def many(fmt: int) -> None:
+            # a unit of 32 bits is an element, or two in bfloat16
+            paired = fmt == BFLOAT16
+            units = b.sdiv(head_dim, index(2)) if paired else head_dim
+            multiply = e.dot_bfloat16 if paired else e.fma
+
             def tile(i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
                 token = b.mul(i, index(shape.tokens))
                 base = e.at(start, b.mul(token, row_bytes))
                 tokens = [e.at(base, b.mul(index(t), row_bytes)) for t in range(shape.tokens)]
 
-                def element(d: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                def unit(d: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                     offset = b.mul(d, index(4 * shape.columns))
                     queries = [
                         e.load(e.at(query_memory, b.add(offset, index(4 * part * LANES))), vector(F32))
@@ -199,7 +206,7 @@ def score_run(
                     for t in range(shape.tokens):
                         key = e.broadcast(e.at(tokens[t], b.mul(d, index(4))))
                         for part in range(shape.vectors):
-                            results.append(e.fma(key, queries[part], sums[t * shape.vectors + part]))
+                            results.append(multiply(key, queries[part], sums[t * shape.vectors + part]))
                     return results
 
                 zeros = [constant(0.0)] * (shape.tokens * shape.vectors)
@@ -207,15 +214,21 @@ def score_run(
 
                 def stretch(n: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                     first = b.mul(n, index(STRETCH))
-                    size = b.sub(head_dim, first)
+                    size = b.sub(units, first)
                     size = b.select(b.icmp_signed("<", size, index(STRETCH)), size, index(STRETCH))
                     for line in range(0, 4 * STRETCH * shape.tokens, 64):
                         e.prefetch(e.at(later, b.add(b.mul(first, index(4 * shape.tokens)), index(line))))
-                    sums = e.loop(size, zeros, lambda d, sums: element(b.add(first, d), sums))
+                    sums = e.loop(size, zeros, lambda d, sums: unit(b.add(first, d), sums))
                     return [e.add(x, y) for x, y in zip(totals, sums, strict=True)]
 
-                stretches = b.sdiv(b.add(head_dim, index(STRETCH - 1)), index(STRETCH))
+                stretches = b.sdiv(b.add(units, index(STRETCH - 1)), index(STRETCH))
                 sums = e.loop(stretches, zeros, stretch)
+                if paired:  # its queries are not scaled: that would round them
+                    steps = [
+                        e.load(fact_at(e, facts_memory, QUERY_STEP, shape, part), vector(F32))
+                        for part in range(shape.vectors)
+                    ]
+                    sums = [e.mul(x, steps[at % shape.vectors]) for at, x in enumerate(sums)]
                 known = is_known(token)
 
                 def finished() -> list[ir.Value]:
@@ -241,7 +254,7 @@ def score_run(
         if rows <= FEW:
             e.switch(number, ALL_FORMATS, few)
         else:
-            many()
+            e.switch(number, ARITHMETICS, many)
         return context.get_dummy_value()
 
     return signature, generate

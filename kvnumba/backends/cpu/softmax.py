@@ -152,10 +152,17 @@ def exponentiate_run(typing, static, count, scores, to, facts, middle, scale, ze
 def round_run(typing, static, count, scores, to, facts):
     """Round the weights of a run to 16 bits, neighbouring tokens side by side: memory of (pair, column, 2).
 
-    The greatest weight of a column's phase becomes LARGEST_WORD. Sums of the rounded weights are kept.
+    For a few rows they become integers, for codes: the greatest of a column's phase LARGEST_WORD, and their
+    sums are kept. For many they become bfloat16.
     """
     signature = types.void(static, types.intp, scores, types.intp, facts)
-    shape = shape_of(static.values[0])
+    generate = _round_few if static.values[0] <= FEW else _round_many
+    return signature, functools.partial(generate, static.values[0])
+
+
+def _round_few(rows, context, builder, signature, args):
+    e, b = Emitter(context, builder), builder
+    shape = shape_of(rows)
     columns = shape.columns
     together = max(1, 2 // shape.line)  # vectors that hold a pair of tokens or more
     order = [  # their lanes are [token][column]
@@ -164,41 +171,62 @@ def round_run(typing, static, count, scores, to, facts):
         for column in range(columns)
         for token in range(2)
     ]
+    _, count, _, to, _ = args
+    memory = e.at(e.pointer(signature.args[2], args[2]), b.mul(to, index(4)))
+    facts_memory = e.pointer(signature.args[4], args[4])
+    size = together * shape.line
+    top = e.load(fact_at(e, facts_memory, WEIGHT_TOP, shape), vector(F32))
+    top = e.reduce(top, e.max, columns)
+    nothing = constant(0.0)
+    large = b.fcmp_ordered(">", top, constant(TINY))
+    rate = b.select(large, b.fdiv(constant(float(LARGEST_WORD)), top), nothing)
 
-    def generate(context, builder, _, args):
-        e, b = Emitter(context, builder), builder
-        _, count, _, to, _ = args
-        memory = e.at(e.pointer(scores, args[2]), b.mul(to, index(4)))
-        facts_memory = e.pointer(facts, args[4])
-        size = together * shape.line
-        top = e.load(fact_at(e, facts_memory, WEIGHT_TOP, shape), vector(F32))
-        top = e.reduce(top, e.max, columns)
-        nothing = constant(0.0)
-        large = b.fcmp_ordered(">", top, constant(TINY))
-        rate = b.select(large, b.fdiv(constant(float(LARGEST_WORD)), top), nothing)
+    def some(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        token = b.mul(i, index(size))
+        rounded = []
+        for n in range(together):
+            weight = e.load(e.at(memory, b.mul(token, index(4 * columns))), vector(F32))
+            scaled = b.fmul(weight, rate)
+            used = b.fcmp_ordered("ord", scaled, scaled)
+            if n:  # a line past the run has not been computed
+                used = b.and_(used, e.splat(b.icmp_signed("<", token, count)))
+            scaled = b.select(used, scaled, nothing)
+            rounded.append(b.fptosi(b.fadd(scaled, constant(0.5)), vector(I32)))
+            token = b.add(token, index(shape.line))
+        words = [b.trunc(x, vector(I16)) for x in rounded]
+        # half as much is written as is read, and behind it
+        e.store(e.shuffle(words[0], words[-1], order), e.at(memory, b.mul(i, index(2 * together * LANES))))
+        return [functools.reduce(b.add, rounded, sums[0])]
 
-        def some(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            token = b.mul(i, index(size))
-            rounded = []
-            for n in range(together):
-                weight = e.load(e.at(memory, b.mul(token, index(4 * columns))), vector(F32))
-                scaled = b.fmul(weight, rate)
-                used = b.fcmp_ordered("ord", scaled, scaled)
-                if n:  # a line past the run has not been computed
-                    used = b.and_(used, e.splat(b.icmp_signed("<", token, count)))
-                scaled = b.select(used, scaled, nothing)
-                rounded.append(b.fptosi(b.fadd(scaled, constant(0.5)), vector(I32)))
-                token = b.add(token, index(shape.line))
-            words = [b.trunc(x, vector(I16)) for x in rounded]
-            # half as much is written as is read, and behind it
-            place = e.at(memory, b.mul(i, index(2 * together * LANES)))
-            e.store(e.shuffle(words[0], words[-1], order), place)
-            return [functools.reduce(b.add, rounded, sums[0])]
+    steps = b.sdiv(b.add(count, index(size - 1)), index(size))
+    total = e.loop(steps, [constant(0, I32)], some)[0]
+    place = fact_at(e, facts_memory, WEIGHT_SUM, shape)
+    e.store(e.add(e.load(place, vector(F32)), b.sitofp(total, vector(F32))), place)
+    return context.get_dummy_value()
 
-        steps = b.sdiv(b.add(count, index(size - 1)), index(size))
-        total = e.loop(steps, [constant(0, I32)], some)[0]
-        place = fact_at(e, facts_memory, WEIGHT_SUM, shape)
-        e.store(e.add(e.load(place, vector(F32)), b.sitofp(total, vector(F32))), place)
-        return context.get_dummy_value()
 
-    return signature, generate
+def _round_many(rows, context, builder, signature, args):
+    e, b = Emitter(context, builder), builder
+    shape = shape_of(rows)
+    _, count, _, to, _ = args
+    memory = e.at(e.pointer(signature.args[2], args[2]), b.mul(to, index(4)))
+    row_bytes = 4 * shape.columns
+
+    def top_half(x: ir.Value) -> ir.Value:
+        bits = b.bitcast(x, vector(I32))
+        odd = b.and_(b.lshr(bits, constant(16, I32)), constant(1, I32))
+        return b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, I32))), constant(16, I32))
+
+    def pair(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        source, target = (e.at(memory, b.mul(i, index(size))) for size in (2 * row_bytes, row_bytes))
+        both = e.splat(b.icmp_signed("<", b.add(b.mul(i, index(2)), index(1)), count))
+        for part in range(shape.vectors):
+            offset = 4 * part * LANES
+            first, second = (e.load(e.at(source, offset + n), vector(F32)) for n in (0, row_bytes))
+            second = b.select(both, second, constant(0.0))
+            word = b.or_(top_half(first), b.shl(top_half(second), constant(16, I32)))
+            e.store(word, e.at(target, offset))
+        return []
+
+    e.loop(b.sdiv(b.add(count, index(1)), index(2)), [], pair)
+    return context.get_dummy_value()

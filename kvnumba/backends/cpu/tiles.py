@@ -92,13 +92,15 @@ def row_ahead(e: Emitter, token: Any, ahead: Any, count: Any, start: Any, follow
 
 
 @intrinsic
-def prefetch_floats(typing, array, first, count):
-    """Ask for `count` elements of an array of float32, from `first` on."""
+def prefetch_rows(typing, array, first, count):
+    """Ask for `count` rows of an array, from `first` on."""
 
     def generate(context, builder, signature, args):
         e, b = Emitter(context, builder), builder
-        start = e.at(e.pointer(array, args[0]), b.mul(args[1], index(4)))
-        lines = b.sdiv(b.add(args[2], index(15)), index(16))
+        item_bytes = context.get_abi_sizeof(context.get_data_type(array.dtype))
+        row_bytes = b.mul(e.extent(array, args[0], 1), index(item_bytes))
+        start = e.at(e.pointer(array, args[0]), b.mul(args[1], row_bytes))
+        lines = b.sdiv(b.add(b.mul(args[2], row_bytes), index(63)), index(64))
 
         def line(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             e.prefetch(e.at(start, b.mul(i, index(64))))
@@ -108,5 +110,3 @@ def prefetch_floats(typing, array, first, count):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp), generate
-
-

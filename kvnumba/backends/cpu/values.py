@@ -10,6 +10,8 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import (
     ALL_FORMATS,
+    ARITHMETICS,
+    BFLOAT16,
     CHUNK_BYTES,
     CODE_BYTES,
     FLOAT32,
@@ -33,7 +35,8 @@ def weigh_run(
 ):  # fmt: skip
     """Add the weighted values of `count` tokens to part (rows, padded head_dim).
 
-    Codes meet weights that `round_run` has rounded, and their sums are 32-bit integers; of int4 the even elements of
+    For many rows the format is one of ARITHMETICS; in bfloat16 a row of codes, and of the weights, is a pair of
+    tokens, and `count` counts pairs. Codes meet weights that `round_run` has rounded, and their sums are 32-bit integers; of int4 the even elements of
     each chunk lie before the odd. Strips of tokens are read whole before the next, though their sums fill the
     registers several times: memory is read in its own order.
     """
@@ -56,8 +59,10 @@ def weigh_run(
 
         def case(fmt: int) -> None:
             quantized = fmt in QUANTIZED
+            paired = not few and fmt == BFLOAT16  # a unit of 32 bits is an element of two tokens
+            multiply = e.dot if quantized else e.dot_bfloat16 if paired else e.fma
             pair = 2 if quantized else 1  # tokens that are multiplied at once
-            chunk_bytes = CODE_BYTES if quantized else CHUNK_BYTES[fmt]
+            chunk_bytes = CODE_BYTES if quantized else CHUNK_BYTES[FLOAT32 if paired else fmt]
             vectors = 2 * code_vectors(fmt) if quantized else 1
             rows = min(static.values[0], LANES // vectors) if few else 4  # that are summed at once
             kind = vector(I32 if quantized else F32)
@@ -68,13 +73,14 @@ def weigh_run(
 
             def load(row: ir.Value) -> list[ir.Value]:
                 if not quantized:
-                    return [load_floats(e, fmt, row)]
+                    return [load_floats(e, FLOAT32 if paired else fmt, row)]
                 halves = NEIGHBOURS[: 2 * LANES], NEIGHBOURS[2 * LANES :]
                 two = zip(load_codes(e, fmt, row), load_codes(e, fmt, e.at(row, row_bytes)), strict=True)
                 return [e.shuffle(x, y, half) for x, y in two for half in halves]
 
             def load_weight(place: ir.Value) -> ir.Value:
-                return b.bitcast(e.broadcast(place), vector(I16, 2 * LANES)) if quantized else e.broadcast(place)
+                weight = e.broadcast(place)
+                return b.bitcast(weight, vector(I16, 2 * LANES)) if quantized else weight
 
             def columns(
                 begin: Any, tokens: Any, first_row: Any, first_chunk: Any, width: int, step: Any
@@ -97,7 +103,6 @@ def weigh_run(
                     row = e.at(values, b.mul(i, b.mul(row_bytes, index(pair))))
                     loaded = [x for c in range(width) for x in load(e.at(row, c * chunk_bytes))]
                     weight = b.add(first_weight, b.mul(i, index(shape.columns)))
-                    multiply = e.dot if quantized else e.fma
                     results = []
                     for r in range(rows):
                         w = load_weight(e.at(weights, b.mul(b.add(weight, index(r)), index(4))))
@@ -145,10 +150,7 @@ def weigh_run(
             length = index(STRIP) if few else b.add(count, index(1))  # float32 tiles come from the cache
             e.loop(b.sdiv(b.add(count, b.sub(length, index(1))), length), [], strip)
 
-        if few:
-            e.switch(number, ALL_FORMATS, case)
-        else:
-            case(FLOAT32)
+        e.switch(number, ALL_FORMATS if few else ARITHMETICS, case)
         return context.get_dummy_value()
 
     return signature, generate
