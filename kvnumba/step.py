@@ -29,7 +29,13 @@ class BatchAttention:
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
-        self, layer: int, q: np.ndarray, out: np.ndarray, lse: np.ndarray, options: AttentionOptions, given: Any
+        self,
+        layer: int,
+        q: np.ndarray,
+        out: np.ndarray,
+        lse: np.ndarray,
+        options: AttentionOptions,
+        given: Any,
     ) -> None:
         """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq).
 

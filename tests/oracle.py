@@ -16,12 +16,16 @@ def attention(
     sinks=None,
     alibi_slopes=None,
     dtype=np.float64,
+    rounded=None,
 ):
     """Attention of the newest n tokens q (n, Hq, D) over keys and values (H, S, D): out (n, Hq, D), lse (n, Hq).
 
-    With dtype float32 it is the plain single-precision program whose error the kernels are measured by.
+    With dtype float32 it is the plain single-precision program whose error the kernels are measured by; with
+    `rounded` one that rounds what is multiplied with keys and values, by that function of a vector.
     """
     q, k, v = (np.asarray(x).astype(dtype) for x in (q, k, v))
+    if rounded is not None:
+        q = np.array([[rounded(head) for head in token] for token in q]).reshape(q.shape)
     n, num_qo_heads, head_dim = q.shape
     num_kv_heads, length, _ = k.shape
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
@@ -39,22 +43,39 @@ def attention(
             top = scores.max() if sinks is None else max(scores.max(), dtype(sinks[h]))
             weights = np.exp(scores - top)
             total = weights.sum() + (0 if sinks is None else np.exp(dtype(sinks[h]) - top))
+            if rounded is not None:
+                weights = rounded(weights)
             out[i, h] = weights @ v[kv_head, first : position + 1] / total
             lse[i, h] = top + np.log(total)
     return out, lse
 
 
-def assert_as_exact(actual, q, k, v, **options):
+def sixteen_bits(x):
+    """A vector rounded to the 16-bit integers whose greatest is its greatest element."""
+    step = np.abs(x).max() / (2**15 - 1)
+    return np.rint(x / step) * step if step else x
+
+
+def rounding_of(cache):
+    """How the kernels of a cache round queries and weights: to 16 bits where they multiply codes, or not at all."""
+    quantized = {"int8", "int4"} & {cache.key_format, cache.value_format}
+    return sixteen_bits if quantized and cache.backend == "cpu" else None
+
+
+def assert_as_exact(actual, q, k, v, *, rounded=None, **options):
     """`actual`, (out, lse) as `attention` returns them, errs at most twice as much as plain NumPy in float32.
 
-    Both against float64, in the largest error; an error of a few units in the last place is always granted.
+    Both against float64, in the largest error; an error of a few units in the last place is always granted, and
+    for kernels that round queries and weights four times the error of a plain program that rounds them alike.
     """
     exact = attention(q, k, v, **options)
     plain = attention(q, k, v, dtype=np.float32, **options)
-    for have, want, by in zip(actual, exact, plain, strict=True):
+    alike = exact if rounded is None else attention(q, k, v, rounded=rounded, **options)
+    for have, want, by, too in zip(actual, exact, plain, alike, strict=True):
         assert have.shape == want.shape
         unit = np.finfo(np.float32).eps * max(1.0, np.abs(want).max(initial=0))
-        allowed = max(2 * np.abs(by - want).max(initial=0), 8 * unit)
+        granted = 4 * np.abs(too - want).max(initial=0)
+        allowed = max(2 * np.abs(by - want).max(initial=0), 8 * unit, granted)
         worst = np.abs(have - want).max(initial=0)
         assert worst <= allowed, f"largest error {worst:.2e}, allowed {allowed:.2e}"
 

@@ -55,7 +55,9 @@ def filled(backend, fmt, normal, heads, length, head_dim, block_size=16, scale=1
 def check(cache, seq_id, q, **options):
     out, lse = cache.attend(seq_id, q, return_lse=True, **options)
     actual = out.swapaxes(0, 1), lse.swapaxes(0, 1)
-    oracle.assert_as_exact(actual, q.swapaxes(0, 1), *cache.get_kv(seq_id), **options)
+    oracle.assert_as_exact(
+        actual, q.swapaxes(0, 1), *cache.get_kv(seq_id), rounded=oracle.rounding_of(cache), **options
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -96,6 +98,45 @@ def test_a_long_sequence(backend, fmt, window_left, normal, rng):
     check(cache, seq_id, normal(4, 70, 16), sinks=sinks, window_left=window_left)
 
 
+@pytest.mark.parametrize("head_dim", [6, 7, 64, 80])
+@pytest.mark.parametrize("new_tokens", [1, 17, 140])
+def test_bfloat16_arithmetic(backend, fmt, head_dim, new_tokens, normal):
+    """Queries, weights and values that are rounded to bfloat16, or not, where a backend does not gain by it."""
+    if head_dim % 2 and fmt == "int4":
+        pytest.skip("int4 packs pairs")
+    cache = kvnumba.PagedKVCache(60, 16, 2, head_dim, 1, fmt, backend=backend)
+    seq_id = cache.add_sequence()
+    k, v = (oracle.bfloat16(normal(2, 301, head_dim)) for _ in range(2))
+    cache.update(seq_id, k, v)
+    q = oracle.bfloat16(normal(6, new_tokens, head_dim))
+    bits = (np.ascontiguousarray(q).view(np.uint32) >> 16).astype(np.uint16)
+    out, lse = cache.attend(seq_id, q, return_lse=True, arithmetic="bfloat16", window_left=250)
+    also, also_lse = cache.attend(seq_id, bits, return_lse=True, window_left=250)
+    np.testing.assert_array_equal(also, (oracle.bfloat16(out).view(np.uint32) >> 16).astype(np.uint16))
+    np.testing.assert_array_equal(also_lse, lse)
+    stored = [
+        oracle.bfloat16(x) for x in cache.get_kv(seq_id)
+    ]  # what an int8 cache holds is rounded once more
+    tokens = q.swapaxes(0, 1)
+    want, want_lse = oracle.attention(tokens, *stored, window_left=250)
+    plain, plain_lse = oracle.attention(tokens, *cache.get_kv(seq_id), window_left=250)
+    half = 2.0**-9  # the largest relative error of a number in bfloat16
+    largest = np.abs(stored[1]).max()
+    allowed = 2 * half * largest + 2 * np.abs(plain - want).max()
+    assert np.abs(out.swapaxes(0, 1) - want).max() <= allowed
+    assert np.abs(lse.swapaxes(0, 1) - want_lse).max() <= 1e-5 + 2 * np.abs(plain_lse - want_lse).max()
+
+
+def test_float32_arithmetic_of_bfloat16_queries(backend, normal):
+    """The dtype of the queries chooses only where the caller does not."""
+    cache = kvnumba.KVCache(1, 200, 1, 64, backend=backend)
+    cache.update(normal(1, 1, 200, 64), normal(1, 1, 200, 64))
+    q = oracle.bfloat16(normal(1, 4, 60, 64))
+    bits = (q.view(np.uint32) >> 16).astype(np.uint16)
+    exact = (oracle.bfloat16(cache.attend(q)).view(np.uint32) >> 16).astype(np.uint16)
+    np.testing.assert_array_equal(cache.attend(bits, arithmetic="float32"), exact)
+
+
 def test_large_scores(backend, fmt, normal):
     cache, seq_id = filled(backend, fmt, normal, 2, 700, 16, scale=300)
     check(cache, seq_id, normal(4, 5, 16))
@@ -130,7 +171,8 @@ def test_contiguous_and_ragged(backend, fmt, normal):
     assert lse.shape == (3, 4, 20)
     for b in range(3):
         actual = out[b].swapaxes(0, 1), lse[b].swapaxes(0, 1)
-        oracle.assert_as_exact(actual, q[b].swapaxes(0, 1), *cache.get_kv(b), window_left=30)
+        options = {"window_left": 30, "rounded": oracle.rounding_of(cache)}
+        oracle.assert_as_exact(actual, q[b].swapaxes(0, 1), *cache.get_kv(b), **options)
 
 
 def test_many_sequences_in_one_step(backend, fmt, normal, rng):
@@ -146,7 +188,8 @@ def test_many_sequences_in_one_step(backend, fmt, normal, rng):
             zip(step.batch.query_start_loc, step.batch.query_start_loc[1:], strict=False)
         ):
             actual = out[start:end], lse[start:end]
-            oracle.assert_as_exact(actual, q[start:end], *cache.get_kv(ids[i]), logits_soft_cap=20.0)
+            options = {"logits_soft_cap": 20.0, "rounded": oracle.rounding_of(cache)}
+            oracle.assert_as_exact(actual, q[start:end], *cache.get_kv(ids[i]), **options)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
@@ -258,7 +301,9 @@ class TestMergeStates:
         whole.update(k, v)
         out, lse = kvnumba.merge_states(*zip(*shards, strict=True))
         actual = out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)
-        oracle.assert_as_exact(actual, q[0].swapaxes(0, 1), *whole.get_kv(0))
+        oracle.assert_as_exact(
+            actual, q[0].swapaxes(0, 1), *whole.get_kv(0), rounded=oracle.rounding_of(whole)
+        )
 
     def test_a_state_without_keys_counts_nothing(self):
         out = np.array([[1.0, 2.0], [5.0, 6.0]], np.float32)

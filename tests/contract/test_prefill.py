@@ -57,8 +57,10 @@ def test_chunked_equals_one_shot_in_every_format(backend, kind, fmt, chunk_size,
         results.append(
             kvnumba.ChunkedPrefillCache(cache, size, **ids).attend(q, k, v, return_lse=True, window_left=20)
         )
+    # few rows of queries may be rounded to 16 bits where many are not
+    atol = 2e-6 if oracle.rounding_of(cache) is None else 2e-4
     for chunked, one_shot in zip(*results, strict=True):
-        np.testing.assert_allclose(chunked, one_shot, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(chunked, one_shot, rtol=0, atol=atol)
 
 
 def test_prefill_after_earlier_tokens(backend, normal):

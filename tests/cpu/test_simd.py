@@ -10,11 +10,12 @@ if "cpu" not in TESTED:
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from oracle import bfloat16
 
 from kvnumba import compilation
 from kvnumba.backends.cpu import plan
-from kvnumba.backends.cpu.codecs import CENTER, FORMAT_ID, load_chunk
-from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, constant, vector
+from kvnumba.backends.cpu.codecs import CODE_BYTES, FORMAT_ID, interleave_rows, load_codes
+from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I16, I32, LANES, Emitter, constant, vector
 from kvnumba.storage import Batch
 
 
@@ -97,16 +98,51 @@ def test_loops_and_conditions():
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
-def test_centred_codes(fmt, rng):
-    """Chunks of codes come as floats less the centre, of int4 the even elements before the odd."""
-    number = FORMAT_ID[fmt]
-    codes = rng.integers(0, 256, LANES).astype(np.uint8)
-    out = np.empty(2 * LANES, np.float32)
-    compiled(lambda e, source: load_chunk(e, number, source))(codes, out)
-    want = (
-        codes.astype(np.float32) if fmt == "int8" else np.concatenate([codes >> 4, codes & 15]).astype(float)
-    )
-    np.testing.assert_array_equal(out[: len(want)], want - CENTER[number])
+def test_codes(fmt, rng):
+    """Codes come as 16-bit integers, of int4 the even elements before the odd."""
+    codes = rng.integers(0, 256, CODE_BYTES).astype(np.uint8)
+    out = np.empty(4 * LANES, np.int16)
+    compiled(lambda e, source: load_codes(e, FORMAT_ID[fmt], source))(codes, out)
+    want = codes if fmt == "int8" else np.concatenate([codes >> 4, codes & 15])
+    np.testing.assert_array_equal(out[: len(want)], want)
+
+
+def test_dot(rng):
+    x = rng.integers(-(2**15) + 1, 2**15, 4 * LANES).astype(np.int16)
+    words, out = vector(I16, 2 * LANES), np.empty(LANES, np.int32)
+    compiled(
+        lambda e, source: [
+            e.dot(e.load(source, words), e.load(e.at(source, 4 * LANES), words), constant(-7, I32))
+        ]
+    )(x, out)
+    products = x[: 2 * LANES].astype(np.int64) * x[2 * LANES :]
+    np.testing.assert_array_equal(out, products.reshape(-1, 2).sum(axis=1) - 7)
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16_DOT, reason="this processor does not multiply bfloat16")
+def test_dot_bfloat16(rng):
+    x = bfloat16(rng.standard_normal(4 * LANES, dtype=np.float32))
+    bits, out = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(LANES, np.float32)
+    compiled(
+        lambda e, source: [
+            e.dot_bfloat16(*(e.load(e.at(source, n), vector(F32)) for n in (0, 4 * LANES)), constant(1.0))
+        ]
+    )(bits, out)
+    products = x[: 2 * LANES].astype(np.float64) * x[2 * LANES :]
+    np.testing.assert_allclose(out, products.reshape(-1, 2).sum(axis=1) + 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_interleave_rows(count, rng):
+    x, out = rng.integers(0, 2**16, 2 * count).astype(np.uint16), np.zeros(2 * count + 1, np.uint16)
+
+    @njit
+    def run(x, out):
+        interleave_rows(x, 0, 2 * count, count, out, 2)
+
+    run(x, out)
+    np.testing.assert_array_equal(out[1:].reshape(count, 2).T.reshape(-1), x)
+    assert out[0] == 0
 
 
 def test_broadcast_lanes():

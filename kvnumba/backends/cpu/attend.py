@@ -213,7 +213,9 @@ def attend_piece(
             codes, following = v_codes, runs[n + later, RUN_ROW]
             if not v_direct:
                 prefetch_rows(v_codes, following, count)
-                stage_values(v_codes, row, count, v_format, v_scale, v_zero, pairs, head_dim, tile, tile_bytes)
+                stage_values(
+                    v_codes, row, count, v_format, v_scale, v_zero, pairs, head_dim, tile, tile_bytes
+                )
                 codes, row, following = v_tile, 0, 0
             if pairs:
                 count = (count + 1) // 2
@@ -224,7 +226,18 @@ def attend_piece(
         add_phase(part, rows, middle, facts, total)
 
     store_result(
-        piece, token, columns, facts, total, v_codes_read and v_read == INT4, head_dim, out, strides[1], lse, strides[2], partials
+        piece,
+        token,
+        columns,
+        facts,
+        total,
+        v_codes_read and v_read == INT4,
+        head_dim,
+        out,
+        strides[1],
+        lse,
+        strides[2],
+        partials,
     )
 
 

@@ -27,6 +27,7 @@ from kvnumba.backends.cpu.tiles import (
     QUERY_SUM,
     SLOPE,
     STRETCH,
+    Shape,
     fact_at,
     row_ahead,
     shape_of,
@@ -258,5 +259,3 @@ def score_run(
         return context.get_dummy_value()
 
     return signature, generate
-
-

@@ -147,7 +147,6 @@ def exponentiate_run(typing, static, count, scores, to, facts, middle, scale, ze
     return signature, generate
 
 
-
 @intrinsic
 def round_run(typing, static, count, scores, to, facts):
     """Round the weights of a run to 16 bits, neighbouring tokens side by side: memory of (pair, column, 2).

@@ -82,7 +82,9 @@ def fact_at(e: Emitter, facts: ir.Value, fact: int, shape: Shape, part: int = 0)
     return e.at(facts, 4 * (fact * columns + part * LANES))
 
 
-def row_ahead(e: Emitter, token: Any, ahead: Any, count: Any, start: Any, following: Any, row_bytes: Any) -> Any:
+def row_ahead(
+    e: Emitter, token: Any, ahead: Any, count: Any, start: Any, following: Any, row_bytes: Any
+) -> Any:
     """The address of the row `ahead` tokens on: in this run, or in the one that follows."""
     b = e.builder
     target = b.add(token, ahead)

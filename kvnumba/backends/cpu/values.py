@@ -36,9 +36,9 @@ def weigh_run(
     """Add the weighted values of `count` tokens to part (rows, padded head_dim).
 
     For many rows the format is one of ARITHMETICS; in bfloat16 a row of codes, and of the weights, is a pair of
-    tokens, and `count` counts pairs. Codes meet weights that `round_run` has rounded, and their sums are 32-bit integers; of int4 the even elements of
-    each chunk lie before the odd. Strips of tokens are read whole before the next, though their sums fill the
-    registers several times: memory is read in its own order.
+    tokens, and `count` counts pairs. Codes meet weights that `round_run` has rounded, and their sums are 32-bit
+    integers; of int4 the even elements of each chunk lie before the odd. Strips of tokens are read whole before
+    the next, though their sums fill the registers several times: memory is read in its own order.
     """
     signature = types.void(
         static, types.intp, codes, types.intp, types.intp, types.intp, types.intp, scores, types.intp,
