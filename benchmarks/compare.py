@@ -1,4 +1,4 @@
-"""kvnumba and its peers side by side: ``python benchmarks/compare.py`` prints the README's tables.
+"""kvnumba and its peers side by side: ``PYTHONPATH=tests python benchmarks/compare.py`` prints the README's tables.
 
 The implementations of a problem take turns, round by round, so that a busy neighbour slows them all alike;
 times are medians. ``pytest benchmarks`` measures the same calls one after the other.

@@ -14,7 +14,10 @@ from kvnumba.bench import shuffle
 def paged(
     problem: Problem, fmt: str, backend: str
 ) -> tuple[kvnumba.PagedKVCache, list[int], Callable[[], np.ndarray]]:
-    """A paged cache that holds the problem, its sequences, and their attention as a call without arguments."""
+    """A paged cache that holds the problem, its sequences, and their attention as a call without arguments.
+
+    Whoever stores bfloat16 multiplies in it too, as peers do.
+    """
     batch, new, num_qo_heads, head_dim = problem.q.shape
     length, num_kv_heads = problem.k.shape[1:3]
     size, blocks = problem.block_size, problem.block_table.shape[1]
@@ -30,4 +33,5 @@ def paged(
     step = cache.step(ids, [new] * batch)
     step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
     q = problem.q.reshape(-1, num_qo_heads, head_dim)
-    return cache, ids, lambda: step.attend(q).reshape(problem.q.shape)
+    arithmetic = "bfloat16" if fmt == "bfloat16" else "float32"
+    return cache, ids, lambda: step.attend(q, arithmetic=arithmetic).reshape(problem.q.shape)

@@ -56,6 +56,10 @@ ARITHMETICS = ("float32", "bfloat16")
 
 def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int, q: Any = None) -> Scoring:
     """Check the options of an ``attend`` of queries `q`, fill in the defaults, and leave out `return_lse`."""
+    bfloat16 = _is_bfloat16(getattr(q, "dtype", np.dtype(np.float32)))
+    arithmetic = "bfloat16" if bfloat16 else "float32"
+    if not options:
+        return _default_scoring(head_dim, arithmetic)
     unknown = set(options) - set(AttentionOptions.__annotations__)
     if unknown:
         expected = ", ".join(AttentionOptions.__annotations__)
@@ -70,12 +74,15 @@ def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int, q: Any 
         name: None if options.get(name) is None else _per_head(name, options.get(name), num_qo_heads)
         for name in ("sinks", "alibi_slopes")
     }
-    arithmetic = options.get("arithmetic")
-    if arithmetic is None:
-        arithmetic = "bfloat16" if _is_bfloat16(getattr(q, "dtype", np.dtype(np.float32))) else "float32"
-    elif arithmetic not in ARITHMETICS:
-        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {arithmetic!r}")
-    return Scoring(sm_scale, window_left, soft_cap, **per_head, arithmetic=arithmetic)
+    asked = options.get("arithmetic")
+    if asked not in (None, *ARITHMETICS):
+        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {asked!r}")
+    return Scoring(sm_scale, window_left, soft_cap, **per_head, arithmetic=asked or arithmetic)
+
+
+@functools.lru_cache(64)
+def _default_scoring(head_dim: int, arithmetic: str) -> Scoring:
+    return Scoring(head_dim**-0.5, -1, 0.0, None, None, arithmetic)
 
 
 def integer(argument: str, value: Any, *, minimum: int) -> int:

@@ -103,10 +103,10 @@ def load_queries(
                 query_step = np.float32(np.nan)
             elif query_step > TINY:
                 words = query[r].view(np.int16)
-                total = 0
+                rate, total, paired = sm_scale / query_step, 0, k_read == INT4
                 for d in range(head_dim):
-                    word = np.int16(np.rint(q[start + d] * sm_scale / query_step))
-                    words[place_in_chunks(d, k_read == INT4)] = word
+                    word = np.int16(np.rint(q[start + d] * rate))
+                    words[place_in_chunks(d, paired)] = word
                     total += word
                 query_sum = query_step * np.float32(total)
         elif is_few(static):
@@ -161,13 +161,17 @@ def store_result(
         seen = row_sum != 0  # true of NaN too
         inverse = 1 / row_sum if seen else np.float32(0)
         row_lse = facts[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
+        row_token, qo_head = token + r // heads, piece[FIRST_HEAD] + r % heads
         if partial < 0:
-            row_token, qo_head = token + r // heads, piece[FIRST_HEAD] + r % heads
             start = place(row_token, qo_head, out_strides)
-            for d in range(head_dim):
-                out[start + d] = (total[r, place_in_chunks(d, paired)] + zero_sum) * inverse
+            target = out[start : start + head_dim]
             lse[place(row_token, qo_head, lse_strides)] = row_lse
         else:
-            for d in range(head_dim):
-                partials[partial, r, d] = (total[r, place_in_chunks(d, paired)] + zero_sum) * inverse
+            target = partials[partial, r, :head_dim]
             partials[partial, r, head_dim] = row_lse
+        if paired:
+            for d in range(head_dim):
+                target[d] = (total[r, place_in_chunks(d, True)] + zero_sum) * inverse
+        else:
+            for d in range(head_dim):
+                target[d] = (total[r, d] + zero_sum) * inverse
