@@ -9,8 +9,9 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
-from kvnumba.cache import KVCache, PagedKVCache
+from kvnumba.contiguous import KVCache
 from kvnumba.formats import FORMATS
+from kvnumba.paged import PagedKVCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
