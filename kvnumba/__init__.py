@@ -3,6 +3,8 @@
 Importing this module loads NumPy only; a backend is loaded when the first cache that uses it is made.
 """
 
+import logging
+
 from kvnumba.arguments import AttentionOptions
 from kvnumba.attention import ChunkedPrefillCache, merge_states, multi_head_attention_with_cache
 from kvnumba.compilation import warmup
@@ -14,7 +16,10 @@ from kvnumba.memory import memory_analysis, memory_growth_table
 from kvnumba.paged import PagedKVCache
 from kvnumba.quantization import dequantize, quantize
 from kvnumba.registry import available_backends, use_backend
+from kvnumba.stats import CacheStats
 from kvnumba.step import Step
+
+logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
 __version__ = "0.1.0"
 
@@ -22,6 +27,7 @@ __all__ = [
     "AttentionOptions",
     "BackendUnavailable",
     "CacheFull",
+    "CacheStats",
     "ChunkedPrefillCache",
     "IncrementalDecoder",
     "KVCache",

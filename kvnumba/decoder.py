@@ -316,7 +316,7 @@ class IncrementalDecoder:
         lengths = cache.seq_lens
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
-        step = cache.step(seq_ids, new)
+        step = cache.step(seq_ids, new, token_ids=tokens)
         first = np.repeat(step.batch.seq_lens - step.batch.query_start_loc[1:], new)
         positions = first + np.arange(step.num_tokens)
 
@@ -449,9 +449,7 @@ class IncrementalDecoder:
         return -1 if window is None else window - 1
 
     def _checked_tokens(self, token_ids: Any) -> np.ndarray:
-        if isinstance(token_ids, (bytes, bytearray)):
-            token_ids = np.frombuffer(token_ids, np.uint8)
-        tokens = arguments.integers("token_ids", token_ids)
+        tokens = arguments.tokens("token_ids", token_ids)
         outside = (tokens < 0) | (tokens >= self.config.vocab_size)
         if outside.any():
             raise ValueError(
