@@ -10,7 +10,8 @@ from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks import BlockPool
-from kvnumba.storage import Batch, Buffers
+from kvnumba.cascade import Cascade, common_prefixes, worthwhile
+from kvnumba.storage import Batch, Buffers, Scoring
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +30,7 @@ class BatchAttention:
         self._buffers = buffers
         self._batch = batch
         self._widest_window = widest_window  # None: any, and none
+        self._cascades: dict[int, Cascade | None] = {}
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
@@ -45,10 +47,29 @@ class BatchAttention:
             raise ValueError(
                 f"window_left: expected 0 to {widest}, earlier tokens may be given back; got {scoring.window_left}"
             )
+        cascade = self._cascade(num_qo_heads, scoring)
+        if cascade is not None:
+            cascade.attend(self._buffers, layer, q, scoring, out, lse)
+            return
         key = (num_qo_heads, scoring.window_left)
         if key not in self._plans:
             self._plans[key] = self._backend.plan(layout, self._batch, *key)
         self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
+
+    def _cascade(self, num_qo_heads: int, scoring: Scoring) -> Cascade | None:
+        """How to attend to common prefixes apart; None where there are none, it does not pay or is not exact."""
+        if len(self._batch.seq_lens) < 2 or scoring.window_left >= 0 or scoring.alibi_slopes is not None:
+            return None
+        if num_qo_heads not in self._cascades:
+            layout, batch = self._buffers.layout, self._batch
+            prefixes = [
+                prefix
+                for prefix in common_prefixes(batch, layout.block_size)
+                if worthwhile(prefix, batch, layout, num_qo_heads)
+            ]
+            cascade = Cascade(self._backend, layout, batch, num_qo_heads, prefixes) if prefixes else None
+            self._cascades[num_qo_heads] = cascade
+        return self._cascades[num_qo_heads]
 
 
 class Step:
@@ -149,7 +170,8 @@ class Step:
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens over their sequences, straight out of the storage.
 
-        New token i of a sequence with n new ones sees positions up to ``seq_len - n + i``. Extra memory is
+        New token i of a sequence with n new ones sees positions up to ``seq_len - n + i``. Blocks with which
+        several sequences begin are read once for all of them, where that is faster. Extra memory is
         O(T * Hq * D + threads * tile), whatever the cached length.
 
         Parameters
