@@ -129,8 +129,8 @@ class BlockPool:
     def add(self, token_ids: np.ndarray | None = None, salt: str = "", window_left: int = -1) -> int:
         """Give a new sequence a row, and the blocks that are found under its tokens; returns its id."""
         with self.lock:
-            row = self._new_row()
             entries = [] if token_ids is None else self.prefixes.find(token_ids, salt)
+            row = self._new_row(len(entries))
             blocks = np.array([entry.block for entry in entries], np.int32)
             chain = Chain(salt, entries) if entries or salt else None
             self._become(row, State(len(entries) * self.block_size, window_left, 0, blocks, chain))
@@ -294,9 +294,11 @@ class BlockPool:
                     if num_copies and copy is not None:
                         copy(np.stack((sources[copied], taken[:num_copies]), axis=1).astype(np.int64))
 
+                self._widen(int((self.end[rows] + missing).max()))
                 taken = self.allocator.take(needed, fill)
-                columns = lens[writers] // self.block_size
-                self._replace(rows[writers[copied]], columns[copied], taken[:num_copies])
+                if num_copies:
+                    columns = lens[writers[copied]] // self.block_size
+                    self._replace(rows[writers[copied]], columns, taken[:num_copies])
                 self._append(rows, missing, taken[num_copies:])
             for block in sources[~copied & self.prefixes.findable[sources]].tolist():
                 self.prefixes.forget(block)
@@ -307,19 +309,24 @@ class BlockPool:
         """Make the new tokens of a booked batch part of their sequences, and full blocks of known ones findable."""
         with self.lock:
             rows = self.rows(seq_ids)
-            for row, tokens in zip(rows.tolist(), token_ids or (), strict=False):
-                if tokens is None:
-                    continue
-                chain = self.chains.setdefault(row, Chain("", []))
-                if chain.length(self.block_size) == self.lens[row]:
-                    self.prefixes.extend(chain, tokens, self.table[row, len(chain.entries) : self.end[row]])
+            if token_ids is not None:
+                known = zip(
+                    rows.tolist(), self.lens[rows].tolist(), self.end[rows].tolist(), token_ids, strict=True
+                )
+                for row, length, end, tokens in known:
+                    chain = self.chains.get(row) or Chain("", [])
+                    if tokens is not None and chain.length(self.block_size) == length:
+                        self.chains[row] = chain
+                        self.prefixes.extend(chain, tokens, self.table[row, len(chain.entries) : end])
             self.lens[rows] = batch.seq_lens
 
     # The parts of these
 
-    def _new_row(self) -> int:
+    def _new_row(self, width: int = 0) -> int:
+        """A row for a new sequence, in tables of at least so many columns."""
         if not self._free_rows:
             raise CacheFull(f"max_num_seqs={self.max_num_seqs} sequences are live already")
+        self._widen(width)
         row = self._free_rows.popleft()
         self.ids[row] = self._next_id[row]
         self._next_id[row] += self.max_num_seqs
@@ -406,8 +413,7 @@ class BlockPool:
         self.num_copies += len(blocks)
 
     def _append(self, rows: np.ndarray, counts: np.ndarray, blocks: np.ndarray) -> None:
-        """Put new blocks behind those of the rows, `counts` to each."""
-        self._widen(int((self.end[rows] + counts).max()))
+        """Put new blocks behind those of the rows, `counts` to each, in columns that are there."""
         first = np.cumsum(counts) - counts
         columns = np.arange(len(blocks)) - np.repeat(first - self.end[rows], counts)
         self.table[np.repeat(rows, counts), columns] = blocks

@@ -114,7 +114,7 @@ class PrefixIndex:
         data = chain.tail + token_ids.astype(TOKEN_DTYPE, copy=False).tobytes()
         width = self.block_size * TOKEN_DTYPE.itemsize
         full = len(data) // width
-        for n, block in enumerate(blocks[:full].tolist()):
+        for n, block in enumerate(blocks[:full].tolist() if full else ()):
             parent = chain.entries[-1].number if chain.entries else chain.salt
             chain.entries.append(self.insert(Key(parent, data[n * width : (n + 1) * width]), block))
         chain.tail = data[full * width :]
