@@ -3,17 +3,25 @@
 Importing this module loads NumPy only; a backend is loaded when the first cache that uses it is made.
 """
 
+import logging
+
 from kvnumba.arguments import AttentionOptions
-from kvnumba.attention import ChunkedPrefillCache, merge_states, multi_head_attention_with_cache
-from kvnumba.cache import KVCache, PagedKVCache, QuantizedKVCache
+from kvnumba.attention import ChunkedPrefillCache, multi_head_attention_with_cache
+from kvnumba.batching import ContinuousBatcher, Request
 from kvnumba.compilation import warmup
+from kvnumba.contiguous import KVCache, QuantizedKVCache
 from kvnumba.decoder import IncrementalDecoder
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.memory import memory_analysis, memory_growth_table
+from kvnumba.merging import merge_states
+from kvnumba.paged import PagedKVCache
 from kvnumba.quantization import dequantize, quantize
 from kvnumba.registry import available_backends, use_backend
+from kvnumba.stats import CacheStats
 from kvnumba.step import Step
+
+logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
 __version__ = "0.1.0"
 
@@ -21,11 +29,14 @@ __all__ = [
     "AttentionOptions",
     "BackendUnavailable",
     "CacheFull",
+    "CacheStats",
     "ChunkedPrefillCache",
+    "ContinuousBatcher",
     "IncrementalDecoder",
     "KVCache",
     "PagedKVCache",
     "QuantizedKVCache",
+    "Request",
     "Step",
     "available_backends",
     "dequantize",

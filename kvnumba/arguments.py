@@ -112,6 +112,13 @@ def integers(argument: str, values: Any, length: int | None = None) -> np.ndarra
     return array.astype(np.int64, copy=False)
 
 
+def tokens(argument: str, values: Any, length: int | None = None) -> np.ndarray:
+    """Token ids as a vector of int64, of a length where one is given; bytes are those of a byte-level model."""
+    if isinstance(values, (bytes, bytearray)):
+        values = np.frombuffer(values, np.uint8)
+    return integers(argument, values, length)
+
+
 def layer_index(layer: Any, num_layers: int) -> int:
     """`layer` as an int that names one of the layers."""
     layer = integer("layer", layer, minimum=0)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kvnumba.cache import PagedKVCache
 from kvnumba.formats import FORMATS
 from kvnumba.memory import PRESETS
+from kvnumba.paged import PagedKVCache
 from kvnumba.registry import get_backend
 
 CONTEXTS = (1024, 8192, 32768)

@@ -1,143 +1,440 @@
-"""The block pool: which blocks are free, which sequence holds which, how long each is. Integers only."""
+"""The block pool: which sequence holds which blocks, and how long it is. Integers only."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvnumba import arguments
+from kvnumba.allocator import BlockAllocator, Fill
 from kvnumba.errors import CacheFull
+from kvnumba.prefix import Chain, PrefixIndex
 from kvnumba.storage import Batch
+
+NO_BLOCK = -1
+"""In a table, a block that was given back because it fell out of the sequence's window."""
+
+
+class State(NamedTuple):
+    """One sequence: its blocks are those from column `begin` on that hold tokens."""
+
+    length: int
+    window_left: int
+    begin: int
+    blocks: np.ndarray
+    chain: Chain | None
 
 
 class BlockPool:
-    """Books blocks for sequences, all or nothing, without a Python loop over sequences or tokens.
+    """Books blocks for sequences, all or nothing; every operation costs O(blocks touched).
 
     A live sequence has a row in the tables. Its id is the row plus a multiple of ``max_num_seqs`` that grows
     each time the row is given away, so an id is never used twice and a stale one is always noticed.
+
+    Internal: `snapshot.py` and `integrity.py` read the tables, nothing else writes them.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
-        self._free_blocks = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack
-        self.num_free_blocks = num_blocks
+        self.lock = threading.RLock()
+        self.prefixes = PrefixIndex(num_blocks, block_size)
+        self.allocator = BlockAllocator(num_blocks, block_size, self.prefixes)
+        self.num_copies = 0
         self._free_rows = deque(range(max_num_seqs))  # first in, first out: ids of short-lived sequences age
         self._next_id = np.arange(max_num_seqs)
-        self._id = np.full(max_num_seqs, -1)
-        self._table = np.zeros((max_num_seqs, 1), np.int32)
-        self._held = np.zeros(max_num_seqs, np.int32)
-        self._length = np.zeros(max_num_seqs, np.int32)
+        # by row
+        self.ids = np.full(max_num_seqs, -1)
+        self.table = np.zeros((max_num_seqs, 1), np.int32)
+        self.begin = np.zeros(max_num_seqs, np.int32)  # columns before it are NO_BLOCK
+        self.end = np.zeros(max_num_seqs, np.int32)  # columns before it are in use
+        self.lens = np.zeros(max_num_seqs, np.int32)
+        self.windows = np.full(max_num_seqs, -1)
+        self.swapped = np.zeros(max_num_seqs, bool)
+        self.chains: dict[int, Chain] = {}
         self._bookings = np.zeros(max_num_seqs, np.int64)
-        self._lock = threading.Lock()
 
-    def add(self) -> int:
-        """Give a new sequence a row; returns its id."""
-        with self._lock:
-            if not self._free_rows:
-                raise CacheFull(f"max_num_seqs={self.max_num_seqs} sequences are live already")
-            row = self._free_rows.popleft()
-            self._id[row] = self._next_id[row]
-            self._next_id[row] += self.max_num_seqs
-            return int(self._id[row])
+    # Questions
 
-    def finish(self, seq_id: int) -> None:
-        """Take back a sequence's blocks and its row."""
-        with self._lock:
-            row = self.rows([seq_id])[0]
-            held = self._held[row]
-            # pushed in reverse: the next sequence is given them in the same order
-            self._free_blocks[self.num_free_blocks : self.num_free_blocks + held] = self._table[row, :held][
-                ::-1
-            ]
-            self.num_free_blocks += int(held)
-            self._id[row] = -1
-            self._held[row] = 0
-            self._length[row] = 0
-            self._free_rows.append(int(row))
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds, those that can still be found among them."""
+        return self.allocator.num_free_blocks
 
-    def rows(self, seq_ids: Any) -> np.ndarray:
-        """The rows of live sequences; raises ValueError for an id that is none."""
+    def rows(self, seq_ids: Any, *, swapped: bool = False) -> np.ndarray:
+        """The rows of live sequences; ValueError for an id that is none, or is swapped out where it may not."""
         ids = arguments.integers("seq_ids", seq_ids)
         rows = ids % self.max_num_seqs
-        dead = (ids < 0) | (self._id[rows] != ids)
+        dead = (ids < 0) | (self.ids[rows] != ids)
         if dead.any():
             seq_id = int(ids[dead][0])
             finished = 0 <= seq_id < self._next_id[seq_id % self.max_num_seqs]
             raise ValueError(f"seq_id: sequence {seq_id} is {'finished' if finished else 'unknown'}")
+        if not swapped and self.swapped[rows].any():
+            raise ValueError(f"seq_id: sequence {ids[self.swapped[rows]][0]} is swapped out")
         return rows
 
     def lengths(self, seq_ids: Any) -> np.ndarray:
         """Tokens that sequences hold, (B,) int32."""
-        return self._length[self.rows(seq_ids)]
+        return self.lens[self.rows(seq_ids)]
 
     def bookings(self, seq_ids: Any) -> np.ndarray:
-        """How often each sequence's row was booked, (B,): a number that a later `book` makes stale."""
+        """How often each sequence was changed, (B,): a number that makes steps and plans before it stale."""
         return self._bookings[self.rows(seq_ids)]
 
     def blocks(self, seq_id: int) -> np.ndarray:
-        """The block ids of a sequence, in order."""
+        """The block ids of a sequence, in order, NO_BLOCK for those given back."""
         row = self.rows([seq_id])[0]
-        return self._table[row, : self._held[row]].copy()
+        return self.table[row, : self.end[row]].copy()
+
+    def filled_blocks(self, seq_id: int) -> np.ndarray:
+        """The blocks in which a sequence holds tokens, in order; those given back are left out."""
+        return self.state(int(self.rows([seq_id])[0])).blocks
+
+    def first_position(self, seq_id: int) -> int:
+        """The first position of a sequence whose block it still holds."""
+        return int(self.begin[self.rows([seq_id])[0]]) * self.block_size
+
+    def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
+        """The widest window through which new tokens see nothing that was given back or may be; None for any."""
+        rows = self.rows(seq_ids)
+        windows = self.windows[rows]
+        if (windows < 0).all():
+            return None
+        seen = (
+            batch.seq_lens
+            - np.diff(batch.query_start_loc)
+            - self.begin[rows].astype(np.int64) * self.block_size
+        )
+        return int(np.minimum(windows, np.where(self.begin[rows] > 0, seen, windows))[windows >= 0].min())
 
     def live(self) -> dict[int, int]:
         """Id -> length of every live sequence, in the order of the ids."""
-        with self._lock:
-            rows = np.flatnonzero(self._id >= 0)
-            rows = rows[np.argsort(self._id[rows])]
-            return dict(zip(self._id[rows].tolist(), self._length[rows].tolist(), strict=True))
+        with self.lock:
+            rows = np.flatnonzero(self.ids >= 0)
+            rows = rows[np.argsort(self.ids[rows])]
+            return dict(zip(self.ids[rows].tolist(), self.lens[rows].tolist(), strict=True))
 
     def view(self, seq_ids: Any, seq_lens: Any, num_queries: Any) -> Batch:
         """The batch of the last `num_queries` of the first `seq_lens` tokens that sequences have blocks for."""
         return self._batch(self.rows(seq_ids), np.asarray(seq_lens, np.int32), np.asarray(num_queries))
 
-    def book(self, seq_ids: Any, num_new_tokens: Any) -> Batch:
-        """Give sequences the blocks that their new tokens need; their lengths stay until `commit`."""
-        with self._lock:
+    # Sequences come and go
+
+    def add(self, token_ids: np.ndarray | None = None, salt: str = "", window_left: int = -1) -> int:
+        """Give a new sequence a row, and the blocks that are found under its tokens; returns its id."""
+        with self.lock:
+            entries = [] if token_ids is None else self.prefixes.find(token_ids, salt)
+            row = self._new_row(len(entries))
+            blocks = np.array([entry.block for entry in entries], np.int32)
+            chain = Chain(salt, entries) if entries or salt else None
+            self._become(row, State(len(entries) * self.block_size, window_left, 0, blocks, chain))
+            return int(self.ids[row])
+
+    def fork(self, seq_id: int) -> int:
+        """A new sequence with the same tokens in the same blocks; returns its id."""
+        with self.lock:
+            state = self.state(int(self.rows([seq_id])[0]))
+            row = self._new_row()
+            self._become(row, state)
+            return int(self.ids[row])
+
+    def reorder(self, seq_ids: Any, parents: Any) -> None:
+        """Let each sequence become what one of the parents was before the call."""
+        with self.lock:
+            rows, sources = self.rows(seq_ids), self.rows(parents)
+            if len(sources) != len(rows):
+                raise ValueError(
+                    f"parents: expected {len(rows)}, one for each of seq_ids; got {len(sources)}"
+                )
+            if len(set(rows.tolist())) != len(rows):
+                raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
+            changed = [(int(r), int(s)) for r, s in zip(rows, sources, strict=True) if r != s]
+            before = [self._slice(row) for row, _ in changed]
+            states = [self.state(source) for _, source in changed]
+            for (row, _), state in zip(changed, states, strict=True):
+                self._clear(row)
+                self._become(row, state)
+            for blocks in before:  # last, so that no block is free in between
+                self.allocator.release(blocks[::-1])
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Forget a sequence's tokens from `length` on, and give back the blocks that are empty then."""
+        with self.lock:
+            row = int(self.rows([seq_id])[0])
+            if length > self.lens[row]:
+                raise ValueError(
+                    f"length: expected at most the sequence's {self.lens[row]} tokens; got {length}"
+                )
+            first = int(self.begin[row]) * self.block_size
+            window = int(self.windows[row])
+            if first and length - window < first:
+                raise ValueError(
+                    f"length: expected {first + window} or more, tokens before {first} fell out of "
+                    f"the window and were given back; got {length}"
+                )
+            keep = -(-length // self.block_size)
+            released = self.table[row, keep : self.end[row]].copy()
+            self.end[row] = min(keep, self.end[row])
+            self.lens[row] = length
+            self._bookings[row] += 1
+            if row in self.chains:
+                self.chains[row].truncate(length, self.block_size)
+            self.allocator.release(released[::-1])
+
+    def finish(self, seq_id: int) -> None:
+        """Take back a sequence's blocks and its row. Findable blocks go idle, the last first in line."""
+        with self.lock:
+            row = int(self.rows([seq_id], swapped=True)[0])
+            self.allocator.release(
+                self._slice(row)[::-1]
+            )  # reversed: the next sequence is given them in the same order
+            self._clear(row)
+            self.ids[row] = -1
+            self._free_rows.append(row)
+
+    def swap_out(self, seq_id: int) -> None:
+        """Give back a sequence's blocks, though not its row."""
+        with self.lock:
+            row = int(self.rows([seq_id])[0])
+            self.allocator.release(self._slice(row)[::-1])
+            self.end[row] = self.begin[row]
+            self.swapped[row] = True
+            self._bookings[row] += 1
+
+    def swap_in(self, seq_id: int, before: np.ndarray, fill: Fill) -> None:
+        """Give a sequence that was swapped out blocks again.
+
+        Of those that it had `before`, the ones that have stayed findable are taken as they are. `fill` gets a
+        block for each of `before`, and NO_BLOCK where there is nothing to fill.
+        """
+        with self.lock:
+            row = int(self.rows([seq_id], swapped=True)[0])
+            begin = int(self.begin[row])
+            blocks = np.full(len(before), NO_BLOCK, np.int32)
+            if row in self.chains:
+                entries = self.chains[row].entries[begin:]
+                kept = [n for n, entry in enumerate(entries) if entry.block == before[n]]
+                blocks[kept] = before[kept]
+            found = blocks[blocks != NO_BLOCK]
+            missing = np.flatnonzero(blocks == NO_BLOCK)
+            idle = int((self.allocator.references[found] == 0).sum())
+            self.allocator.require(len(missing), self.num_free_blocks - idle)
+            self.allocator.hold(found)
+            try:
+                taken = self.allocator.take(
+                    len(missing), lambda new: fill(_placed(len(before), missing, new))
+                )
+            except BaseException:
+                self.allocator.release(found[::-1])
+                raise
+            blocks[missing] = taken
+            self.swapped[row] = False
+            self._install(row, begin, blocks)
+
+    def restore(
+        self, num_blocks: int, num_sequences: int, fill: Fill, states: Callable[[np.ndarray], list[State]]
+    ) -> list[int]:
+        """Add sequences and findable blocks of a snapshot, all or none; returns the sequences' ids.
+
+        `fill` gets `num_blocks` new blocks, and then `states` makes of them what it wants to be found, and
+        says what the sequences are. Blocks that nothing came of are free again.
+        """
+        with self.lock:
+            if num_sequences > len(self._free_rows):
+                raise CacheFull(
+                    f"{num_sequences} sequences are to be added, {len(self._free_rows)} of "
+                    f"max_num_seqs={self.max_num_seqs} are free"
+                )
+            self.allocator.require(num_blocks, self.num_free_blocks)
+            taken = self.allocator.take(num_blocks, fill)
+            rows = []
+            for state in states(taken):
+                rows.append(self._new_row())
+                self._become(rows[-1], state)
+            self.allocator.release(taken)
+            return self.ids[rows].tolist()
+
+    # Forward passes
+
+    def book(
+        self, seq_ids: Any, num_new_tokens: Any, copy: Callable[[np.ndarray], None] | None = None
+    ) -> Batch:
+        """Give sequences the blocks that their new tokens need; their lengths stay until `commit`.
+
+        A block that is not full is written to next. Where others hold it too, the sequence gets a copy first:
+        `copy` is called with (source, destination) pairs (N, 2) int64.
+        """
+        with self.lock:
             rows = self.rows(seq_ids)
             new = arguments.integers("num_new_tokens", num_new_tokens, length=len(rows))
             if len(set(rows.tolist())) != len(rows):
                 raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
             if (new < 0).any():
                 raise ValueError(f"num_new_tokens: expected 0 or more; got {new[new < 0][0]}")
-            total = self._length[rows] + new
-            missing = np.maximum(-(-total // self.block_size) - self._held[rows], 0)
-            needed = int(missing.sum())
-            if needed > self.num_free_blocks:
-                raise CacheFull(
-                    f"{needed} more blocks of {self.block_size} tokens are needed, "
-                    f"{self.num_free_blocks} of {self.num_blocks} are free"
-                )
+            lens = self.lens[rows]
+            total = lens + new
+            missing = np.maximum(-(-total // self.block_size) - self.end[rows], 0)
+            writers, sources, copied = self._written_to(rows, lens, new)
+            outside = self._outside_windows(rows, lens, new)
+            num_copies = int(copied.sum())
+            needed = int(missing.sum()) + num_copies
             if needed:
-                self._take(rows, missing, needed)
+                self.allocator.require(needed, self.num_free_blocks + self._freed_by(outside))
+            for row, first in outside:
+                self._give_back(row, first)
+            if needed:
+
+                def fill(taken: np.ndarray) -> None:
+                    if num_copies and copy is not None:
+                        copy(np.stack((sources[copied], taken[:num_copies]), axis=1).astype(np.int64))
+
+                self._widen(int((self.end[rows] + missing).max()))
+                taken = self.allocator.take(needed, fill)
+                if num_copies:
+                    columns = lens[writers[copied]] // self.block_size
+                    self._replace(rows[writers[copied]], columns, taken[:num_copies])
+                self._append(rows, missing, taken[num_copies:])
+            for block in sources[~copied & self.prefixes.findable[sources]].tolist():
+                self.prefixes.forget(block)
             self._bookings[rows] += 1
             return self._batch(rows, total.astype(np.int32), new)
 
-    def commit(self, seq_ids: Any, batch: Batch) -> None:
-        """Make the new tokens of a booked batch part of their sequences."""
-        self._length[self.rows(seq_ids)] = batch.seq_lens
+    def commit(self, seq_ids: Any, batch: Batch, token_ids: list[np.ndarray | None] | None = None) -> None:
+        """Make the new tokens of a booked batch part of their sequences, and full blocks of known ones findable."""
+        with self.lock:
+            rows = self.rows(seq_ids)
+            if token_ids is not None:
+                known = zip(
+                    rows.tolist(), self.lens[rows].tolist(), self.end[rows].tolist(), token_ids, strict=True
+                )
+                for row, length, end, tokens in known:
+                    chain = self.chains.get(row) or Chain("", [])
+                    if tokens is not None and chain.length(self.block_size) == length:
+                        self.chains[row] = chain
+                        self.prefixes.extend(chain, tokens, self.table[row, len(chain.entries) : end])
+            self.lens[rows] = batch.seq_lens
 
-    def _take(self, rows: np.ndarray, missing: np.ndarray, needed: int) -> None:
-        width = int((self._held[rows] + missing).max())
-        if width > self._table.shape[1]:
+    # The parts of these
+
+    def _new_row(self, width: int = 0) -> int:
+        """A row for a new sequence, in tables of at least so many columns."""
+        if not self._free_rows:
+            raise CacheFull(f"max_num_seqs={self.max_num_seqs} sequences are live already")
+        self._widen(width)
+        row = self._free_rows.popleft()
+        self.ids[row] = self._next_id[row]
+        self._next_id[row] += self.max_num_seqs
+        return row
+
+    def _clear(self, row: int) -> None:
+        """Empty a row whose blocks are released."""
+        self.begin[row] = self.end[row] = self.lens[row] = 0
+        self.windows[row] = -1
+        self.swapped[row] = False
+        self.chains.pop(row, None)
+        self._bookings[row] += 1
+
+    def _slice(self, row: int) -> np.ndarray:
+        """A copy of the blocks that a row holds."""
+        return self.table[row, self.begin[row] : self.end[row]].copy()
+
+    def state(self, row: int) -> State:
+        """What makes a sequence what it is, without blocks that hold no token yet."""
+        begin, length = int(self.begin[row]), int(self.lens[row])
+        blocks = self.table[row, begin : -(-length // self.block_size)].copy()
+        chain = self.chains.get(row)
+        return State(length, int(self.windows[row]), begin, blocks, chain and chain.copy())
+
+    def _become(self, row: int, state: State) -> None:
+        """Let an empty row be what a state says."""
+        self.lens[row] = state.length
+        self.windows[row] = state.window_left
+        if state.chain is not None:
+            self.chains[row] = state.chain
+        self._install(row, state.begin, state.blocks)
+        self.allocator.hold(state.blocks)
+
+    def _install(self, row: int, begin: int, blocks: np.ndarray) -> None:
+        end = begin + len(blocks)
+        self._widen(end)
+        self.table[row, :begin] = NO_BLOCK
+        self.table[row, begin:end] = blocks
+        self.begin[row], self.end[row] = begin, end
+        self._bookings[row] += 1
+
+    def _written_to(
+        self, rows: np.ndarray, lens: np.ndarray, new: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which sequences write into a block that has tokens, that block, and whether they need a copy of it."""
+        writers = np.flatnonzero((new > 0) & (lens % self.block_size > 0))
+        sources = self.table[rows[writers], lens[writers] // self.block_size]
+        references = self.allocator.references[sources]
+        copied = references > 1
+        if copied.any():
+            _, first, counts = np.unique(sources, return_index=True, return_counts=True)
+            copied[first[counts == references[first]]] = False  # where all its holders write, one keeps it
+        return writers, sources, copied
+
+    def _outside_windows(self, rows: np.ndarray, lens: np.ndarray, new: np.ndarray) -> list[tuple[int, int]]:
+        """Rows whose next token no longer sees their first blocks, and the column where it begins to see."""
+        windows = self.windows[rows]
+        if (windows < 0).all():
+            return []
+        first = np.maximum(lens - windows, 0) // self.block_size
+        moved = np.flatnonzero((windows >= 0) & (new > 0) & (first > self.begin[rows]))
+        return [(int(rows[n]), int(first[n])) for n in moved]
+
+    def _freed_by(self, outside: list[tuple[int, int]]) -> int:
+        """Blocks that nobody holds once these rows have given back what they no longer see."""
+        if not outside:
+            return 0
+        given = np.concatenate([self.table[row, self.begin[row] : first] for row, first in outside])
+        blocks, counts = np.unique(given, return_counts=True)
+        return int((self.allocator.references[blocks] == counts).sum())
+
+    def _give_back(self, row: int, first: int) -> None:
+        """Release the blocks of the columns before `first`."""
+        blocks = self.table[row, self.begin[row] : first].copy()
+        self.table[row, self.begin[row] : first] = NO_BLOCK
+        self.begin[row] = first
+        self.allocator.release(blocks[::-1])
+
+    def _replace(self, rows: np.ndarray, columns: np.ndarray, blocks: np.ndarray) -> None:
+        """Put copies into the places of the blocks that were copied."""
+        old = self.table[rows, columns]
+        self.table[rows, columns] = blocks
+        self.allocator.release_each(old)
+        self.num_copies += len(blocks)
+
+    def _append(self, rows: np.ndarray, counts: np.ndarray, blocks: np.ndarray) -> None:
+        """Put new blocks behind those of the rows, `counts` to each, in columns that are there."""
+        first = np.cumsum(counts) - counts
+        columns = np.arange(len(blocks)) - np.repeat(first - self.end[rows], counts)
+        self.table[np.repeat(rows, counts), columns] = blocks
+        self.end[rows] += counts.astype(np.int32)
+
+    def _widen(self, width: int) -> None:
+        have = self.table.shape[1]
+        if width > have:
             wider = np.zeros(
-                (self.max_num_seqs, min(max(width, 2 * self._table.shape[1]), self.num_blocks)), np.int32
+                (self.max_num_seqs, min(max(width, 2 * have), max(width, self.num_blocks))), np.int32
             )
-            wider[:, : self._table.shape[1]] = self._table
-            self._table = wider
-        owner = np.repeat(rows, missing)
-        first = np.cumsum(missing) - missing
-        column = np.arange(needed) - np.repeat(first - self._held[rows], missing)
-        self._table[owner, column] = self._free_blocks[self.num_free_blocks - needed : self.num_free_blocks][
-            ::-1
-        ]
-        self.num_free_blocks -= needed
-        self._held[rows] += missing.astype(np.int32)
+            wider[:, :have] = self.table
+            self.table = wider
 
     def _batch(self, rows: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
         width = -(-int(seq_lens.max(initial=0)) // self.block_size)
-        return Batch.of(self._table[rows, :width], seq_lens, num_new_tokens)
+        return Batch.of(self.table[rows, :width], seq_lens, num_new_tokens)
+
+
+def _placed(count: int, where: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """`count` blocks, of which those at `where` are given and the others are NO_BLOCK."""
+    placed = np.full(count, NO_BLOCK, np.int32)
+    placed[where] = blocks
+    return placed

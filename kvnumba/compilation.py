@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.cache import KVCache
+from kvnumba.contiguous import KVCache
 from kvnumba.quantization import dequantize, quantize
 
 TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.cache import KVCache, PagedKVCache
 from kvnumba.checkpoint import Tensors, read_config
+from kvnumba.contiguous import KVCache
+from kvnumba.paged import PagedKVCache
 
 BUNDLED_MODEL = Path(__file__).parent / "data"
 """The folder of the small byte-level model that comes with the package."""
@@ -315,13 +316,13 @@ class IncrementalDecoder:
         lengths = cache.seq_lens
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
-        step = cache.step(seq_ids, new)
+        step = cache.step(seq_ids, new, token_ids=tokens)
         first = np.repeat(step.batch.seq_lens - step.batch.query_start_loc[1:], new)
         positions = first + np.arange(step.num_tokens)
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
-            return step.attend(q, layer=layer, window_left=self._window_left)
+            return step.attend(q, layer=layer, window_left=self.window_left)
 
         return self.logits(self.forward(np.concatenate(tokens), positions, attention))
 
@@ -373,7 +374,7 @@ class IncrementalDecoder:
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             cache, index = layers[layer]
             cache.update(dense(k), dense(v), layer=index)
-            out = cache.attend(dense(q), layer=index, window_left=self._window_left)
+            out = cache.attend(dense(q), layer=index, window_left=self.window_left)
             return out.swapaxes(1, 2).reshape(q.shape)
 
         hidden = self.forward(tokens, positions, attention)
@@ -420,13 +421,7 @@ class IncrementalDecoder:
         (n,) int64
             The new tokens.
         """
-        prompt = self._checked_tokens(prompt)
-        if not len(prompt):
-            raise ValueError("prompt: expected at least one token; got none")
-        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
-        if not temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more; got {temperature}")
-        self._check_end(len(prompt) + max_new_tokens)
+        prompt, max_new_tokens = self.check_request(prompt, max_new_tokens, temperature)
         cache = self.make_cache(len(prompt) + max_new_tokens, **cache_options)
         seq_id = cache.add_sequence()
         rng = np.random.default_rng(seed)
@@ -442,15 +437,25 @@ class IncrementalDecoder:
                 last = self.extend(cache, [seq_id], [[token]])[-1]
         return np.array(new, np.int64)
 
+    def check_request(self, prompt: Any, max_new_tokens: int, temperature: float) -> tuple[np.ndarray, int]:
+        """The prompt as (n,) int64 and the number of new tokens, after the checks of `generate`."""
+        prompt = self._checked_tokens(prompt)
+        if not len(prompt):
+            raise ValueError("prompt: expected at least one token; got none")
+        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected 0 or more; got {temperature}")
+        self._check_end(len(prompt) + max_new_tokens)
+        return prompt, max_new_tokens
+
     @property
-    def _window_left(self) -> int:
+    def window_left(self) -> int:
+        """The widest `window_left` with which the model attends, -1 if it sees everything."""
         window = self.config.sliding_window
         return -1 if window is None else window - 1
 
     def _checked_tokens(self, token_ids: Any) -> np.ndarray:
-        if isinstance(token_ids, (bytes, bytearray)):
-            token_ids = np.frombuffer(token_ids, np.uint8)
-        tokens = arguments.integers("token_ids", token_ids)
+        tokens = arguments.tokens("token_ids", token_ids)
         outside = (tokens < 0) | (tokens >= self.config.vocab_size)
         if outside.any():
             raise ValueError(

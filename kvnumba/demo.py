@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kvnumba.cache import PagedKVCache
 from kvnumba.decoder import BUNDLED_MODEL, IncrementalDecoder, softmax
+from kvnumba.paged import PagedKVCache
 from kvnumba.registry import get_backend
 
 FORMATS = ("float32", "float16", "int8", "int4")

@@ -10,7 +10,8 @@ from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks import BlockPool
-from kvnumba.storage import Batch, Buffers
+from kvnumba.cascade import Cascade, common_prefixes, worthwhile
+from kvnumba.storage import Batch, Buffers, Scoring
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,10 +23,14 @@ class BatchAttention:
     Internal: queries come as float32 views (B, n, Hq, D) and are checked already.
     """
 
-    def __init__(self, backend: Backend, buffers: Buffers, batch: Batch) -> None:
+    def __init__(
+        self, backend: Backend, buffers: Buffers, batch: Batch, widest_window: int | None = None
+    ) -> None:
         self._backend = backend
         self._buffers = buffers
         self._batch = batch
+        self._widest_window = widest_window  # None: any, and none
+        self._cascades: dict[int, Cascade | None] = {}
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
@@ -46,10 +51,34 @@ class BatchAttention:
         scoring = arguments.scoring(options, num_qo_heads, layout.head_dim, given)
         if q.size == 0:
             return
+        widest = self._widest_window
+        if widest is not None and not 0 <= scoring.window_left <= widest:
+            raise ValueError(
+                f"window_left: expected 0 to {widest}, earlier tokens may be given back; got {scoring.window_left}"
+            )
+        cascade = self._cascade(num_qo_heads, scoring)
+        if cascade is not None:
+            cascade.attend(self._buffers, layer, q, scoring, out, lse)
+            return
         key = (num_qo_heads, scoring.window_left)
         if key not in self._plans:
             self._plans[key] = self._backend.plan(layout, self._batch, *key)
         self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
+
+    def _cascade(self, num_qo_heads: int, scoring: Scoring) -> Cascade | None:
+        """How to attend to common prefixes apart; None where there are none, it does not pay or is not exact."""
+        if len(self._batch.seq_lens) < 2 or scoring.window_left >= 0 or scoring.alibi_slopes is not None:
+            return None
+        if num_qo_heads not in self._cascades:
+            layout, batch = self._buffers.layout, self._batch
+            prefixes = [
+                prefix
+                for prefix in common_prefixes(batch, layout.block_size)
+                if worthwhile(prefix, batch, layout, num_qo_heads)
+            ]
+            cascade = Cascade(self._backend, layout, batch, num_qo_heads, prefixes) if prefixes else None
+            self._cascades[num_qo_heads] = cascade
+        return self._cascades[num_qo_heads]
 
 
 class Step:
@@ -64,7 +93,7 @@ class Step:
 
     The sequences' lengths move when the last layer is written; a step that is dropped before that leaves
     them as they were, and the next step begins where it began. Blocks that it booked stay with the
-    sequences, which fill them later or give them back when they finish.
+    sequences, which fill them later or give them back with `truncate` or when they finish.
 
     Attributes
     ----------
@@ -74,16 +103,25 @@ class Step:
     """
 
     def __init__(
-        self, backend: Backend, buffers: Buffers, pool: BlockPool, seq_ids: Any, num_new_tokens: Any
+        self,
+        backend: Backend,
+        buffers: Buffers,
+        pool: BlockPool,
+        seq_ids: Any,
+        num_new_tokens: Any,
+        token_ids: Any = None,
     ) -> None:
-        self.batch = pool.book(seq_ids, num_new_tokens)
+        self._token_ids = None if token_ids is None else _checked_tokens(token_ids, num_new_tokens)
+        self.batch = pool.book(seq_ids, num_new_tokens, lambda pairs: backend.copy_blocks(buffers, pairs))
         self.seq_ids = np.asarray(seq_ids).tolist()
         self._booking = pool.bookings(self.seq_ids)
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
         self._slot_mapping = self.batch.slot_mapping(pool.block_size)
-        self._attention = BatchAttention(backend, buffers, self.batch)
+        self._attention = BatchAttention(
+            backend, buffers, self.batch, pool.widest_window(self.seq_ids, self.batch)
+        )
         self._next_layer = 0
 
     @property
@@ -136,12 +174,13 @@ class Step:
             self._backend.write(self._buffers, layer, k, v, self._slot_mapping)
         self._next_layer += 1
         if self._next_layer == num_layers:
-            self._pool.commit(self.seq_ids, self.batch)
+            self._pool.commit(self.seq_ids, self.batch, self._token_ids)
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens over their sequences, straight out of the storage.
 
-        New token i of a sequence with n new ones sees positions up to ``seq_len - n + i``. Extra memory is
+        New token i of a sequence with n new ones sees positions up to ``seq_len - n + i``. Blocks with which
+        several sequences begin are read once for all of them, where that is faster. Extra memory is
         O(T * Hq * D + threads * tile), whatever the cached length.
 
         Parameters
@@ -178,3 +217,15 @@ class Step:
             f"Step(sequences={len(self.seq_ids)}, new_tokens={self.num_tokens}, "
             f"layers_written={self._next_layer}/{self._buffers.layout.num_layers})"
         )
+
+
+def _checked_tokens(token_ids: Any, num_new_tokens: Any) -> list[np.ndarray | None]:
+    """The tokens of each sequence, as many as it adds, or None."""
+    counts = arguments.integers("num_new_tokens", num_new_tokens).tolist()
+    given = list(token_ids)
+    if len(given) != len(counts):
+        raise ValueError(f"token_ids: expected {len(counts)} sequences of tokens, or None; got {len(given)}")
+    return [
+        None if tokens is None else arguments.tokens("token_ids", tokens, count)
+        for tokens, count in zip(given, counts, strict=True)
+    ]

@@ -85,6 +85,34 @@ def allocate_on_host(
     return Buffers(layout, encoded(layout.key_format), encoded(layout.value_format))
 
 
+def part_shapes(layout: Layout, num_blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of what `Backend.read_blocks` returns, keys before values: codes, scales, zero points."""
+    parts = []
+    for fmt in (layout.key_format, layout.value_format):
+        codes, scales = layout.codes_shape(fmt), layout.scales_shape(fmt)
+        parts += [(codes, fmt.code_dtype), (scales, SCALE_DTYPE), (scales, SCALE_DTYPE)]
+    return [((shape[0], num_blocks, *shape[2:]), dtype) for shape, dtype in parts]
+
+
+def copy_blocks_on_host(buffers: Buffers, pairs: np.ndarray) -> None:
+    """Copy whole blocks of NumPy buffers, as `Backend.copy_blocks`."""
+    source, destination = pairs.T
+    for part in (*buffers.keys, *buffers.values):
+        part[:, destination] = part[:, source]
+
+
+def read_blocks_on_host(buffers: Buffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
+    """Copies of whole blocks of NumPy buffers, as `Backend.read_blocks`."""
+    keys, values = (Encoded(*(part[:, blocks] for part in kept)) for kept in (buffers.keys, buffers.values))
+    return keys, values
+
+
+def write_blocks_on_host(buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
+    """Whole blocks into NumPy buffers, as `Backend.write_blocks`."""
+    for part, new in zip((*buffers.keys, *buffers.values), (*keys, *values), strict=True):
+        part[:, blocks] = new
+
+
 @dataclass(frozen=True)
 class Batch:
     """The new tokens of some sequences and the blocks that these lie in: integers only.

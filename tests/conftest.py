@@ -4,9 +4,12 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from kvnumba.formats import FORMATS
 from kvnumba.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable_reason
+
+settings.register_profile("long", max_examples=4000)  # pytest --hypothesis-profile=long
 
 CHOSEN = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 if CHOSEN not in (*BACKENDS, "auto"):

@@ -16,7 +16,17 @@ from kvnumba.formats import (
     pack_int4,
     unpack_int4,
 )
-from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
+from kvnumba.storage import (
+    Batch,
+    Buffers,
+    Encoded,
+    Layout,
+    Scoring,
+    allocate_on_host,
+    copy_blocks_on_host,
+    read_blocks_on_host,
+    write_blocks_on_host,
+)
 
 QUERY_TILE = 64
 KEY_TILE = 256
@@ -76,6 +86,15 @@ class NumpyBackend:
             self._gather(buffers, buffers.keys, layer, block_table, positions),
             self._gather(buffers, buffers.values, layer, block_table, positions),
         )
+
+    def copy_blocks(self, buffers: Buffers, pairs: np.ndarray) -> None:
+        copy_blocks_on_host(buffers, pairs)
+
+    def read_blocks(self, buffers: Buffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
+        return read_blocks_on_host(buffers, blocks)
+
+    def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
+        write_blocks_on_host(buffers, blocks, keys, values)
 
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Batch:
         return batch

@@ -43,6 +43,24 @@ class Backend(Protocol):
         """Keys and values (B, H, length, D) float32 of the first `length` tokens in the blocks of B sequences."""
         ...
 
+    def copy_blocks(self, buffers: Buffers, pairs: np.ndarray) -> None:
+        """Copy blocks of all layers bit for bit: (source, destination) pairs (N, 2) int64.
+
+        No block is twice a destination, and none both a source and a destination.
+        """
+        ...
+
+    def read_blocks(self, buffers: Buffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
+        """Copies of blocks (N,) of all layers as they are stored, in NumPy arrays: keys and values.
+
+        Each part is shaped as its buffer with N blocks: (num_layers, N, H, block_size, row length or groups).
+        """
+        ...
+
+    def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
+        """Store what `read_blocks` returned into blocks (N,), bit for bit."""
+        ...
+
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Any:
         """The part of `attend` that is the same for all layers of a batch."""
         ...

@@ -92,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "lengths"):
             return
         held = [b for i in self.lengths for b in self.pool.blocks(i).tolist()]
-        free = self.pool._free_blocks[: self.pool.num_free_blocks].tolist()
+        free = self.pool.allocator.free_blocks.tolist()
         assert sorted(held + free) == list(range(NUM_BLOCKS))
         assert self.pool.live() == dict(sorted(self.lengths.items()))
         assert all(len(self.pool.blocks(i)) == self.booked[i] for i in self.lengths)

@@ -13,14 +13,23 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from kvnumba.backends.cpu import attend, read, write
+from kvnumba.backends.cpu import attend, copy, read, write
 from kvnumba.backends.cpu.codecs import FORMAT_ID
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import Plan, plan_batch
 from kvnumba.backends.cpu.queries import padded
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, LANES, target_features
 from kvnumba.formats import SCALE_DTYPE, Format
-from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring, allocate_on_host
+from kvnumba.storage import (
+    Batch,
+    Buffers,
+    Encoded,
+    Layout,
+    Scoring,
+    allocate_on_host,
+    read_blocks_on_host,
+    write_blocks_on_host,
+)
 
 # Numba's workqueue threading layer aborts the process when two threads enter kernels at once. Every kernel
 # uses all cores, so one at a time loses nothing, and all share one scratch.
@@ -142,6 +151,23 @@ class CpuBackend:
                 with _ONE_AT_A_TIME:
                     launch(read.read, COMMON, _workers(k.size), job)
         return k, v
+
+    def copy_blocks(self, buffers: CpuBuffers, pairs: np.ndarray) -> None:
+        layout = buffers.layout
+        blocks = layout.num_layers * layout.num_blocks
+        parts = tuple(
+            part.reshape(-1).view(np.uint8).reshape(blocks, -1) for part in (*buffers.keys, *buffers.values)
+        )
+        job = (pairs, layout.num_layers, layout.num_blocks, *parts)
+        num_values = len(pairs) * layout.num_layers * sum(part.shape[1] for part in parts)
+        with _ONE_AT_A_TIME:
+            launch(copy.copy, COMMON, _workers(num_values), job)
+
+    def read_blocks(self, buffers: CpuBuffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
+        return read_blocks_on_host(buffers, blocks)
+
+    def write_blocks(self, buffers: CpuBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
+        write_blocks_on_host(buffers, blocks, keys, values)
 
     def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Plan:
         group = num_qo_heads // layout.num_kv_heads

@@ -1,0 +1,499 @@
+"""The paged cache: sequences that take blocks from a pool, share them and give them back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from kvnumba import arguments, snapshot
+from kvnumba.arguments import AttentionOptions
+from kvnumba.blocks import BlockPool
+from kvnumba.cache import Cache
+from kvnumba.integrity import check_pool
+from kvnumba.stats import CacheStats, collect
+from kvnumba.step import BatchAttention, Step
+from kvnumba.swap import SwappedBlocks, fill_blocks, save_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+logger = logging.getLogger("kvnumba")
+
+
+class PagedKVCache(Cache):
+    """A pool of blocks that sequences take as they grow, share, and give back when they finish.
+
+    After PagedAttention (Kwon et al., 2023) and the block manager of vLLM. Sequences share blocks after `fork`,
+    and when `add_sequence` finds their first tokens in blocks of earlier ones; a block that is shared, or that
+    may be found, is copied before a sequence writes to it. Calls for different sequences of one cache may come
+    from different threads at once; calls for the same sequence may not.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Blocks in the pool.
+    block_size : int
+        Tokens of a block; the cpu backend is at its best from 16 on.
+    num_kv_heads, head_dim : int
+        H (also accepted as `num_heads`) and D.
+    max_num_seqs : int
+        Sequences that may be live at the same time.
+    dtype, key_format, value_format, group_size, num_layers, backend
+        As in `KVCache`.
+    """
+
+    @arguments.also_called(num_heads="num_kv_heads")
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_num_seqs: int,
+        dtype: Any = np.float32,
+        *,
+        key_format: Any = None,
+        value_format: Any = None,
+        group_size: int | None = None,
+        num_layers: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        num_blocks = arguments.integer("num_blocks", num_blocks, minimum=1)
+        block_size = arguments.integer("block_size", block_size, minimum=1)
+        max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
+        super().__init__(
+            num_blocks,
+            block_size,
+            num_kv_heads,
+            head_dim,
+            dtype,
+            key_format,
+            value_format,
+            group_size,
+            num_layers,
+            backend,
+        )
+        self._pool = BlockPool(num_blocks, block_size, max_num_seqs)
+        self._swapped: dict[int, SwappedBlocks] = {}
+        self._steps: dict[int, Step] = {}  # forward passes through `update` that have layers to go
+        self._attention: tuple[tuple[int, ...], BatchAttention] | None = None
+
+    @property
+    def k_pool(self) -> Any:
+        """The stored keys, writable: (num_blocks, H, block_size, D), as `KVCache.k_cache`."""
+        return self._stored(self._buffers.keys.codes)
+
+    @property
+    def v_pool(self) -> Any:
+        """The stored values, as `k_pool`."""
+        return self._stored(self._buffers.values.codes)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self._pool.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._pool.block_size
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that may be live at the same time."""
+        return self._pool.max_num_seqs
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds; those that a new sequence may still find among them."""
+        return self._pool.num_free_blocks
+
+    @property
+    def seq_lens(self) -> dict[int, int]:
+        """Id -> tokens held, of the live sequences; a copy."""
+        return self._pool.live()
+
+    def block_table(self, seq_id: int) -> np.ndarray:
+        """The block ids of a sequence, in order: (blocks,) int32, a copy; -1 for blocks outside its window."""
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        return self._pool.blocks(seq_id)
+
+    def utilization(self) -> float:
+        """Fraction of the blocks that sequences hold."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
+    @overload
+    def add_sequence(self, token_ids: None = None, *, cache_salt: str = "", window_left: int = -1) -> int: ...
+
+    @overload
+    def add_sequence(
+        self, token_ids: Any, *, cache_salt: str = "", window_left: int = -1
+    ) -> tuple[int, int]: ...
+
+    def add_sequence(
+        self, token_ids: Any = None, *, cache_salt: str = "", window_left: int = -1
+    ) -> int | tuple[int, int]:
+        """Begin a sequence, with what is cached of its first tokens.
+
+        Parameters
+        ----------
+        token_ids : (n,) int, optional
+            The sequence's first tokens. The longest run of full blocks that holds the same tokens from the
+            first on becomes its beginning; the last token is never among them, so that its logits are computed.
+            Blocks are found if the tokens in them were given to `step` or `update`.
+        cache_salt : str
+            Sequences find blocks of the same salt only: one for each tenant keeps them apart.
+        window_left : int
+            The widest `window_left` with which the sequence will be attended. Blocks before it are given back
+            as the sequence grows. -1: it may see everything.
+
+        Returns
+        -------
+        seq_id : int
+            Which no other sequence of this cache ever gets.
+        num_cached_tokens : int
+            With `token_ids`: tokens that the sequence holds already.
+
+        Raises
+        ------
+        CacheFull
+            `max_num_seqs` sequences are live.
+        ValueError, TypeError
+            An argument is not as above.
+        """
+        if not isinstance(cache_salt, str):
+            raise TypeError(f"cache_salt: expected a str; got {type(cache_salt).__name__}")
+        window_left = arguments.integer("window_left", window_left, minimum=-1)
+        if token_ids is None:
+            return self._pool.add(None, cache_salt, window_left)
+        tokens = arguments.tokens("token_ids", token_ids)
+        with self._pool.lock:
+            seq_id = self._pool.add(tokens, cache_salt, window_left)
+            return seq_id, int(self._pool.lengths([seq_id])[0])
+
+    def fork(self, seq_id: int) -> int:
+        """Begin a sequence with the same tokens, in the same blocks; returns its id.
+
+        Nothing is copied until one of the two writes to a block that both hold. Tokens of a forward pass
+        that is not complete are not part of the new sequence.
+
+        Raises
+        ------
+        CacheFull
+            `max_num_seqs` sequences are live.
+        ValueError
+            The id is unknown, finished or swapped out.
+        """
+        return self._pool.fork(arguments.integer("seq_id", seq_id, minimum=0))
+
+    def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
+        """Let each sequence become a fork of one of the parents as these are before the call, for beam search.
+
+        Parameters
+        ----------
+        seq_ids : sequence of B ints
+            Live sequences, each once. What they held is given back.
+        parents : sequence of B ints
+            Live sequences, of `seq_ids` or others, also several times.
+
+        Raises
+        ------
+        ValueError
+            An id is unknown, finished or swapped out, an id of `seq_ids` comes twice, or the lengths differ.
+        """
+        self._pool.reorder(seq_ids, parents)
+        for seq_id, parent in zip(seq_ids, parents, strict=True):
+            if seq_id != parent:
+                self._steps.pop(int(seq_id), None)
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Forget a sequence's tokens from `length` on, as if they had never been written.
+
+        Rolls back what speculative decoding proposed in vain. Blocks without tokens are given back, also those
+        that a dropped step booked; other sequences keep what they share.
+
+        Raises
+        ------
+        ValueError
+            The id is unknown, finished or swapped out, `length` is more than the sequence has, or the
+            tokens that its window would then reach were given back: a sequence with a window can always
+            return to where its latest step began.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        self._pool.truncate(seq_id, arguments.integer("length", length, minimum=0))
+        self._steps.pop(seq_id, None)
+
+    def finish_sequence(self, seq_id: int) -> None:
+        """Give back a sequence's blocks. Full ones whose tokens are known stay to be found, until room is needed.
+
+        Raises
+        ------
+        ValueError
+            The id is unknown or finished already.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        self._pool.finish(seq_id)
+        self._steps.pop(seq_id, None)
+        swapped = self._swapped.pop(seq_id, None)
+        if swapped is not None:
+            swapped.discard()
+
+    def swap_out(self, seq_id: int, path: str | os.PathLike[str] | None = None) -> None:
+        """Move a sequence's blocks to host memory or a memory-mapped file, bit for bit, and give them back.
+
+        Until `swap_in` the sequence keeps its id and its length, and can only be finished.
+
+        Parameters
+        ----------
+        seq_id : int
+        path : path, optional
+            A file to make, which is removed when the sequence is swapped in or finished. Default: memory.
+
+        Raises
+        ------
+        OSError
+            The file exists or cannot be written, or its disk is full. Nothing has changed.
+        ValueError
+            The id is unknown, finished or swapped out already.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        with self._pool.lock:
+            blocks = self._pool.filled_blocks(seq_id)
+            where = None if path is None else Path(path)
+            self._swapped[seq_id] = save_blocks(self._backend, self._buffers, blocks, where)
+            self._pool.swap_out(seq_id)
+        self._steps.pop(seq_id, None)
+        logger.debug("sequence %d: %d blocks swapped out", seq_id, len(blocks))
+
+    def swap_in(self, seq_id: int) -> None:
+        """Bring back a sequence that was swapped out.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks; nothing has changed.
+        ValueError
+            The id is unknown, finished or not swapped out.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        with self._pool.lock:
+            self._pool.rows([seq_id], swapped=True)
+            if seq_id not in self._swapped:
+                raise ValueError(f"seq_id: sequence {seq_id} is not swapped out")
+            swapped = self._swapped[seq_id]
+            self._pool.swap_in(
+                seq_id, swapped.blocks, lambda into: fill_blocks(self._backend, self._buffers, swapped, into)
+            )
+            del self._swapped[seq_id]
+        swapped.discard()
+        logger.debug("sequence %d: %d blocks swapped in", seq_id, len(swapped.blocks))
+
+    def save(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
+        """Write all sequences and all findable blocks to a file; a block that is shared is written once.
+
+        The file is written beside `path` under another name and takes its place when it is complete and on
+        the disk: whatever happens before leaves what was there.
+
+        Parameters
+        ----------
+        path : path
+        fingerprint : str
+            Says what computed the keys and values: the model's name and revision, say. `load` compares it.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written, or its disk is full.
+        ValueError
+            A sequence is swapped out.
+        """
+        snapshot.save(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+
+    def load(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> dict[int, int]:
+        """Add the sequences and findable blocks of a file that `save` wrote, all or nothing.
+
+        The number of blocks, of sequences and the backend may differ from those of the cache that was saved.
+
+        Parameters
+        ----------
+        path : path
+        fingerprint : str
+            As it was given to `save`.
+
+        Returns
+        -------
+        dict
+            The id of each sequence here, by the id under which it was saved.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks, or too few of `max_num_seqs`.
+        ValueError
+            The file is not one of `save`, is cut short or damaged, or was made with another version, shape,
+            format or fingerprint. The cache is as it was.
+        OSError
+            The file cannot be read.
+        """
+        return snapshot.load(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+
+    def stats(self) -> CacheStats:
+        """Blocks by state, bytes used and wasted, and what the prefix cache found and evicted."""
+        return collect(self._pool, self.bytes_per_token())
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless reference counts, free blocks, tables and prefixes agree; for tests."""
+        check_pool(self._pool)
+
+    def update(self, seq_id: int, new_k: Any, new_v: Any, *, layer: int = 0, token_ids: Any = None) -> None:
+        """Append tokens to a sequence.
+
+        Parameters
+        ----------
+        seq_id : int
+        new_k, new_v : (H, T, D) float32, float16, float64 or bfloat16
+        layer : int
+            Layers are written in order; the length moves with the last.
+        token_ids : (T,) int, optional
+            What the new tokens are, given with layer 0. Once all layers are written, blocks that are full of
+            known tokens can be found by `add_sequence`.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks; nothing has changed.
+        ValueError, TypeError
+            The id is unknown or finished, a shape or dtype is not as above, a quantised format is given a
+            value that is not finite, or the layer is not the next one. The cache is as it was.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        layout = self._layout
+        shape = (self.num_kv_heads, None, self.head_dim)
+        k = arguments.new_tokens("new_k", new_k, shape, "H T D", layout.key_format)
+        v = arguments.new_tokens("new_v", new_v, k.shape, "H T D", layout.value_format)
+        layer = arguments.layer_index(layer, self.num_layers)
+        count = k.shape[1]
+        if layer == 0:
+            step = self.step([seq_id], [count], token_ids=None if token_ids is None else [token_ids])
+        else:
+            if token_ids is not None:
+                raise ValueError(
+                    f"token_ids: expected with layer 0, for all layers; got them with layer {layer}"
+                )
+            self._pool.rows([seq_id])
+            if seq_id not in self._steps:
+                raise ValueError(f"layer: layers are written in order, next is layer 0; got {layer}")
+            step = self._steps[seq_id]
+            if count != step.num_tokens:
+                raise ValueError(
+                    f"new_k: expected {step.num_tokens} new tokens, as in layer 0; got {count} in layer {layer}"
+                )
+        step._write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
+        if layer < self.num_layers - 1:
+            self._steps[seq_id] = step
+        else:
+            self._steps.pop(seq_id, None)
+
+    def get_kv(self, seq_id: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of the keys and values of a sequence: (H, T, D) float32 twice.
+
+        Of a sequence with a window, those of the last tokens, whose blocks it still holds.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        layer = arguments.layer_index(layer, self.num_layers)
+        first = self._pool.first_position(seq_id)
+        length = self._length(seq_id, layer) - first
+        table = self._pool.blocks(seq_id)[None, first // self.block_size :]
+        k, v = self._backend.read(self._buffers, layer, np.ascontiguousarray(table), length)
+        return k[0], v[0]
+
+    def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
+        """Causal attention of a sequence's newest T tokens, straight out of the storage.
+
+        As `KVCache.attend`, for one sequence; `step` serves many at once.
+
+        Parameters
+        ----------
+        seq_id : int
+        q : (Hq, T, D) float32, float16, float64 or bfloat16
+            Hq is a multiple of H, T at most the sequence's length.
+        layer : int
+            Tokens that `update` wrote to this layer count, whether or not the later layers have them yet.
+        **options
+            See `AttentionOptions`.
+
+        Returns
+        -------
+        out : (Hq, T, D), in the precision of q (float64: float32)
+        lse : (Hq, T) float32
+            With ``return_lse``.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        layer = arguments.layer_index(layer, self.num_layers)
+        query = arguments.queries("q", q, (None, None, self.head_dim), "Hq T D", 0, self.num_kv_heads)
+        count = query.shape[1]
+        length = self._length(seq_id, layer)
+        if count > length:
+            raise ValueError(
+                f"q: expected at most as many tokens as the sequence holds, {length}; got shape {query.shape}"
+            )
+        key = (seq_id, int(self._pool.bookings([seq_id])[0]), length, count)
+        planned = self._attention  # read once: another thread may replace it
+        if planned is None or planned[0] != key:
+            batch = self._pool.view([seq_id], [length], [count])
+            widest = self._pool.widest_window([seq_id], batch)
+            planned = (key, BatchAttention(self._backend, self._buffers, batch, widest))
+            self._attention = planned
+        out = np.empty(query.shape, np.float32)
+        lse = np.empty(query.shape[:2], np.float32)
+        views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
+        planned[1].attend(layer, *views, options, q)
+        out = arguments.like(q, out)
+        return (out, lse) if options.get("return_lse") else out
+
+    def step(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int], *, token_ids: Any = None) -> Step:
+        """Book the blocks of a ragged batch, all or nothing, for a pass through all layers.
+
+        Parameters
+        ----------
+        seq_ids : sequence of int
+            Live sequences, each once.
+        num_new_tokens : sequence of int
+            What each of them adds: 1 for decoding, more for a prompt or a part of it, 0 for nothing.
+        token_ids : sequence of B sequences of int, optional
+            What the new tokens are, or None for a sequence of which it is not known. Once all layers are
+            written, blocks that are full of known tokens can be found by `add_sequence`.
+
+        Returns
+        -------
+        Step
+            Whose `write` and `attend` take packed tokens.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks; nothing has changed.
+        ValueError
+            An id is unknown, finished or given twice, or a count is negative.
+        """
+        return Step(self._backend, self._buffers, self._pool, seq_ids, num_new_tokens, token_ids)
+
+    def __repr__(self) -> str:
+        used = self.num_blocks - self.num_free_blocks
+        return (
+            f"PagedKVCache(blocks={used}/{self.num_blocks}, block_size={self.block_size}, "
+            f"sequences={len(self.seq_lens)}/{self.max_num_seqs}, {self._describe()})"
+        )
+
+    def _length(self, seq_id: int, layer: int) -> int:
+        """Tokens of a sequence that a layer holds, those of a running forward pass included."""
+        length = int(self._pool.lengths([seq_id])[0])
+        step = self._steps.get(seq_id)
+        if step is not None and step.covers(layer) and step.is_latest():
+            return int(step.batch.seq_lens[0])
+        return length

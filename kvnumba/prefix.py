@@ -1,0 +1,155 @@
+"""Which blocks hold which tokens, so that a new sequence finds what an earlier one has computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+TOKEN_DTYPE = np.dtype("<i8")
+
+
+class Key(NamedTuple):
+    """What a full block is found by: everything before it, as the number of an entry, and its own tokens.
+
+    The dictionary compares whole keys, so two blocks are the same only if their tokens, and by induction all
+    tokens before them, are equal. Its hash need not be trusted.
+    """
+
+    parent: int | str  # the number of the entry before; of a first block, the salt
+    tokens: bytes
+
+
+class Entry:
+    """A full block of known tokens. Its number is never given again; `block` is -1 once it is forgotten."""
+
+    __slots__ = ("block", "key", "number")
+
+    def __init__(self, key: Key, number: int, block: int) -> None:
+        self.key = key
+        self.number = number
+        self.block = block
+
+
+class Chain:
+    """The tokens of one sequence, from the first on, as far as they are known."""
+
+    __slots__ = ("entries", "salt", "tail")
+
+    def __init__(self, salt: str, entries: list[Entry], tail: bytes = b"") -> None:
+        self.salt = salt
+        self.entries = entries  # of its full blocks
+        self.tail = tail  # tokens after these
+
+    def length(self, block_size: int) -> int:
+        """Tokens that are known."""
+        return len(self.entries) * block_size + len(self.tail) // TOKEN_DTYPE.itemsize
+
+    def truncate(self, length: int, block_size: int) -> None:
+        """Forget the tokens from `length` on."""
+        full, rest = divmod(length, block_size)
+        if full < len(self.entries):
+            self.tail = self.entries[full].key.tokens
+            del self.entries[full:]
+        elif full > len(self.entries):
+            return  # it ends before that
+        self.tail = self.tail[: rest * TOKEN_DTYPE.itemsize]
+
+    def copy(self) -> Chain:
+        """The same tokens, for another sequence."""
+        return Chain(self.salt, self.entries.copy(), self.tail)
+
+
+class PrefixIndex:
+    """The findable blocks, and the order in which those that no sequence holds are evicted.
+
+    Attributes
+    ----------
+    findable : (num_blocks,) bool
+        Whether a block is in the index.
+    idle : OrderedDict
+        Findable blocks that no sequence holds, the one to evict first in front.
+    queries, hits : int
+        Tokens that were looked up, and those of them that were found.
+    evictions : int
+        Blocks that were forgotten to make room.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.findable = np.zeros(num_blocks, bool)
+        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.queries = self.hits = self.evictions = 0
+        self._entries: dict[Key, Entry] = {}
+        self._of_block: dict[int, Entry] = {}
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> list[Entry]:
+        """All that can be found, parents before children."""
+        return sorted(self._entries.values(), key=lambda entry: entry.number)
+
+    def find(self, token_ids: np.ndarray, salt: str) -> list[Entry]:
+        """The longest chain of full blocks that begins with the tokens and leaves one of them to compute."""
+        data = token_ids.astype(TOKEN_DTYPE, copy=False).tobytes()
+        width = self.block_size * TOKEN_DTYPE.itemsize
+        found: list[Entry] = []
+        parent: int | str = salt
+        for begin in range(0, (len(token_ids) - 1) // self.block_size * width, width):
+            entry = self._entries.get(Key(parent, data[begin : begin + width]))
+            if entry is None:
+                break
+            found.append(entry)
+            parent = entry.number
+        self.queries += len(token_ids)
+        self.hits += len(found) * self.block_size
+        return found
+
+    def extend(self, chain: Chain, token_ids: np.ndarray, blocks: np.ndarray) -> None:
+        """Append tokens to a chain; `blocks` are those of its sequence, from the first one that fills."""
+        data = chain.tail + token_ids.astype(TOKEN_DTYPE, copy=False).tobytes()
+        width = self.block_size * TOKEN_DTYPE.itemsize
+        full = len(data) // width
+        for n, block in enumerate(blocks[:full].tolist() if full else ()):
+            parent = chain.entries[-1].number if chain.entries else chain.salt
+            chain.entries.append(self.insert(Key(parent, data[n * width : (n + 1) * width]), block))
+        chain.tail = data[full * width :]
+
+    def insert(self, key: Key, block: int) -> Entry:
+        """Make a block findable, unless another one is under the same key; returns the entry of the key."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = Entry(key, next(self._numbers), block)
+            if block >= 0:
+                self._entries[key] = self._of_block[block] = entry
+                self.findable[block] = True
+        return entry
+
+    def forget(self, block: int) -> None:
+        """Make a block unfindable: what it holds will change."""
+        entry = self._of_block.pop(block)
+        del self._entries[entry.key]
+        entry.block = -1
+        self.findable[block] = False
+
+    def evict(self) -> int:
+        """Forget the idle block that was used longest ago; returns it."""
+        block, _ = self.idle.popitem(last=False)
+        self.forget(block)
+        self.evictions += 1
+        return block
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the parts of the index agree."""
+        listed = np.flatnonzero(self.findable).tolist()
+        if sorted(self._of_block) != listed or len(self._entries) != len(listed):
+            raise RuntimeError("prefix index: its tables list different blocks")
+        for key, entry in self._entries.items():
+            if entry.key != key or self._of_block.get(entry.block) is not entry:
+                raise RuntimeError(
+                    f"prefix index: block {entry.block} is listed under tokens that it does not hold"
+                )

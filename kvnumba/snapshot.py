@@ -1,0 +1,242 @@
+"""Sequences and cached prefixes in a file, and back.
+
+The file: 8 bytes of magic; the length of the header and its CRC-32, little-endian uint64 and uint32; the
+header, JSON; the blocks as they are stored, each whole, in the header's order; the CRC-32 of these, uint32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kvnumba.backends.protocol import Backend
+from kvnumba.blocks import NO_BLOCK, BlockPool, State
+from kvnumba.prefix import Chain, Entry, Key
+from kvnumba.storage import Buffers, Encoded, Layout, part_shapes
+
+MAGIC = b"kvnumba\x00"
+VERSION = 1
+PREAMBLE = struct.Struct("<8sQI")
+CHECKSUM = struct.Struct("<I")
+CHUNK = 64  # blocks that are read from or written to a cache at once
+
+
+def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> None:
+    """Write all sequences and findable blocks of a pool to a file, which appears whole or not at all."""
+    with pool.lock:
+        header, blocks = _describe(pool)
+        header.update(_identity(buffers.layout, fingerprint), block_bytes=_block_bytes(buffers.layout))
+        text = json.dumps(header).encode()
+        with _replacing(path) as file:
+            file.write(PREAMBLE.pack(MAGIC, len(text), zlib.crc32(text)))
+            file.write(text)
+            checksum = 0
+            for start in range(0, len(blocks), CHUNK):
+                keys, values = backend.read_blocks(buffers, blocks[start : start + CHUNK])
+                parts = [_by_block(part) for part in (*keys, *values)]
+                data = np.concatenate(parts, axis=1).tobytes()
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            file.write(CHECKSUM.pack(checksum))
+
+
+def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> dict[int, int]:
+    """Add what a file holds to a pool; returns the new id of each sequence by the one it was saved under."""
+    with path.open("rb") as file:
+        header = _read_header(file, path)
+        expected = _identity(buffers.layout, fingerprint)
+        for name, want in expected.items():
+            if header.get(name) != want:
+                raise ValueError(f"{path}: {name}: expected {want!r}; the file has {header.get(name)!r}")
+        count, block_bytes = header["num_blocks"], _block_bytes(buffers.layout)
+        begin = file.tell()
+        _check_payload(file, path, count * block_bytes)
+
+        def fill(blocks: np.ndarray) -> None:
+            file.seek(begin)
+            for start in range(0, count, CHUNK):
+                chunk = blocks[start : start + CHUNK]
+                data = np.frombuffer(file.read(len(chunk) * block_bytes), np.uint8)
+                parts = _from_blocks(data.reshape(len(chunk), block_bytes), buffers.layout)
+                backend.write_blocks(buffers, chunk, Encoded(*parts[:3]), Encoded(*parts[3:]))
+
+        def states(blocks: np.ndarray) -> list[State]:
+            return _recall(header, pool, blocks)
+
+        ids = pool.restore(count, len(header["sequences"]), fill, states)
+    return dict(zip((sequence["id"] for sequence in header["sequences"]), ids, strict=True))
+
+
+def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
+    """What must be the same in the cache that a file is loaded into."""
+    return {
+        "version": VERSION,
+        "byteorder": sys.byteorder,
+        "num_layers": layout.num_layers,
+        "block_size": layout.block_size,
+        "num_kv_heads": layout.num_kv_heads,
+        "head_dim": layout.head_dim,
+        "key_format": layout.key_format.name,
+        "value_format": layout.value_format.name,
+        "group_size": layout.group_size,
+        "fingerprint": fingerprint,
+    }
+
+
+def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
+    """Header fields that say what a pool holds, and the blocks in which it does, those without a sequence first."""
+    rows = np.flatnonzero(pool.ids >= 0)
+    if pool.swapped[rows].any():
+        seq_id = pool.ids[rows][pool.swapped[rows]][0]
+        raise ValueError(f"seq_id: sequence {seq_id} is swapped out; swap it in or finish it before you save")
+    states = [pool.state(row) for row in rows[np.argsort(pool.ids[rows])]]
+    # the entries of sequences that are forgotten still say which tokens these have; one whose parent is gone
+    # and that no sequence needs cannot be found any more
+    known = {entry.number: entry for entry in pool.prefixes.entries()}
+    for state in states:
+        known.update((entry.number, entry) for entry in (state.chain.entries if state.chain else ()))
+    entries: dict[int, Entry] = {}
+    for number, entry in sorted(known.items()):
+        if isinstance(entry.key.parent, str) or entry.key.parent in entries:
+            entries[number] = entry
+    order = {number: n for n, number in enumerate(entries)}
+    # a block is written once, however many sequences hold it; those that none holds come first, in their turn
+    findable = {entry.block for entry in entries.values()} - {NO_BLOCK}
+    blocks = dict.fromkeys(block for block in pool.prefixes.idle if block in findable)
+    blocks.update(dict.fromkeys(findable))
+    for state in states:
+        blocks.update(dict.fromkeys(state.blocks.tolist()))
+    place = {block: n for n, block in enumerate(blocks)}
+    header = {
+        "num_blocks": len(blocks),
+        "entries": [
+            [
+                entry.key.parent if isinstance(entry.key.parent, str) else order[entry.key.parent],
+                entry.key.tokens.hex(),
+                place.get(entry.block, NO_BLOCK),
+            ]
+            for entry in entries.values()
+        ],
+        "sequences": [
+            {
+                "id": int(pool.ids[row]),
+                "length": state.length,
+                "window_left": state.window_left,
+                "begin": state.begin,
+                "blocks": [place[block] for block in state.blocks.tolist()],
+                "chain": state.chain
+                and [
+                    state.chain.salt,
+                    [order[entry.number] for entry in state.chain.entries],
+                    state.chain.tail.hex(),
+                ],
+            }
+            for row, state in zip(rows[np.argsort(pool.ids[rows])], states, strict=True)
+        ],
+    }
+    return header, np.fromiter(blocks, np.int32, len(blocks))
+
+
+def _recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list[State]:
+    """The inverse of `_describe`: what is findable in these blocks, and the sequences."""
+    entries: list[Entry] = []
+    for parent, tokens, place in header["entries"]:
+        above = parent if isinstance(parent, str) else entries[parent].number
+        block = NO_BLOCK if place == NO_BLOCK else int(blocks[place])
+        entries.append(pool.prefixes.insert(Key(above, bytes.fromhex(tokens)), block))
+    states = []
+    for sequence in header["sequences"]:
+        chain = None
+        if sequence["chain"]:
+            salt, numbers, tail = sequence["chain"]
+            chain = Chain(salt, [entries[n] for n in numbers], bytes.fromhex(tail))
+        states.append(
+            State(
+                sequence["length"],
+                sequence["window_left"],
+                sequence["begin"],
+                blocks[np.array(sequence["blocks"], np.int64)],
+                chain,
+            )
+        )
+    return states
+
+
+def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    preamble = file.read(PREAMBLE.size)
+    if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
+        raise ValueError(f"{path}: not a file that a cache was saved to")
+    _, length, checksum = PREAMBLE.unpack(preamble)
+    text = file.read(min(length, os.fstat(file.fileno()).st_size))
+    if len(text) < length or zlib.crc32(text) != checksum:
+        raise ValueError(f"{path}: its header is cut short or damaged")
+    header = json.loads(text)
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path}: version: expected {VERSION}; the file has {header.get('version')!r}")
+    return header
+
+
+def _check_payload(file: BinaryIO, path: Path, size: int) -> None:
+    """Raise ValueError unless the rest of the file is so many bytes and their checksum."""
+    rest = os.fstat(file.fileno()).st_size - file.tell()
+    if rest != size + CHECKSUM.size:
+        raise ValueError(f"{path}: expected {size + CHECKSUM.size} bytes of blocks; the file has {rest}")
+    checksum = 0
+    while size:
+        data = file.read(min(size, 1 << 22))
+        checksum = zlib.crc32(data, checksum)
+        size -= len(data)
+    if CHECKSUM.unpack(file.read(CHECKSUM.size)) != (checksum,):
+        raise ValueError(f"{path}: its blocks are damaged, their checksum differs")
+
+
+def _block_bytes(layout: Layout) -> int:
+    return layout.block_size * layout.bytes_per_token()
+
+
+def _by_block(part: np.ndarray) -> np.ndarray:
+    """(num_layers, N, ...) -> (N, bytes)."""
+    return np.ascontiguousarray(part.swapaxes(0, 1)).reshape(part.shape[1], -1).view(np.uint8)
+
+
+def _from_blocks(data: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """(N, bytes) -> the six parts (num_layers, N, ...), as `Backend.read_blocks` gives them."""
+    parts, start = [], 0
+    for shape, dtype in part_shapes(layout, 1):
+        stop = start + int(np.prod(shape)) * dtype.itemsize
+        part = np.ascontiguousarray(data[:, start:stop]).view(dtype)
+        parts.append(part.reshape(len(data), shape[0], *shape[2:]).swapaxes(0, 1))
+        start = stop
+    return parts
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when all is written and on the disk, and is removed otherwise."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk once its folder is
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

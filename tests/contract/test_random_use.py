@@ -1,0 +1,437 @@
+"""A paged cache under random use of every operation, against a model that remembers every token.
+
+``pytest --hypothesis-profile=long`` goes on for longer.
+"""
+
+import functools
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import kvnumba
+
+H, D, LAYERS, MAX_SEQS = 2, 4, 2, 6
+SALTS = ["", "tenant"]
+BACKEND_CALLS = ("write", "copy_blocks", "read_blocks", "write_blocks")
+
+FEW_TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(bytes)  # of two kinds: histories meet
+PROMPTS = st.builds(
+    lambda begin, length, end: begin[:length] + end,
+    st.sampled_from([bytes(20), bytes([1, 0] * 10)]),
+    st.integers(0, 20),
+    FEW_TOKENS | st.just(b""),
+)
+NUM_BLOCKS = st.sampled_from([20, 40, 10, 5])
+MOSTLY = st.sampled_from([True, True, True, False])
+
+
+class BackendError(Exception):
+    """What a backend is made to raise."""
+
+
+@dataclass
+class Model:
+    """What one sequence must be."""
+
+    salt: str
+    window_left: int
+    tokens: bytes = b""
+    wanted: bytes = b""  # what a user would append: the rest of its prompt
+    swapped: bool = False
+    kept_from: int = 0  # position before which blocks may have been given back
+    path: Path | None = None
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 2, LAYERS, H, D), np.float32))
+
+    def append(self, new):
+        self.rows = np.concatenate([self.rows, rows_of(self.salt, self.tokens, new)])
+        self.tokens += new
+
+    def copy(self):
+        return Model(self.salt, self.window_left, self.tokens, kept_from=self.kept_from, rows=self.rows)
+
+
+def rows_of(salt, before, new):
+    """Keys and values of tokens, different for every history and salt: (n, 2, LAYERS, H, D) float32."""
+    rows = np.empty((len(new), 2, LAYERS, H, D), np.float32)
+    for i in range(len(new)):
+        seed = zlib.crc32(before + new[: i + 1], zlib.crc32(salt.encode())) % 99_991
+        rows[i] = np.sin(np.arange(1, rows[i].size + 1) * (seed + 1.0)).reshape(rows[i].shape)
+    return rows
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every public operation of a paged cache, with faults, in any order."""
+
+    def __init__(self, backend, key_format, value_format):
+        super().__init__()
+        self.backend, self.formats = backend, {"key_format": key_format, "value_format": value_format}
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = 0
+        self.passes = 0  # forward passes since the last restart
+        self.fault = None
+
+    def teardown(self):
+        if self.fault is not None:
+            self.fault.stop()
+        self.folder.cleanup()
+
+    @initialize(num_blocks=NUM_BLOCKS, block_size=st.sampled_from([2, 3, 1, 4]))
+    def start(self, num_blocks, block_size):
+        self.block_size = block_size
+        self.cache = self.new_cache(num_blocks)
+        self.models = {}
+        self.ever = set()
+
+    def new_cache(self, num_blocks):
+        cache = kvnumba.PagedKVCache(
+            num_blocks,
+            self.block_size,
+            H,
+            D,
+            MAX_SEQS,
+            num_layers=LAYERS,
+            backend=self.backend,
+            **self.formats,
+        )
+        for pool in (cache.k_pool, cache.v_pool):  # a stale read shows
+            pool[:] = {"u1": 77, "u2": 0x7FC0}.get(pool.dtype.str[1:], np.nan)
+        return cache
+
+    def ids(self, swapped=False):
+        return [i for i, model in self.models.items() if model.swapped == swapped]
+
+    def some(self, data, swapped=False):
+        return data.draw(st.sampled_from(self.ids(swapped)))
+
+    def attempt(self, call, needed):
+        """Whether a call succeeded; where the cache is full, that it had to be, and that nothing changed."""
+        before = self.seen()
+        try:
+            return True, call()
+        except kvnumba.CacheFull:
+            assert needed > self.cache.num_free_blocks or len(self.models) == MAX_SEQS
+            assert self.seen() == before
+            return False, None
+        except BackendError:
+            assert self.cache.seq_lens == before[0]
+            return False, None
+
+    def seen(self):
+        tables = [self.cache.block_table(i).tolist() for i in self.ids()]
+        return self.cache.seq_lens, self.cache.num_free_blocks, tables
+
+    def known(self, seq_id):
+        assert seq_id not in self.ever
+        self.ever.add(seq_id)
+        return seq_id
+
+    # Sequences
+
+    @rule(
+        prompt=PROMPTS,
+        salt=st.sampled_from(SALTS),
+        window=st.sampled_from([-1, -1, 0, 3]),
+        look=MOSTLY,
+        write=MOSTLY,
+    )
+    def add(self, prompt, salt, window, look, write):
+        def call():
+            if look:
+                return self.cache.add_sequence(prompt, cache_salt=salt, window_left=window)
+            return self.cache.add_sequence(cache_salt=salt, window_left=window), 0
+
+        done, result = self.attempt(call, 0)
+        if done:
+            seq_id, cached = result
+            assert cached <= max(len(prompt) - 1, 0)
+            assert cached % self.block_size == 0
+            model = self.models[self.known(seq_id)] = Model(salt, window)
+            model.append(prompt[:cached])
+            model.wanted = prompt[cached:]
+            if write:
+                self.run([seq_id], [model.wanted], tell=True)
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data())
+    def fork(self, data):
+        parent = self.some(data)
+        done, seq_id = self.attempt(lambda: self.cache.fork(parent), 0)
+        if done:
+            self.models[self.known(seq_id)] = self.models[parent].copy()
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data())
+    def reorder(self, data):
+        ids = data.draw(st.lists(st.sampled_from(self.ids()), min_size=1, unique=True))
+        parents = data.draw(st.lists(st.sampled_from(self.ids()), min_size=len(ids), max_size=len(ids)))
+        self.cache.reorder(ids, parents)
+        copies = [self.models[parent].copy() for parent in parents]
+        self.models.update(zip(ids, copies, strict=True))
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data())
+    def truncate(self, data):
+        seq_id = self.some(data)
+        model = self.models[seq_id]
+        length = data.draw(st.integers(0, len(model.tokens)))
+        first = len(model.tokens) - self.kept(seq_id).shape[1]
+        if first and length - model.window_left < first:
+            with pytest.raises(ValueError, match="fell out of the window"):
+                self.cache.truncate(seq_id, length)
+            assert length < model.kept_from  # where the latest step began, at the latest
+            return
+        self.cut(seq_id, length)
+
+    def cut(self, seq_id, length):
+        model = self.models[seq_id]
+        self.cache.truncate(seq_id, length)
+        model.wanted = model.tokens[length:] + model.wanted
+        model.tokens, model.rows = model.tokens[:length], model.rows[:length]
+        assert len(self.cache.block_table(seq_id)) == -(-length // self.block_size)
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def finish(self, data):
+        seq_id = data.draw(st.sampled_from(list(self.models)))
+        self.cache.finish_sequence(seq_id)
+        model = self.models.pop(seq_id)
+        assert model.path is None or not model.path.exists()
+        with pytest.raises(ValueError, match="is finished"):
+            self.cache.fork(seq_id)
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data(), new=st.lists(FEW_TOKENS, min_size=2, max_size=3))
+    def sample(self, data, new):
+        """Continue one sequence in several ways at once."""
+        parent = self.some(data)
+        ids = [parent]
+        for _ in new[1:]:
+            done, seq_id = self.attempt(lambda: self.cache.fork(parent), 0)
+            if done:
+                self.models[self.known(seq_id)] = self.models[parent].copy()
+                ids.append(seq_id)
+        self.run(ids, new[: len(ids)], tell=True)
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data(), draft=FEW_TOKENS, accepted=st.integers(0, 4), new=FEW_TOKENS, tell=MOSTLY)
+    def speculate(self, data, draft, accepted, new, tell):
+        """Write a draft, take some of it back, and write something else in its place."""
+        seq_id = self.some(data)
+        before = len(self.models[seq_id].tokens)
+        self.run([seq_id], [draft], tell)
+        if len(self.models[seq_id].tokens) > before:
+            self.cut(seq_id, before + min(accepted, len(draft)))
+            self.run([seq_id], [new], tell)
+
+    # Tokens
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data(), tell=MOSTLY, end=st.sampled_from(["complete"] * 4 + ["dropped", "half"]))
+    def step(self, data, tell, end):
+        ids = data.draw(st.lists(st.sampled_from(self.ids()), min_size=1, unique=True))
+        self.run(ids, [self.draw_new(data, i) for i in ids], tell, end)
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data(), tell=MOSTLY)
+    def update(self, data, tell):
+        seq_id = self.some(data)
+        new = self.draw_new(data, seq_id)
+        model = self.models[seq_id]
+        rows = rows_of(model.salt, model.tokens, new)
+
+        def call():
+            for layer in range(LAYERS):
+                k, v = (rows[:, n, layer].swapaxes(0, 1) for n in range(2))
+                told = {"token_ids": new} if tell and layer == 0 else {}
+                self.cache.update(seq_id, k, v, layer=layer, **told)
+
+        if self.attempt(call, self.bound([seq_id], [new]))[0]:
+            self.advance([seq_id], [new])
+        else:
+            self.cache.truncate(seq_id, len(model.tokens))  # a pass that has come to its second layer shows
+
+    def draw_new(self, data, seq_id):
+        wanted = self.models[seq_id].wanted
+        return data.draw(st.sampled_from([wanted, wanted[:1], wanted[:3], b""]) if wanted else FEW_TOKENS)
+
+    def bound(self, ids, new):
+        """Blocks that a step needs at the most: for each sequence those to come and a copy."""
+        held = {i: len(self.cache.block_table(i)) for i in ids}
+        return sum(
+            max(-(-(len(self.models[i].tokens) + len(n)) // self.block_size) - held[i], 0) + (len(n) > 0)
+            for i, n in zip(ids, new, strict=True)
+        )
+
+    def run(self, ids, new, tell, end="complete"):
+        """A forward pass, up to its end, its middle or its beginning."""
+        self.passes += 1
+        rows = [rows_of(self.models[i].salt, self.models[i].tokens, n) for i, n in zip(ids, new, strict=True)]
+        packed = np.concatenate([np.empty((0, 2, LAYERS, H, D), np.float32), *rows])
+        told = {"token_ids": new} if tell else {}
+        done, step = self.attempt(
+            lambda: self.cache.step(ids, [len(n) for n in new], **told), self.bound(ids, new)
+        )
+        if not done:
+            return
+        for i, n in zip(ids, new, strict=True):
+            if n:
+                self.models[i].kept_from = len(self.models[i].tokens)
+        for layer in range({"complete": LAYERS, "half": 1, "dropped": 0}[end]):
+            k, v = packed[:, 0, layer], packed[:, 1, layer]
+            if not self.attempt(functools.partial(step.write, k, v, layer=layer), 0)[0]:
+                return
+        if end == "complete":
+            self.advance(ids, new)
+            self.attended(step, ids, new)
+
+    def advance(self, ids, new):
+        for i, n in zip(ids, new, strict=True):
+            model = self.models[i]
+            if n:
+                model.kept_from = len(model.tokens)
+            model.append(n)
+            model.wanted = model.wanted[len(n) :] if model.wanted.startswith(n) else b""
+
+    def attended(self, step, ids, new):
+        """The last layer's attention of a complete step is that of its sequences as they are stored."""
+        windows = [self.models[i].window_left for i in ids]
+        window = min((w for w in windows if w >= 0), default=-1)
+        q = np.sin(np.arange(step.num_tokens * 2 * H * D, dtype=np.float32)).reshape(-1, 2 * H, D)
+        out, lse = step.attend(q, layer=LAYERS - 1, window_left=window, return_lse=True)
+        begin = 0
+        for i, n in zip(ids, new, strict=True):
+            if n:
+                part = slice(begin, begin + len(n))
+                k, v = self.cache.get_kv(i, layer=LAYERS - 1)
+                rounded = oracle.rounding_of(self.cache)
+                oracle.assert_as_exact(
+                    (out[part], lse[part]), q[part], k, v, window_left=window, rounded=rounded
+                )
+                begin += len(n)
+
+    # To other places and back
+
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data(), in_file=st.booleans())
+    def swap_out(self, data, in_file):
+        seq_id = self.some(data)
+        self.files += 1
+        path = Path(self.folder.name, f"swap{self.files}") if in_file else None
+        if self.attempt(lambda: self.cache.swap_out(seq_id, path), 0)[0]:
+            self.models[seq_id].swapped, self.models[seq_id].path = True, path
+            with pytest.raises(ValueError, match="is swapped out"):
+                self.cache.step([seq_id], [1])
+        elif path is not None:
+            assert not path.exists()
+
+    @precondition(lambda self: self.ids(swapped=True))
+    @rule(data=st.data())
+    def swap_in(self, data):
+        seq_id = self.some(data, swapped=True)
+        model = self.models[seq_id]
+        needed = -(-len(model.tokens) // self.block_size)
+        if self.attempt(lambda: self.cache.swap_in(seq_id), needed)[0]:
+            assert model.path is None or not model.path.exists()
+            model.swapped, model.path = False, None
+
+    @precondition(lambda self: self.passes >= 5)
+    @rule(num_blocks=NUM_BLOCKS)
+    def restart(self, num_blocks):
+        """Save, and go on with another cache that loads the file."""
+        path = Path(self.folder.name, "saved")
+        self.passes = 0
+        if any(model.swapped for model in self.models.values()):
+            with pytest.raises(ValueError, match="is swapped out"):
+                self.cache.save(path)
+            return
+        if self.attempt(lambda: self.cache.save(path, fingerprint="test"), 0)[0]:
+            other = self.new_cache(num_blocks)
+            try:
+                ids = other.load(path, fingerprint="test")
+            except kvnumba.CacheFull:
+                stats = self.cache.stats()
+                assert stats.used_blocks + stats.cached_blocks > num_blocks
+                assert other.num_free_blocks == num_blocks
+                other.check_integrity()
+            except BackendError:
+                assert other.num_free_blocks == num_blocks
+                other.check_integrity()
+            else:
+                assert sorted(ids) == sorted(self.models)
+                self.cache = other
+                self.models = {ids[i]: model for i, model in self.models.items()}
+                self.ever = set(self.models)
+
+    @precondition(lambda self: self.fault is None)
+    @rule(name=st.sampled_from(BACKEND_CALLS), after=st.integers(0, 2))
+    def break_backend(self, name, after):
+        """Let one of the next calls of a backend's method fail, half-way."""
+        backend, real = self.cache._backend, getattr(self.cache._backend, name)
+        calls = iter([False] * after + [True])
+
+        def failing(*args):
+            if next(calls, False):
+                patch.stop()
+                self.fault = None
+                if name in ("write_blocks", "copy_blocks"):
+                    real(*args)  # what it has done by then is of no consequence
+                raise BackendError(name)
+            return real(*args)
+
+        patch = self.fault = mock.patch.object(backend, name, failing)
+        patch.start()
+
+    # What is always true
+
+    def kept(self, seq_id, layer=0):
+        return self.cache.get_kv(seq_id, layer=layer)[0]
+
+    @invariant()
+    def as_the_model_says(self):
+        if not hasattr(self, "models"):
+            return
+        self.cache.check_integrity()
+        assert self.cache.seq_lens == {i: len(model.tokens) for i, model in sorted(self.models.items())}
+        for i, model in self.models.items():
+            if model.swapped:
+                continue
+            for layer in range(LAYERS):
+                kept = self.cache.get_kv(i, layer=layer)
+                count = kept[0].shape[1]
+                length, window = len(model.tokens), model.window_left
+                assert count >= (length if window < 0 else min(length, window))
+                for n, name in enumerate(("key_format", "value_format")):
+                    want = model.rows[len(model.tokens) - count :, n, layer].swapaxes(0, 1)
+                    oracle.assert_stored(kept[n], want, self.formats[name])
+        stats = self.cache.stats()
+        assert stats.free_blocks + stats.cached_blocks + stats.used_blocks == stats.num_blocks
+        assert stats.num_tokens == sum(len(model.tokens) for model in self.models.values())
+
+
+@pytest.mark.parametrize(
+    "formats", [("float32", "float32"), ("int8", "int4"), ("bfloat16", "int8")], ids="-".join
+)
+def test_random_use(backend, formats):
+    def machine():
+        return CacheMachine(backend, *formats)
+
+    examples = settings.default.max_examples // 2
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=examples, stateful_step_count=50, deadline=None)
+    )
