@@ -140,4 +140,4 @@ class BlockPool:
 
     def _batch(self, rows: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
         width = -(-int(seq_lens.max(initial=0)) // self.block_size)
-        return Batch.of(self._table[rows, :width], seq_lens, num_new_tokens)
+        return Batch.of(self._table[rows, :width], seq_lens, num_new_tokens, self.block_size)

@@ -10,7 +10,7 @@ from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks import BlockPool
-from kvnumba.storage import Batch, Buffers
+from kvnumba.storage import Buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 class BatchAttention:
     """Attention of one batch over all layers: what does not depend on the layer is planned once.
 
-    Internal: queries come as float32 views (B, n, Hq, D) and are checked already.
+    Internal: queries come as views (B, n, Hq, D) and are checked already.
     """
 
-    def __init__(self, backend: Backend, buffers: Buffers, batch: Batch) -> None:
+    def __init__(self, backend: Backend, buffers: Buffers, placed: Any) -> None:
         self._backend = backend
         self._buffers = buffers
-        self._batch = batch
+        self._placed = placed
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
-        self, layer: int, q: np.ndarray, out: np.ndarray, lse: np.ndarray, options: AttentionOptions
+        self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions
     ) -> None:
         """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq)."""
         layout = self._buffers.layout
@@ -39,7 +39,7 @@ class BatchAttention:
             return
         key = (num_qo_heads, scoring.window_left)
         if key not in self._plans:
-            self._plans[key] = self._backend.plan(layout, self._batch, *key)
+            self._plans[key] = self._backend.plan(layout, self._placed, *key)
         self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
 
 
@@ -73,14 +73,14 @@ class Step:
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
-        self._slot_mapping = self.batch.slot_mapping(pool.block_size)
-        self._attention = BatchAttention(backend, buffers, self.batch)
+        self._placed = backend.place(self.batch)
+        self._attention = BatchAttention(backend, buffers, self._placed)
         self._next_layer = 0
 
     @property
     def num_tokens(self) -> int:
         """New tokens of all sequences together (T)."""
-        return len(self._slot_mapping)
+        return self.batch.num_tokens
 
     def covers(self, layer: int) -> bool:
         """Whether the new tokens of a layer have been written."""
@@ -108,12 +108,11 @@ class Step:
         """
         layout = self._buffers.layout
         shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
-        k = arguments.new_tokens("k", k, shape, "T H D", layout.key_format)
-        v = arguments.new_tokens("v", v, shape, "T H D", layout.value_format)
+        k, v = arguments.new_tokens(("k", "v"), k, v, shape, "T H D", layout, self._backend)
         self._write_views(k[None], v[None], layer)
 
-    def _write_views(self, k: np.ndarray, v: np.ndarray, layer: int) -> None:
-        """`write` for checked float32 views (B, n, H, D)."""
+    def _write_views(self, k: Any, v: Any, layer: int) -> None:
+        """`write` for checked views (B, n, H, D)."""
         num_layers = self._buffers.layout.num_layers
         layer = arguments.layer_index(layer, num_layers)
         if layer != self._next_layer:
@@ -124,7 +123,7 @@ class Step:
         if not self.is_latest():
             raise ValueError("step: its sequences have moved on since it was made; make a new one")
         if k.size:
-            self._backend.write(self._buffers, layer, k, v, self._slot_mapping)
+            self._backend.write(self._buffers, layer, k, v, self._placed)
         self._next_layer += 1
         if self._next_layer == num_layers:
             self._pool.commit(self.seq_ids, self.batch)
@@ -153,16 +152,14 @@ class Step:
         layout = self._buffers.layout
         layer = arguments.layer_index(layer, layout.num_layers)
         query = arguments.queries(
-            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads
+            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads, self._backend
         )
         if not self.covers(layer):
             raise ValueError(f"layer: layer {layer} of this step has not been written yet")
         self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
-        out = np.empty(query.shape, np.float32)
-        lse = np.empty(query.shape[:2], np.float32)
+        out, lse = arguments.results(query)
         self._attention.attend(layer, query[None], out[None], lse[None], options)
-        out = arguments.like(q, out)
-        return (out, lse) if options.get("return_lse") else out
+        return arguments.returned(q, out, lse, options)
 
     def __repr__(self) -> str:
         return (

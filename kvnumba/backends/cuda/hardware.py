@@ -1,0 +1,191 @@
+"""What kernels need of real hardware beyond plain Numba; `simulator` has the same names.
+
+Memory is addressed by integers. Vector accesses, conversions and matrix products are single PTX instructions
+(https://docs.nvidia.com/cuda/parallel-thread-execution/).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from llvmlite import ir
+from numba import float32, int32, int64, types, uint32
+from numba.cuda.extending import intrinsic
+
+from kvnumba.backends.cuda.jit import cuda, device
+
+_TYPES = {
+    "r": (uint32, ir.IntType(32)),
+    "s": (int32, ir.IntType(32)),
+    "l": (int64, ir.IntType(64)),
+    "f": (float32, ir.FloatType()),
+}
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _call(builder: Any, text: str, results: str, operands: str, args: Any, ordered: bool = False) -> list[Any]:
+    """Emit one instruction; returns its results."""
+    kinds = [_TYPES[letter][1] for letter in results]
+    result = kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds) if kinds else ir.VoidType()
+    constraints = [f"={letter}" for letter in results] + list(operands)
+    if ordered:
+        constraints.append("~{memory}")
+    function = ir.FunctionType(result, [_TYPES[letter][1] for letter in operands])
+    constraint = ",".join(constraints).replace("s", "r")
+    assembly = ir.InlineAsm(function, text, constraint, side_effect=ordered)
+    value = builder.call(assembly, args)
+    if len(kinds) < 2:
+        return [value]
+    return [builder.extract_value(value, i) for i in range(len(kinds))]
+
+
+def _instruction(text: str, results: str, operands: str, ordered: bool = False) -> Any:
+    """A function of Numba's that is one instruction; `ordered` where memory or other threads are concerned."""
+    kinds = [_TYPES[letter][0] for letter in results]
+    result = types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
+    signature = result(*(_TYPES[letter][0] for letter in operands))
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        values = _call(builder, text, results, operands, args, ordered)
+        if not kinds:
+            return context.get_dummy_value()
+        return values[0] if len(values) == 1 else context.make_tuple(builder, result, values)
+
+    made = signature, generate
+    shapes = {
+        1: lambda typing, a: made,
+        2: lambda typing, a, b: made,
+        3: lambda typing, a, b, c: made,
+        10: lambda typing, a, b, c, d, e, f, g, h, i, j: made,
+    }
+    return intrinsic(shapes[len(operands)])
+
+
+load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l")
+load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l")
+load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", ordered=True)
+store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", ordered=True)
+store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", ordered=True)
+count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", ordered=True)
+"""Add 1 to an int32 in memory; returns what it was."""
+
+round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
+exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
+
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+_LOADS = {
+    (n, fresh): f"ld.global.{'cg' if fresh else 'nc'}{'' if n == 1 else f'.v{n}'}.u32 "
+    + ("$0, [$1];" if n == 1 else "{" + ", ".join(f"${i}" for i in range(n)) + f"}}, [${n}];")
+    for n in (1, 2, 4)
+    for fresh in (False, True)
+}
+
+
+def _element(builder: Any, fmt: str, word: Any, at: int) -> Any:
+    """The float in the bits of a word from `at` on."""
+    if fmt == "float32":
+        return builder.bitcast(word, F32)
+    if fmt == "float16":
+        half = builder.trunc(builder.lshr(word, I32(at)), I16)
+        return builder.fpext(builder.bitcast(half, ir.HalfType()), F32)
+    if fmt == "bfloat16":
+        upper = builder.shl(word, I32(16)) if at == 0 else builder.and_(word, I32(0xFFFF0000))
+        return builder.bitcast(upper, F32)
+    bits = _BITS[fmt]
+    if bits == 4:
+        at ^= 4  # the first of a pair is the high nibble
+    return builder.uitofp(builder.and_(builder.lshr(word, I32(at)), I32((1 << bits) - 1)), F32)
+
+
+@functools.cache
+def loader(fmt: str, width: int, fresh: bool = False) -> Any:
+    """``load(address, values)``: `width` neighbours in a format become float32; codes stay codes.
+
+    `fresh`: what other blocks of the same launch have written.
+    """
+    bits = width * _BITS[fmt]
+
+    @intrinsic
+    def load(typing, address, values):
+        def generate(context, builder, signature, args):
+            if bits >= 32:
+                count = bits // 32
+                words = _call(builder, _LOADS[count, fresh], "r" * count, "l", [args[0]], ordered=fresh)
+            else:
+                words = _call(builder, f"ld.global.nc.u{bits} $0, [$1];", "r", "l", [args[0]])
+            memory = context.make_array(values)(context, builder, args[1]).data
+            for i in range(width):
+                at = i * _BITS[fmt]
+                value = _element(builder, fmt, words[at // 32], at % 32)
+                builder.store(value, builder.gep(memory, [I64(i)]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, values), generate
+
+    return load
+
+
+_PAIRS = {"float16": "cvt.rn.f16x2.f32 $0, $2, $1;", "bfloat16": "cvt.rn.bf16x2.f32 $0, $2, $1;"}
+
+
+@functools.cache
+def storer(fmt: str, width: int) -> Any:
+    """``store(address, values)``: `width` float32 are rounded to a format; codes are whole numbers already."""
+    bits = width * _BITS[fmt]
+
+    @intrinsic
+    def store(typing, address, values):
+        def generate(context, builder, signature, args):
+            memory = context.make_array(values)(context, builder, args[1]).data
+            given = [builder.load(builder.gep(memory, [I64(i)])) for i in range(width)]
+            if fmt == "float32":
+                words = [builder.bitcast(x, I32) for x in given]
+            elif fmt in _PAIRS:
+                given += given[:1] if width == 1 else []
+                words = [_call(builder, _PAIRS[fmt], "r", "ff", given[i : i + 2])[0] for i in range(0, len(given), 2)]
+            else:
+                word = I32(0)
+                for i, x in enumerate(given):
+                    at = i * _BITS[fmt] ^ (4 if fmt == "int4" else 0)
+                    word = builder.or_(word, builder.shl(builder.fptoui(x, I32), I32(at)))
+                words = [word]
+            if bits < 32:
+                text = f"st.global.u{bits} [$0], $1;"
+            else:
+                places = ", ".join(f"${i + 1}" for i in range(len(words)))
+                text = f"st.global.v{len(words)}.u32 [$0], {{{places}}};" if len(words) > 1 else "st.global.u32 [$0], $1;"
+            _call(builder, text, "", "l" + "r" * len(words), [args[0], *words], ordered=True)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, values), generate
+
+    return store
+
+
+@device
+def barrier():
+    """Wait for all threads of the block."""
+    cuda.syncthreads()
+
+
+@device
+def fence():
+    """What this thread has written is seen by all blocks before what it writes from here on."""
+    cuda.threadfence()
+
+
+@device
+def warp_min(x):
+    """The smallest of the warp's values, in every thread of it."""
+    for distance in (16, 8, 4, 2, 1):
+        x = min(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, distance))
+    return x
+
+
+@device
+def warp_max(x):
+    """The largest of the warp's values, in every thread of it."""
+    for distance in (16, 8, 4, 2, 1):
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, distance))
+    return x
