@@ -62,17 +62,6 @@ def _instruction(text: str, results: str, operands: str, ordered: bool = False) 
     return intrinsic(shapes[len(operands)])
 
 
-load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l")
-load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l")
-load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", ordered=True)
-store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", ordered=True)
-store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", ordered=True)
-count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", ordered=True)
-"""Add 1 to an int32 in memory; returns what it was."""
-
-round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
-exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
-
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 _LOADS = {
     (n, fresh): f"ld.global.{'cg' if fresh else 'nc'}{'' if n == 1 else f'.v{n}'}.u32 "
@@ -81,6 +70,68 @@ _LOADS = {
     for fresh in (False, True)
 }
 
+
+load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l")
+load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l")
+load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", ordered=True)
+store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", ordered=True)
+store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", ordered=True)
+count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", ordered=True)
+"""Add 1 to an int32 in memory; returns what it was."""
+
+as_float = _instruction("mov.b32 $0, $1;", "f", "r")
+as_bits = _instruction("mov.b32 $0, $1;", "r", "f")
+permute = _instruction("prmt.b32 $0, $1, $2, $3;", "r", "rrr")
+"""Four of the eight bytes of two words, as the digits of the third operand say, the lowest first."""
+mask_or = _instruction("lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
+"""(a & b) | c."""
+multiply_halves = _instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr")
+low_half = {
+    "float16": _instruction("{.reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a;}", "f", "r"),
+    "bfloat16": _instruction("shl.b32 $0, $1, 16;", "f", "r"),
+}
+high_half = {
+    "float16": _instruction("{.reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b;}", "f", "r"),
+    "bfloat16": _instruction("and.b32 $0, $1, 0xffff0000;", "f", "r"),
+}
+pack_halves = {
+    "float16": _instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff"),
+    "bfloat16": _instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff"),
+}
+multiply_matrices = {
+    name: _instruction(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "ffff",
+        "rrrrrrffff",
+    )
+    for name, kind in (("float16", "f16"), ("bfloat16", "bf16"))
+}
+"""A (16, 16) times B (16, 8) plus C; of lane 4 g + c: A's words are rows g and g + 8 of columns 2c and 2c + 1, then
+of 2c + 8 and 2c + 9; B's the same rows of column g; C's rows g and g + 8 of columns 2c and 2c + 1."""
+
+
+@functools.cache
+def fetcher(count: int) -> Any:
+    """``fetch(address, words, at)``: 1, 2 or 4 words that are read once go into an array from `at` on."""
+    text = _LOADS[count, False].replace(".nc", ".nc.L1::no_allocate.L2::128B")
+
+    @intrinsic
+    def fetch(typing, address, words, at):
+        def generate(context, builder, signature, args):
+            found = _call(builder, text, "r" * count, "l", [args[0]])
+            memory = context.make_array(words)(context, builder, args[1]).data
+            for i, word in enumerate(found):
+                builder.store(word, builder.gep(memory, [builder.add(args[2], I64(i))]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, words, types.int64), generate
+
+    return fetch
+
+
+round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
+exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 
 def _element(builder: Any, fmt: str, word: Any, at: int) -> Any:
     """The float in the bits of a word from `at` on."""

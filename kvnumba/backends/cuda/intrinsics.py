@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,16 @@ def width_of(*lengths: int) -> int:
 
 
 @functools.cache
-def vectors(rows: int, width: int) -> SimpleNamespace:
+def vectors(rows: int, width: int) -> ModuleType:
     """Arithmetic on `values` (width,) and on sums of `rows` rows.
 
     `shared` is a vector; what is read of it for row r begins at ``at + r * stride``.
     """
     make = _simulated_vectors if SIMULATED else _plain_vectors
-    return SimpleNamespace(**{function.__name__: function for function in make(rows, width)})
+    functions = ModuleType(f"vectors_{rows}_{width}")  # the one namespace that Numba looks into
+    for function in make(rows, width):
+        setattr(functions, function.__name__, function)
+    return functions
 
 
 def _plain_vectors(rows: int, width: int) -> list[Any]:
