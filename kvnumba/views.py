@@ -84,7 +84,7 @@ class DeviceView:
             made = self.owner.new_empty(shape, dtype=getattr(torch, dtype))
             address = made.data_ptr()
         else:
-            made = _empty(kind if kind == "cupy" else "numba", shape, dtype)
+            made = _empty(kind, shape, dtype)
             address = made.__cuda_array_interface__["data"][0]
         return DeviceView(address, shape, contiguous_strides(shape), dtype, made, self.stream)
 
@@ -140,9 +140,11 @@ def _empty(kind: str, shape: tuple[int, ...], dtype: str) -> Any:
     name = "uint16" if dtype == "bfloat16" else dtype
     if kind == "cupy":
         return sys.modules["cupy"].empty(shape, name)
-    from kvnumba.backends.cuda.memory import empty  # for libraries that have no way to ask for an array by itself
+    if kind in ("numba", "numba_cuda"):
+        return sys.modules["numba.cuda"].device_array(shape, name)
+    from kvnumba.backends.cuda.memory import DeviceArray
 
-    return empty(shape, name)
+    return DeviceArray.empty(shape, name)
 
 
 _DLPACK_CUDA = 2

@@ -10,9 +10,9 @@ import numpy as np
 
 from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.intrinsics import width_of
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, device_name, why_unavailable
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
-from kvnumba.backends.cuda.plan import AttentionPlan
+from kvnumba.backends.cuda.plan import AttentionPlan, Family
 from kvnumba.backends.cuda.read import read_kernel
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
@@ -20,6 +20,9 @@ from kvnumba.errors import BackendUnavailable
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
 from kvnumba.views import DeviceView, contiguous_strides
+
+if not SIMULATED:
+    from kvnumba.backends.cuda import decode
 
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
@@ -215,20 +218,11 @@ class CudaBackend:
             0 if x is None else self._pool.put(call, x, stream) for x in (scoring.sinks, scoring.alibi_slopes)
         )
         layout, tables = buffers.layout, plan.tables
-        sizes = [
-            layout.group_size if fmt.quantized else layout.head_dim
-            for fmt in (layout.key_format, layout.value_format)
-        ]
-        width = width_of(*sizes, *_alignment(query))
-        families = (attend.FEW,) if plan.most_new_tokens * plan.group <= attend.FEW.rows else (attend.MANY,)
-        for launch in plan.launches(families, self._pool, stream):
-            rows = launch.family.rows
-            kernel = attend.attend_kernel(
-                rows, width, query.dtype, layout.key_format.name, layout.value_format.name
-            )
+        for launch in plan.launches(_families(layout, plan, query), self._pool, stream):
+            kernel, shared_bytes = _kernel(launch.family, layout, query, scoring)
             kernel.launch(
                 (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads)),
-                attend.shared_bytes(rows, layout.head_dim),
+                shared_bytes,
                 stream,
                 tables.address(self._pool, stream),
                 launch.pieces,
@@ -283,6 +277,33 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
+
+
+def _families(layout: Layout, plan: AttentionPlan, query: DeviceView) -> tuple[Family, ...]:
+    """Which kernels serve a batch, those that take fewer rows first."""
+    few = plan.most_new_tokens * plan.group <= attend.FEW.rows
+    exact = attend.FEW if few else attend.MANY
+    if SIMULATED or not decode.serves(layout, plan.tables.max_blocks, query):
+        return (exact,)
+    return (decode.family(layout.key_format.name, layout.value_format.name, layout.head_dim), exact)
+
+
+def _kernel(
+    family: Family, layout: Layout, query: DeviceView, scoring: Scoring
+) -> tuple[Kernel, int]:
+    """The kernel of a family for a call, and the bytes of shared memory that its blocks need."""
+    key_format, value_format = layout.key_format.name, layout.value_format.name
+    if family.name == "decode":
+        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
+        kernel = decode.decode_kernel(query.dtype, key_format, value_format, layout.head_dim, extras)
+        return kernel, decode.shared_bytes(layout.head_dim)
+    sizes = [
+        layout.group_size if fmt.quantized else layout.head_dim
+        for fmt in (layout.key_format, layout.value_format)
+    ]
+    width = width_of(*sizes, *_alignment(query))
+    kernel = attend.attend_kernel(family.rows, width, query.dtype, key_format, value_format)
+    return kernel, attend.shared_bytes(family.rows, layout.head_dim)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:

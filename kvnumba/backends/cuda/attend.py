@@ -12,7 +12,7 @@ import math
 
 from numba import float32, int32, int64
 
-from kvnumba.backends.cuda.finish import finisher, shared_floats
+from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
 from kvnumba.backends.cuda.intrinsics import LEAST, barrier, load_float, load_int, loader, reader, vectors
 from kvnumba.backends.cuda.jit import THREADS, Kernel, cuda
 from kvnumba.backends.cuda.plan import (
@@ -53,7 +53,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
     load_query, finish = loader(kind, width), finisher(rows, width, kind)
     of, single, one_row = vectors(rows, width), vectors(rows, 1), vectors(1, width)
     itemsize = FORMATS[kind].bits // 8
-    size = rows * width
+    size, loaded_size = rows * width, TOGETHER * width
     zero, least, hidden = float32(0), float32(LEAST), float32("-inf")
 
     def attend(
@@ -65,6 +65,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
         values, sums = cuda.local.array(width, float32), cuda.local.array(width, float32)
+        loaded = cuda.local.array(loaded_size, float32)
         scores, totals = cuda.local.array(rows, float32), cuda.local.array(rows, float32)
         weighted = cuda.local.array(size, float32)
 
@@ -162,7 +163,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                             shared[at_totals + r] = before + totals[r]
             barrier()
         finish(
-            thread, shared, at_tops, at_totals, values, sums, used, heads_here, first_token, first_head,
+            thread, shared, at_tops, at_totals, values, sums, loaded, used, heads_here, first_token, first_head,
             load_int(piece + 4 * PART), load_int(piece + 4 * NUM_PARTS),
             load_int(piece + 4 * FIRST_PARTIAL) * cuda.gridDim.y + cuda.blockIdx.y * load_int(piece + 4 * NUM_PARTS),
             counters + 4 * (load_int(piece + 4 * ITEM) * cuda.gridDim.y + cuda.blockIdx.y),

@@ -21,7 +21,7 @@ from numba import float32, int32, int64, uint32
 
 from kvnumba.backends.cuda import hardware as hw
 from kvnumba.backends.cuda.attend import PARAMETERS
-from kvnumba.backends.cuda.finish import finisher, shared_floats
+from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
 from kvnumba.backends.cuda.intrinsics import LEAST, barrier, load_float, load_int
 from kvnumba.backends.cuda.jit import THREADS, Kernel, cuda, device
 from kvnumba.backends.cuda.plan import (
@@ -41,6 +41,8 @@ from kvnumba.backends.cuda.plan import (
 )
 from kvnumba.backends.cuda.tables import blocks_of
 from kvnumba.formats import FORMATS
+from kvnumba.storage import Layout
+from kvnumba.views import DeviceView
 
 ROWS = 8
 WARPS = THREADS // 32
@@ -57,19 +59,34 @@ EXPONENT, LARGEST_EXPONENT, ONE_BITS = uint32(0x7F800000), uint32(0x7E800000), u
 INVERSE = uint32(0x7F000000)  # minus the bits of a power of two: those of its inverse
 
 
-def head_dims() -> tuple[int, ...]:
-    """That the kernel is written for."""
-    return (64, 128)
+SHAPES = {
+    (16, 64): (1, 3), (16, 128): (1, 2),
+    (8, 64): (2, 3), (8, 128): (2, 2),
+    (4, 64): (4, 3), (4, 128): (2, 2),
+}  # fmt: skip
+"""Bits of the wider of both formats and head_dim -> pages of a step, blocks that fit a multiprocessor's registers."""
 
 
-def family(key_format: str, value_format: str) -> Family:
-    """Blocks for which the registers of a multiprocessor are enough."""
-    return Family("decode", ROWS, 3)
+def serves(layout: Layout, max_blocks: int, query: DeviceView) -> bool:
+    """Whether the kernel can take queries out of such a storage."""
+    formats = (layout.key_format, layout.value_format)
+    quantized = any(fmt.quantized for fmt in formats)
+    return (
+        _shape_key(*(fmt.name for fmt in formats), layout.head_dim) in SHAPES
+        and (layout.key_format.name == query.dtype or (layout.key_format.quantized and query.dtype != "float32"))
+        and (layout.block_size % TILE == 0 or max_blocks == 1)
+        and (not quantized or (layout.group_size == layout.head_dim and layout.block_size % 2 == 0))
+        and all(number % 8 == 0 for number in (query.address // 2, *query.strides[:3]))
+    )
 
 
-def pages_at_once(key_format: str, value_format: str) -> int:
-    """Pages of a step, so that it keeps enough bytes on their way."""
-    return 2 if max(FORMATS[name].bits for name in (key_format, value_format)) <= 8 else 1
+def _shape_key(key_format: str, value_format: str, head_dim: int) -> tuple[int, int]:
+    return max(FORMATS[key_format].bits, FORMATS[value_format].bits), head_dim
+
+
+def family(key_format: str, value_format: str, head_dim: int) -> Family:
+    """The kernel as a plan sees it."""
+    return Family("decode", ROWS, SHAPES[_shape_key(key_format, value_format, head_dim)][1])
 
 
 def shared_bytes(head_dim: int) -> int:
@@ -296,9 +313,10 @@ def _module(**functions: Any) -> ModuleType:
 
 @functools.cache
 def decode_kernel(
-    kind: str, key_format: str, value_format: str, head_dim: int, pages: int, blocks_per_sm: int, extras: bool
+    kind: str, key_format: str, value_format: str, head_dim: int, extras: bool
 ) -> Kernel:
     """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
+    pages, blocks_per_sm = SHAPES[_shape_key(key_format, value_format, head_dim)]
     keys, values = key_functions(key_format, head_dim), value_functions(value_format, head_dim)
     load_query, finish = query_loader(kind, key_format, head_dim), finisher(ROWS, 4, kind)
     key_words, value_words = pages * head_dim * FORMATS[key_format].bits // 64, pages * head_dim * FORMATS[value_format].bits // 64
@@ -314,6 +332,7 @@ def decode_kernel(
     big, sixteenth = float32(1024), float32(1 / 16)
     log2_e, ln_2 = float32(LOG2_E), float32(math.log(2))
     far = int32(1 << 30)
+    loaded_size = 4 * TOGETHER
 
     def decode(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
@@ -326,6 +345,7 @@ def decode_kernel(
         query, facts = cuda.local.array(query_words, uint32), cuda.local.array(3, float32)
         scores, sums = cuda.local.array(num_scores, float32), cuda.local.array(num_sums, float32)
         four, more = cuda.local.array(4, float32), cuda.local.array(4, float32)
+        loaded = cuda.local.array(loaded_size, float32)
         shared = cuda.shared.array(0, float32)
 
         thread = int32(cuda.threadIdx.x)
@@ -499,7 +519,7 @@ def decode_kernel(
             barrier()
         parts = load_int(piece + 4 * NUM_PARTS)
         finish(
-            thread, shared, at_tops, at_totals, four, more, used, heads_here, first_token, first_head,
+            thread, shared, at_tops, at_totals, four, more, loaded, used, heads_here, first_token, first_head,
             load_int(piece + 4 * PART), parts,
             int64(load_int(piece + 4 * FIRST_PARTIAL)) * cuda.gridDim.y + cuda.blockIdx.y * parts,
             counters + 4 * (int64(load_int(piece + 4 * ITEM)) * cuda.gridDim.y + cuda.blockIdx.y),

@@ -16,9 +16,9 @@ from kvnumba.backends.cuda.intrinsics import (
     barrier,
     count_up,
     fence,
+    fresh_loader,
     load_float,
     load_fresh,
-    loader,
     store_float,
     store_int,
     storer,
@@ -27,6 +27,8 @@ from kvnumba.backends.cuda.intrinsics import (
 from kvnumba.backends.cuda.jit import THREADS, device
 from kvnumba.backends.cuda.plan import MAX_PARTS
 from kvnumba.formats import FORMATS
+
+TOGETHER = 8  # partial results that a thread has on their way at a time
 
 
 def shared_floats(rows: int, head_dim: int) -> int:
@@ -39,16 +41,17 @@ def finisher(rows: int, width: int, kind: str) -> Any:
     """``finish(...)`` for up to so many rows, into results of a precision.
 
     Row r is token ``first_token + r // heads``, query head ``first_head + r % heads``. In shared memory lie, from
-    0 on, weighted sums of values (rows, D), at `tops` the rows' maxima, at `totals` their sums.
+    0 on, weighted sums of values (rows, D), at `tops` the rows' maxima, at `totals` their sums. `values` and `sums`
+    are arrays of `width`, `loaded` of `TOGETHER` times that.
     """
-    store, load, of = storer(kind, width), loader("float32", width, fresh=True), vectors(1, width)
+    store, load, of = storer(kind, width), fresh_loader(width), vectors(1, width)
     store_part = storer("float32", width)
     itemsize = FORMATS[kind].bits // 8
     zero, least = float32(0), float32(LEAST)
 
     @device
     def finish(
-        thread, shared, tops, totals, values, sums, used, heads, first_token, first_head, part, parts, partial, counter,
+        thread, shared, tops, totals, values, sums, loaded, used, heads, first_token, first_head, part, parts, partial, counter,
         out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
     ):  # fmt: skip
         chunks = head_dim // width
@@ -82,15 +85,22 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                     shared[rows * MAX_PARTS + i] = load_fresh(at + 4 * rows)
                 barrier()
                 for r in range(thread, used, THREADS):
-                    top, total = least, zero
+                    top = least
                     for p in range(parts):
                         if shared[p * used + r] > top:
                             top = shared[p * used + r]
+                    shared[tops + r] = top
+                barrier()
+                for i in range(thread, used * parts, THREADS):
+                    weight = math.exp(shared[i] - shared[tops + i % used])
+                    shared[i] = weight
+                    shared[rows * MAX_PARTS + i] *= weight
+                barrier()
+                for r in range(thread, used, THREADS):
+                    total = zero
                     for p in range(parts):
-                        weight = math.exp(shared[p * used + r] - top)
-                        total += weight * shared[rows * MAX_PARTS + p * used + r]
-                        shared[p * used + r] = weight
-                    shared[tops + r], shared[totals + r] = top, total
+                        total += shared[rows * MAX_PARTS + p * used + r]
+                    shared[totals + r] = total
                 if thread == 0:
                     store_int(counter, 0)  # for the next launch
                 barrier()
@@ -118,9 +128,12 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                         sums[e] = shared[i * width + e]
                 else:
                     of.clear_all(sums)
-                    for p in range(parts):
-                        load(first + p * size + 4 * i * width, values)
-                        of.add_scaled(sums, values, shared[p * used + r])
+                    for p in range(0, parts, TOGETHER):
+                        for n in range(TOGETHER):
+                            load(first + min(p + n, parts - 1) * size + 4 * i * width, loaded, n * width)
+                        for n in range(TOGETHER):
+                            if p + n < parts:
+                                of.add_scaled(sums, loaded, n * width, shared[(p + n) * used + r])
                 of.scale(sums, shared[tops - rows + r])
                 token, head = first_token + r // heads, first_head + r % heads
                 place = token // tokens_per_row * out_batch + token % tokens_per_row * out_token + head * out_head

@@ -64,11 +64,12 @@ def _instruction(text: str, results: str, operands: str, ordered: bool = False) 
 
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 _LOADS = {
-    (n, fresh): f"ld.global.{'cg' if fresh else 'nc'}{'' if n == 1 else f'.v{n}'}.u32 "
+    (cache, n): f"ld.global.{cache}{'' if n == 1 else f'.v{n}'}.u32 "
     + ("$0, [$1];" if n == 1 else "{" + ", ".join(f"${i}" for i in range(n)) + f"}}, [${n}];")
+    for cache in ("nc", "cg", "nc.L1::no_allocate.L2::128B")
     for n in (1, 2, 4)
-    for fresh in (False, True)
 }
+"""Of 1, 2 or 4 words; how they pass the caches is part of the instruction."""
 
 
 load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l")
@@ -114,20 +115,29 @@ of 2c + 8 and 2c + 9; B's the same rows of column g; C's rows g and g + 8 of col
 @functools.cache
 def fetcher(count: int) -> Any:
     """``fetch(address, words, at)``: 1, 2 or 4 words that are read once go into an array from `at` on."""
-    text = _LOADS[count, False].replace(".nc", ".nc.L1::no_allocate.L2::128B")
+    return _array_loader(_LOADS["nc.L1::no_allocate.L2::128B", count], count, ordered=False)
 
+
+@functools.cache
+def fresh_loader(width: int) -> Any:
+    """``load(address, values, at)``: float32 that other blocks of the same launch have written."""
+    return _array_loader(_LOADS["cg", width], width, ordered=True)
+
+
+def _array_loader(text: str, count: int, ordered: bool) -> Any:
     @intrinsic
-    def fetch(typing, address, words, at):
+    def load(typing, address, array, at):
         def generate(context, builder, signature, args):
-            found = _call(builder, text, "r" * count, "l", [args[0]])
-            memory = context.make_array(words)(context, builder, args[1]).data
+            found = _call(builder, text, "r" * count, "l", [args[0]], ordered)
+            memory = context.make_array(array)(context, builder, args[1]).data
             for i, word in enumerate(found):
-                builder.store(word, builder.gep(memory, [builder.add(args[2], I64(i))]))
+                value = builder.bitcast(word, context.get_data_type(array.dtype))
+                builder.store(value, builder.gep(memory, [builder.add(args[2], I64(i))]))
             return context.get_dummy_value()
 
-        return types.void(types.int64, words, types.int64), generate
+        return types.void(types.int64, array, types.int64), generate
 
-    return fetch
+    return load
 
 
 round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
@@ -150,11 +160,8 @@ def _element(builder: Any, fmt: str, word: Any, at: int) -> Any:
 
 
 @functools.cache
-def loader(fmt: str, width: int, fresh: bool = False) -> Any:
-    """``load(address, values)``: `width` neighbours in a format become float32; codes stay codes.
-
-    `fresh`: what other blocks of the same launch have written.
-    """
+def loader(fmt: str, width: int) -> Any:
+    """``load(address, values)``: `width` neighbours in a format become float32; codes stay codes."""
     bits = width * _BITS[fmt]
 
     @intrinsic
@@ -162,7 +169,7 @@ def loader(fmt: str, width: int, fresh: bool = False) -> Any:
         def generate(context, builder, signature, args):
             if bits >= 32:
                 count = bits // 32
-                words = _call(builder, _LOADS[count, fresh], "r" * count, "l", [args[0]], ordered=fresh)
+                words = _call(builder, _LOADS["nc", count], "r" * count, "l", [args[0]])
             else:
                 words = _call(builder, f"ld.global.nc.u{bits} $0, [$1];", "r", "l", [args[0]])
             memory = context.make_array(values)(context, builder, args[1]).data

@@ -26,7 +26,7 @@ else:
 barrier, fence, warp_min, warp_max = machine.barrier, machine.fence, machine.warp_min, machine.warp_max
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
-loader, storer = machine.loader, machine.storer
+loader, fresh_loader, storer = machine.loader, machine.fresh_loader, machine.storer
 
 LEAST = -1e38
 """Of a maximum over nothing: finite, so that the difference of two such is no NaN."""
@@ -76,9 +76,9 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
             values[i] *= factor
 
     @device
-    def add_scaled(sums, values, factor):
+    def add_scaled(sums, values, at, factor):
         for i in range(width):
-            sums[i] += values[i] * factor
+            sums[i] += values[at + i] * factor
 
     @device
     def dequantize(values, step, low):
@@ -160,8 +160,8 @@ def _simulated_vectors(rows: int, width: int) -> list[Any]:
     def scale(values, factor):
         values *= np.float32(factor)
 
-    def add_scaled(sums, values, factor):
-        sums += values * factor
+    def add_scaled(sums, values, at, factor):
+        sums += values[at : at + width] * factor
 
     def dequantize(values, step, low):
         values *= step

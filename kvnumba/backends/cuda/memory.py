@@ -179,5 +179,20 @@ class DeviceArray:
         upload(self.address, host, 0)
         synchronize()
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """An array with memory of its own, not initialised."""
+        enter()
+        dtype = np.dtype(dtype)
+        return cls(Memory(math.prod(shape) * dtype.itemsize), 0, tuple(shape), dtype)
+
+    @classmethod
+    def of(cls, host: np.ndarray) -> DeviceArray:
+        """A copy of an array of the host's."""
+        made = cls.empty(host.shape, host.dtype)
+        upload(made.address, np.ascontiguousarray(host), 0)
+        synchronize()
+        return made
+
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {self.shape}, at {self.address:#x})"

@@ -115,8 +115,11 @@ def cut(
 
     keys = end - begin
     share = int(keys.sum()) * blocks_per_piece // blocks + 1
-    split = max(share, MIN_SPLIT, int(keys.max(initial=0)) // MAX_PARTS + 1)
-    split = -(-split // TILE) * TILE
+    least = max(share, MIN_SPLIT, int(keys.max(initial=0)) // MAX_PARTS + 1)
+    # up to twice as long, to end with so many blocks that all run at once
+    splits = -(-(least * np.arange(8, 17) // 8) // TILE) * TILE
+    totals = (-(-keys[:, None] // splits)).sum(axis=0) * blocks_per_piece
+    split = splits[np.argmax(totals <= blocks)] if (totals <= blocks).any() else splits[-1]
     parts = np.maximum(-(-keys // split), 1)
     each = -(-(-(-keys // parts)) // TILE) * TILE  # as equal as tiles allow
     parts = np.maximum(-(-keys // each), 1)

@@ -48,7 +48,7 @@ def count_up(address):
     return before
 
 
-def loader(fmt, width, fresh=False):
+def loader(fmt, width):
     dtype = FORMATS[fmt].code_dtype
     count = FORMATS[fmt].row_length(width)
 
@@ -58,6 +58,13 @@ def loader(fmt, width, fresh=False):
             values[0::2], values[1::2] = codes >> 4, codes & 15
         else:
             values[:] = bfloat16_to_float(codes) if fmt == "bfloat16" else codes
+
+    return load
+
+
+def fresh_loader(width):
+    def load(address, values, at):
+        values[at : at + width] = memory(address, width, np.float32)
 
     return load
 
