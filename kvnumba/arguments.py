@@ -52,6 +52,8 @@ class AttentionOptions(TypedDict, total=False):
 
 def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scoring:
     """Check the options of an ``attend``, fill in the defaults, and leave out `return_lse`."""
+    if not options:
+        return _default_scoring(head_dim)
     unknown = set(options) - set(AttentionOptions.__annotations__)
     if unknown:
         expected = ", ".join(AttentionOptions.__annotations__)
@@ -67,6 +69,11 @@ def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scor
         for name in ("sinks", "alibi_slopes")
     }
     return Scoring(sm_scale, window_left, soft_cap, **per_head)
+
+
+@functools.cache
+def _default_scoring(head_dim: int) -> Scoring:
+    return Scoring(head_dim**-0.5, -1, 0.0, None, None)
 
 
 def integer(argument: str, value: Any, *, minimum: int) -> int:
@@ -136,10 +143,16 @@ def float_array(argument: str, x: Any) -> np.ndarray:
     )
 
 
-def results(query: Any) -> tuple[Any, Any]:
-    """Room for the attention of checked queries (..., D) and for its lse (...), float32; on the queries' device."""
+def results(query: Any, options: AttentionOptions) -> tuple[Any, Any]:
+    """Room for the attention of checked queries (..., D) and for its lse (...), float32; on the queries' device.
+
+    On a device an lse that nobody asked for has no memory, and the address 0.
+    """
     if isinstance(query, DeviceView):
-        return query.empty(query.shape, query.dtype), query.empty(query.shape[:-1], "float32")
+        out = query.empty(query.shape, query.dtype)
+        shape = query.shape[:-1]
+        wanted = options.get("return_lse")
+        return out, query.empty(shape, "float32") if wanted else query.nowhere(shape, "float32")
     return np.empty(query.shape, np.float32), np.empty(query.shape[:-1], np.float32)
 
 

@@ -34,6 +34,8 @@ class BlockPool:
         self._length = np.zeros(max_num_seqs, np.int32)
         self._bookings = np.zeros(max_num_seqs, np.int64)
         self._lock = threading.Lock()
+        self.version = 0
+        """Another number after every booking and every end of a sequence."""
 
     def add(self) -> int:
         """Give a new sequence a row; returns its id."""
@@ -55,6 +57,7 @@ class BlockPool:
                 ::-1
             ]
             self.num_free_blocks += int(held)
+            self.version += 1
             self._id[row] = -1
             self._held[row] = 0
             self._length[row] = 0
@@ -115,6 +118,7 @@ class BlockPool:
             if needed:
                 self._take(rows, missing, needed)
             self._bookings[rows] += 1
+            self.version += 1
             return self._batch(rows, total.astype(np.int32), new)
 
     def commit(self, seq_ids: Any, batch: Batch) -> None:

@@ -327,7 +327,7 @@ class KVCache(_Cache):
         if planned is None or planned[0] != key:
             planned = (key, BatchAttention(self._backend, self._buffers, self._place(lengths, count)))
             self._attention = planned
-        out, lse = arguments.results(query)
+        out, lse = arguments.results(query, options)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
         planned[1].attend(layer, *views, options)
         return arguments.returned(q, out, lse, options)
@@ -649,7 +649,7 @@ class PagedKVCache(_Cache):
             batch = self._pool.view([seq_id], [length], [count])
             planned = (key, BatchAttention(self._backend, self._buffers, self._backend.place(batch)))
             self._attention = planned
-        out, lse = arguments.results(query)
+        out, lse = arguments.results(query, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
         planned[1].attend(layer, *views, options)
         return arguments.returned(q, out, lse, options)

@@ -70,6 +70,7 @@ class Step:
         self.batch = pool.book(seq_ids, num_new_tokens)
         self.seq_ids = np.asarray(seq_ids).tolist()
         self._booking = pool.bookings(self.seq_ids)
+        self._version = pool.version  # of the pool, when this step was last found to be the latest
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
@@ -88,7 +89,12 @@ class Step:
 
     def is_latest(self) -> bool:
         """Whether none of the sequences has been booked by another step since; raises if one is finished."""
-        return bool((self._pool.bookings(self.seq_ids) == self._booking).all())
+        version = self._pool.version
+        if version != self._version:
+            if (self._pool.bookings(self.seq_ids) != self._booking).any():
+                return False
+            self._version = version
+        return True
 
     def write(self, k: Any, v: Any, *, layer: int = 0) -> None:
         """Store the keys and values of a layer.
@@ -156,8 +162,9 @@ class Step:
         )
         if not self.covers(layer):
             raise ValueError(f"layer: layer {layer} of this step has not been written yet")
-        self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
-        out, lse = arguments.results(query)
+        if self._pool.version != self._version:
+            self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
+        out, lse = arguments.results(query, options)
         self._attention.attend(layer, query[None], out[None], lse[None], options)
         return arguments.returned(q, out, lse, options)
 

@@ -7,13 +7,13 @@ Nothing is copied and none of these libraries is imported.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from typing import Any
 
 from kvnumba.formats import FORMATS
 
-_TORCH_NAMES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
 
 
@@ -88,6 +88,10 @@ class DeviceView:
             address = made.__cuda_array_interface__["data"][0]
         return DeviceView(address, shape, contiguous_strides(shape), dtype, made, self.stream)
 
+    def nowhere(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
+        """An array that is not there, at address 0."""
+        return DeviceView(0, shape, contiguous_strides(shape), dtype, None, self.stream)
+
 
 def device_view(x: Any) -> DeviceView | None:
     """`x` as a view where it lies on a GPU, else None."""
@@ -114,12 +118,15 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _of_torch(x: Any) -> DeviceView:
-    torch = sys.modules["torch"]
-    name = str(x.dtype)
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    stream_of = sys.modules["torch"]._C._cuda_getCurrentRawStream
     return DeviceView(
-        x.data_ptr(), tuple(x.shape), x.stride(), _TORCH_NAMES.get(name, name), x, stream
+        x.data_ptr(), tuple(x.shape), x.stride(), _torch_name(x.dtype), x, stream_of(x.get_device())
     )
+
+
+@functools.cache
+def _torch_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _of_interface(x: Any, kind: str, interface: dict[str, Any]) -> DeviceView:

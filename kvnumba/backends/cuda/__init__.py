@@ -12,7 +12,7 @@ from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
-from kvnumba.backends.cuda.plan import AttentionPlan, Family
+from kvnumba.backends.cuda.plan import AttentionPlan, Launch
 from kvnumba.backends.cuda.read import read_kernel
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
@@ -133,7 +133,7 @@ class CudaBackend:
         kernel = write_kernel(
             keys.dtype, values.dtype, layout.key_format.name, layout.value_format.name, width
         )
-        num_tokens = tables.batch.num_tokens
+        num_tokens = tables.num_tokens
         kernel.launch(
             (-(-num_tokens * layout.num_kv_heads * WARP // THREADS), 2),
             0,
@@ -218,10 +218,14 @@ class CudaBackend:
             0 if x is None else self._pool.put(call, x, stream) for x in (scoring.sinks, scoring.alibi_slopes)
         )
         layout, tables = buffers.layout, plan.tables
-        for launch in plan.launches(_families(layout, plan, query), self._pool, stream):
-            kernel, shared_bytes = _kernel(launch.family, layout, query, scoring)
+        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
+        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
+        key = (query.dtype, alignment, extras)
+        if key not in plan.prepared:
+            plan.prepared[key] = self._prepare(layout, plan, *key, stream)
+        for kernel, grid, shared_bytes, launch in plan.prepared[key]:
             kernel.launch(
-                (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads)),
+                grid,
                 shared_bytes,
                 stream,
                 tables.address(self._pool, stream),
@@ -253,6 +257,33 @@ class CudaBackend:
             self._fetch(out, result)
             self._fetch(lse, result_lse)
 
+    def _prepare(
+        self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
+    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
+        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work.
+
+        `alignment`: elements of a query that can be read together.
+        """
+        key_format, value_format = layout.key_format, layout.value_format
+        few = plan.most_new_tokens * plan.group <= attend.FEW.rows
+        families = [attend.FEW if few else attend.MANY]
+        if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
+            families.insert(0, decode.family(key_format.name, value_format.name, layout.head_dim))
+        prepared = []
+        for launch in plan.launches(tuple(families), self._pool, stream):
+            family = launch.family
+            if family.name == "decode":
+                kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
+                shared_bytes = decode.shared_bytes(layout.head_dim)
+            else:
+                sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
+                width = width_of(alignment, *sizes)
+                kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
+                shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+            grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
+            prepared.append((kernel, grid, shared_bytes, launch))
+        return prepared
+
     def _on_device(self, call: _Call, x: Any, stream: int) -> DeviceView:
         """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
         if isinstance(x, DeviceView):
@@ -277,33 +308,6 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
-
-
-def _families(layout: Layout, plan: AttentionPlan, query: DeviceView) -> tuple[Family, ...]:
-    """Which kernels serve a batch, those that take fewer rows first."""
-    few = plan.most_new_tokens * plan.group <= attend.FEW.rows
-    exact = attend.FEW if few else attend.MANY
-    if SIMULATED or not decode.serves(layout, plan.tables.max_blocks, query):
-        return (exact,)
-    return (decode.family(layout.key_format.name, layout.value_format.name, layout.head_dim), exact)
-
-
-def _kernel(
-    family: Family, layout: Layout, query: DeviceView, scoring: Scoring
-) -> tuple[Kernel, int]:
-    """The kernel of a family for a call, and the bytes of shared memory that its blocks need."""
-    key_format, value_format = layout.key_format.name, layout.value_format.name
-    if family.name == "decode":
-        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
-        kernel = decode.decode_kernel(query.dtype, key_format, value_format, layout.head_dim, extras)
-        return kernel, decode.shared_bytes(layout.head_dim)
-    sizes = [
-        layout.group_size if fmt.quantized else layout.head_dim
-        for fmt in (layout.key_format, layout.value_format)
-    ]
-    width = width_of(*sizes, *_alignment(query))
-    kernel = attend.attend_kernel(family.rows, width, query.dtype, key_format, value_format)
-    return kernel, attend.shared_bytes(family.rows, layout.head_dim)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:

@@ -43,7 +43,7 @@ PARAMETERS = "q" * 21 + "i" * 10 + "f" * 2
 
 def shared_bytes(rows: int, head_dim: int) -> int:
     """What `attend` cuts up: sums or queries, scores, rows of keys, three numbers a row."""
-    return 4 * (shared_floats(rows, head_dim) + rows * KEYS + KEYS + 3 * rows)
+    return 4 * (shared_floats(rows, head_dim, 1) + rows * KEYS + KEYS + 3 * rows)
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                             shared[at_totals + r] = before + totals[r]
             barrier()
         finish(
-            thread, shared, at_tops, at_totals, values, sums, loaded, used, heads_here, first_token, first_head,
+            thread, shared, 1, at_tops, at_totals, values, sums, loaded, used, heads_here, first_token, first_head,
             load_int(piece + 4 * PART), load_int(piece + 4 * NUM_PARTS),
             load_int(piece + 4 * FIRST_PARTIAL) * cuda.gridDim.y + cuda.blockIdx.y * load_int(piece + 4 * NUM_PARTS),
             counters + 4 * (load_int(piece + 4 * ITEM) * cuda.gridDim.y + cuda.blockIdx.y),

@@ -42,7 +42,6 @@ from kvnumba.backends.cuda.plan import (
 from kvnumba.backends.cuda.tables import blocks_of
 from kvnumba.formats import FORMATS
 from kvnumba.storage import Layout
-from kvnumba.views import DeviceView
 
 ROWS = 8
 WARPS = THREADS // 32
@@ -67,16 +66,16 @@ SHAPES = {
 """Bits of the wider of both formats and head_dim -> pages of a step, blocks that fit a multiprocessor's registers."""
 
 
-def serves(layout: Layout, max_blocks: int, query: DeviceView) -> bool:
+def serves(layout: Layout, max_blocks: int, kind: str, alignment: int) -> bool:
     """Whether the kernel can take queries out of such a storage."""
     formats = (layout.key_format, layout.value_format)
     quantized = any(fmt.quantized for fmt in formats)
     return (
         _shape_key(*(fmt.name for fmt in formats), layout.head_dim) in SHAPES
-        and (layout.key_format.name == query.dtype or (layout.key_format.quantized and query.dtype != "float32"))
+        and (layout.key_format.name == kind or (layout.key_format.quantized and kind != "float32"))
         and (layout.block_size % TILE == 0 or max_blocks == 1)
         and (not quantized or (layout.group_size == layout.head_dim and layout.block_size % 2 == 0))
-        and all(number % 8 == 0 for number in (query.address // 2, *query.strides[:3]))
+        and alignment == 8
     )
 
 
@@ -91,7 +90,7 @@ def family(key_format: str, value_format: str, head_dim: int) -> Family:
 
 def shared_bytes(head_dim: int) -> int:
     """Sums, the warps' maxima and totals, three numbers a row."""
-    return 4 * (shared_floats(ROWS, head_dim) + 2 * WARPS * ROWS + 3 * ROWS)
+    return 4 * (shared_floats(ROWS, head_dim, WARPS) + 2 * WARPS * ROWS + 3 * ROWS)
 
 
 @device
@@ -332,7 +331,7 @@ def decode_kernel(
     big, sixteenth = float32(1024), float32(1 / 16)
     log2_e, ln_2 = float32(LOG2_E), float32(math.log(2))
     far = int32(1 << 30)
-    loaded_size = 4 * TOGETHER
+    loaded_size, sums_size = 4 * TOGETHER, shared_floats(ROWS, head_dim, WARPS)
 
     def decode(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
@@ -473,7 +472,7 @@ def decode_kernel(
                 values.fetch(v_codes, v_scale, v_zero, row, g, c, vw, u * page_values, vs, 8 * u)
             page = following
 
-        at_warps = ROWS * max(head_dim, 256)
+        at_warps = sums_size
         at_factors = at_warps + 2 * WARPS * ROWS
         at_tops, at_totals = at_factors + ROWS, at_factors + 2 * ROWS
         total = sum_of_quad(total)
@@ -490,36 +489,29 @@ def decode_kernel(
             for w in range(WARPS):
                 share = hw.exp2(shared[at_warps + w * ROWS + thread] - highest)
                 total += share * shared[at_warps + (WARPS + w) * ROWS + thread]
-                shared[at_warps + w * ROWS + thread] = share
             shared[at_tops + thread], shared[at_totals + thread] = highest * ln_2, total
-        barrier()
         for n in range(2):
             r = 2 * c + n
-            share = shared[at_warps + warp * ROWS + r]
+            highest = least
+            for w in range(WARPS):
+                highest = max(highest, shared[at_warps + w * ROWS + r])
+            share = hw.exp2(shared[at_warps + warp * ROWS + r] - highest)
             more_zeros = cuda.shfl_sync(ALL, zeros, c * 8 + 4 * n)
             less = cuda.shfl_sync(ALL, offsets, c * 8 + 4 * n)
-            for i in range(num_sums // 2):
-                value = sums[2 * i + n]
-                if quantized:
-                    value = (value - less) * unit
-                    if int4_values and i % 2 == 1:
-                        value *= sixteenth
-                    value += more_zeros
-                sums[2 * i + n] = value * share
-        for w in range(WARPS):
-            if warp == w:
-                for n in range(2):
-                    r = 2 * c + n
-                    if r < used:
-                        for j in range(tiles):
-                            for second in range(2):
-                                at = r * head_dim + element(j, g, second)
-                                before = shared[at] if w > 0 else zero
-                                shared[at] = before + sums[4 * j + 2 * second + n]
-            barrier()
+            if r < used:
+                for j in range(tiles):
+                    for second in range(2):
+                        value = sums[4 * j + 2 * second + n]
+                        if quantized:
+                            value = (value - less) * unit
+                            if int4_values and second == 1:
+                                value *= sixteenth
+                            value += more_zeros
+                        shared[(warp * ROWS + r) * head_dim + element(j, g, second)] = value * share
+        barrier()
         parts = load_int(piece + 4 * NUM_PARTS)
         finish(
-            thread, shared, at_tops, at_totals, four, more, loaded, used, heads_here, first_token, first_head,
+            thread, shared, WARPS, at_tops, at_totals, four, more, loaded, used, heads_here, first_token, first_head,
             load_int(piece + 4 * PART), parts,
             int64(load_int(piece + 4 * FIRST_PARTIAL)) * cuda.gridDim.y + cuda.blockIdx.y * parts,
             counters + 4 * (int64(load_int(piece + 4 * ITEM)) * cuda.gridDim.y + cuda.blockIdx.y),

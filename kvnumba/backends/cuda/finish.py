@@ -23,17 +23,19 @@ from kvnumba.backends.cuda.intrinsics import (
     store_int,
     storer,
     vectors,
+    warp_max,
+    warp_sum,
 )
-from kvnumba.backends.cuda.jit import THREADS, device
+from kvnumba.backends.cuda.jit import THREADS, WARP, device
 from kvnumba.backends.cuda.plan import MAX_PARTS
 from kvnumba.formats import FORMATS
 
-TOGETHER = 8  # partial results that a thread has on their way at a time
+TOGETHER = 16  # partial results that a thread has on their way at a time
 
 
-def shared_floats(rows: int, head_dim: int) -> int:
-    """Of the region that begins with (rows, D) sums: what a merge needs of it."""
-    return rows * max(head_dim, 2 * MAX_PARTS)
+def shared_floats(rows: int, head_dim: int, copies: int) -> int:
+    """Of the region that begins with the sums (copies, rows, D): what a merge needs of it."""
+    return rows * max(copies * head_dim, 2 * MAX_PARTS)
 
 
 @functools.cache
@@ -41,18 +43,25 @@ def finisher(rows: int, width: int, kind: str) -> Any:
     """``finish(...)`` for up to so many rows, into results of a precision.
 
     Row r is token ``first_token + r // heads``, query head ``first_head + r % heads``. In shared memory lie, from
-    0 on, weighted sums of values (rows, D), at `tops` the rows' maxima, at `totals` their sums. `values` and `sums`
-    are arrays of `width`, `loaded` of `TOGETHER` times that.
+    0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows' maxima, at `totals` their
+    sums of weights, and before `tops` there is room for a number a row. `values` and `sums` are arrays of `width`,
+    `loaded` of `TOGETHER` times that.
     """
     store, load, of = storer(kind, width), fresh_loader(width), vectors(1, width)
     store_part = storer("float32", width)
     itemsize = FORMATS[kind].bits // 8
-    zero, least = float32(0), float32(LEAST)
+    zero, one, least = float32(0), float32(1), float32(LEAST)
+
+    @device
+    def add_up(shared, at, copies, stride, sums):
+        of.clear_all(sums)
+        for n in range(copies):
+            of.add_scaled(sums, shared, at + n * stride, one)
 
     @device
     def finish(
-        thread, shared, tops, totals, values, sums, loaded, used, heads, first_token, first_head, part, parts, partial, counter,
-        out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
+        thread, shared, copies, tops, totals, values, sums, loaded, used, heads, first_token, first_head, part, parts,
+        partial, counter, out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
     ):  # fmt: skip
         chunks = head_dim // width
         # a partial result: sums (rows, D), maxima (rows,), sums of weights (rows,)
@@ -63,46 +72,38 @@ def finisher(rows: int, width: int, kind: str) -> Any:
         merging = int32(0)
         if parts > 1:
             for i in range(thread, used * chunks, THREADS):
-                for e in range(width):
-                    values[e] = shared[i * width + e]
-                store_part(mine + 4 * i * width, values)
+                add_up(shared, i * width, copies, rows * head_dim, sums)
+                store_part(mine + 4 * i * width, sums)
             for r in range(thread, used, THREADS):
                 store_float(mine + maxima + 4 * r, shared[tops + r])
                 store_float(mine + maxima + 4 * (rows + r), shared[totals + r])
-            fence()
             barrier()
             if thread == 0:
-                finished = count_up(counter)
-                shared[tops] = float32(1) if finished == parts - 1 else zero
+                fence()  # for all the block: the barrier has ordered its stores before
+                last = count_up(counter) == parts - 1
+                shared[tops] = one if last else zero
+                if last:
+                    store_int(counter, 0)  # for the next launch
+                fence()
             barrier()
             merging = int32(shared[tops])
             barrier()
             if merging == 1:
-                fence()
-                for i in range(thread, used * parts, THREADS):
-                    at = first + i // used * size + maxima + 4 * (i % used)
-                    shared[i] = load_fresh(at)
-                    shared[rows * MAX_PARTS + i] = load_fresh(at + 4 * rows)
-                barrier()
-                for r in range(thread, used, THREADS):
-                    top = least
-                    for p in range(parts):
-                        if shared[p * used + r] > top:
-                            top = shared[p * used + r]
-                    shared[tops + r] = top
-                barrier()
-                for i in range(thread, used * parts, THREADS):
-                    weight = math.exp(shared[i] - shared[tops + i % used])
-                    shared[i] = weight
-                    shared[rows * MAX_PARTS + i] *= weight
-                barrier()
-                for r in range(thread, used, THREADS):
-                    total = zero
-                    for p in range(parts):
-                        total += shared[rows * MAX_PARTS + p * used + r]
-                    shared[totals + r] = total
-                if thread == 0:
-                    store_int(counter, 0)  # for the next launch
+                lane = thread % WARP
+                for r in range(thread // WARP, used, THREADS // WARP):
+                    top, total = least, zero
+                    for p in range(lane, parts, WARP):
+                        at = first + p * size + maxima + 4 * r
+                        found = load_fresh(at)
+                        shared[rows * MAX_PARTS + p * used + r] = load_fresh(at + 4 * rows)
+                        shared[p * used + r] = found
+                        top = found if found > top else top
+                    top = warp_max(top)
+                    for p in range(lane, parts, WARP):
+                        weight = math.exp(shared[p * used + r] - top)
+                        shared[p * used + r] = weight
+                        total += weight * shared[rows * MAX_PARTS + p * used + r]
+                    shared[tops + r], shared[totals + r] = top, warp_sum(total)
                 barrier()
         if parts == 1 or merging == 1:
             for r in range(thread, used, THREADS):
@@ -116,7 +117,7 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                     shared[tops + r] = both
                     shared[tops - rows + r] = factor / shared[totals + r]
                 else:
-                    shared[tops - rows + r] = float32(1) / shared[totals + r]
+                    shared[tops - rows + r] = one / shared[totals + r]
                 if lse != 0:
                     place = token // tokens_per_row * out_batch + token % tokens_per_row * out_token + head * out_head
                     store_float(lse + 4 * (place // head_dim), shared[tops + r] + math.log(shared[totals + r]))
@@ -124,8 +125,7 @@ def finisher(rows: int, width: int, kind: str) -> Any:
             for i in range(thread, used * chunks, THREADS):
                 r, c = i // chunks, i % chunks
                 if parts == 1:
-                    for e in range(width):
-                        sums[e] = shared[i * width + e]
+                    add_up(shared, i * width, copies, rows * head_dim, sums)
                 else:
                     of.clear_all(sums)
                     for p in range(0, parts, TOGETHER):

@@ -24,30 +24,35 @@ _TYPES = {
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-def _call(builder: Any, text: str, results: str, operands: str, args: Any, ordered: bool = False) -> list[Any]:
+PURE, READS, WRITES = range(3)
+"""What an instruction has to do with memory: what reads must stay where its address is known to be valid, and
+what writes keeps its place among all others."""
+
+
+def _call(builder: Any, text: str, results: str, operands: str, args: Any, effect: int = PURE) -> list[Any]:
     """Emit one instruction; returns its results."""
     kinds = [_TYPES[letter][1] for letter in results]
     result = kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds) if kinds else ir.VoidType()
     constraints = [f"={letter}" for letter in results] + list(operands)
-    if ordered:
+    if effect == WRITES:
         constraints.append("~{memory}")
     function = ir.FunctionType(result, [_TYPES[letter][1] for letter in operands])
     constraint = ",".join(constraints).replace("s", "r")
-    assembly = ir.InlineAsm(function, text, constraint, side_effect=ordered)
+    assembly = ir.InlineAsm(function, text, constraint, side_effect=effect != PURE)
     value = builder.call(assembly, args)
     if len(kinds) < 2:
         return [value]
     return [builder.extract_value(value, i) for i in range(len(kinds))]
 
 
-def _instruction(text: str, results: str, operands: str, ordered: bool = False) -> Any:
-    """A function of Numba's that is one instruction; `ordered` where memory or other threads are concerned."""
+def _instruction(text: str, results: str, operands: str, effect: int = PURE) -> Any:
+    """A function of Numba's that is one instruction."""
     kinds = [_TYPES[letter][0] for letter in results]
     result = types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
     signature = result(*(_TYPES[letter][0] for letter in operands))
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        values = _call(builder, text, results, operands, args, ordered)
+        values = _call(builder, text, results, operands, args, effect)
         if not kinds:
             return context.get_dummy_value()
         return values[0] if len(values) == 1 else context.make_tuple(builder, result, values)
@@ -72,12 +77,12 @@ _LOADS = {
 """Of 1, 2 or 4 words; how they pass the caches is part of the instruction."""
 
 
-load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l")
-load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l")
-load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", ordered=True)
-store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", ordered=True)
-store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", ordered=True)
-count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", ordered=True)
+load_int = _instruction("ld.global.nc.s32 $0, [$1];", "s", "l", READS)
+load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l", READS)
+load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", WRITES)
+store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", WRITES)
+store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", WRITES)
+count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", WRITES)
 """Add 1 to an int32 in memory; returns what it was."""
 
 as_float = _instruction("mov.b32 $0, $1;", "f", "r")
@@ -115,20 +120,20 @@ of 2c + 8 and 2c + 9; B's the same rows of column g; C's rows g and g + 8 of col
 @functools.cache
 def fetcher(count: int) -> Any:
     """``fetch(address, words, at)``: 1, 2 or 4 words that are read once go into an array from `at` on."""
-    return _array_loader(_LOADS["nc.L1::no_allocate.L2::128B", count], count, ordered=False)
+    return _array_loader(_LOADS["nc.L1::no_allocate.L2::128B", count], count, READS)
 
 
 @functools.cache
 def fresh_loader(width: int) -> Any:
     """``load(address, values, at)``: float32 that other blocks of the same launch have written."""
-    return _array_loader(_LOADS["cg", width], width, ordered=True)
+    return _array_loader(_LOADS["cg", width], width, WRITES)
 
 
-def _array_loader(text: str, count: int, ordered: bool) -> Any:
+def _array_loader(text: str, count: int, effect: int) -> Any:
     @intrinsic
     def load(typing, address, array, at):
         def generate(context, builder, signature, args):
-            found = _call(builder, text, "r" * count, "l", [args[0]], ordered)
+            found = _call(builder, text, "r" * count, "l", [args[0]], effect)
             memory = context.make_array(array)(context, builder, args[1]).data
             for i, word in enumerate(found):
                 value = builder.bitcast(word, context.get_data_type(array.dtype))
@@ -169,9 +174,9 @@ def loader(fmt: str, width: int) -> Any:
         def generate(context, builder, signature, args):
             if bits >= 32:
                 count = bits // 32
-                words = _call(builder, _LOADS["nc", count], "r" * count, "l", [args[0]])
+                words = _call(builder, _LOADS["nc", count], "r" * count, "l", [args[0]], READS)
             else:
-                words = _call(builder, f"ld.global.nc.u{bits} $0, [$1];", "r", "l", [args[0]])
+                words = _call(builder, f"ld.global.nc.u{bits} $0, [$1];", "r", "l", [args[0]], READS)
             memory = context.make_array(values)(context, builder, args[1]).data
             for i in range(width):
                 at = i * _BITS[fmt]
@@ -213,7 +218,7 @@ def storer(fmt: str, width: int) -> Any:
             else:
                 places = ", ".join(f"${i + 1}" for i in range(len(words)))
                 text = f"st.global.v{len(words)}.u32 [$0], {{{places}}};" if len(words) > 1 else "st.global.u32 [$0], $1;"
-            _call(builder, text, "", "l" + "r" * len(words), [args[0], *words], ordered=True)
+            _call(builder, text, "", "l" + "r" * len(words), [args[0], *words], WRITES)
             return context.get_dummy_value()
 
         return types.void(types.int64, values), generate
@@ -246,4 +251,12 @@ def warp_max(x):
     """The largest of the warp's values, in every thread of it."""
     for distance in (16, 8, 4, 2, 1):
         x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, distance))
+    return x
+
+
+@device
+def warp_sum(x):
+    """The sum of the warp's values, in every thread of it."""
+    for distance in (16, 8, 4, 2, 1):
+        x += cuda.shfl_xor_sync(0xFFFFFFFF, x, distance)
     return x

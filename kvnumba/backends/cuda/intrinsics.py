@@ -23,7 +23,8 @@ if SIMULATED:
 else:
     from kvnumba.backends.cuda import hardware as machine  # type: ignore[no-redef]
 
-barrier, fence, warp_min, warp_max = machine.barrier, machine.fence, machine.warp_min, machine.warp_max
+barrier, fence = machine.barrier, machine.fence
+warp_min, warp_max, warp_sum = machine.warp_min, machine.warp_max, machine.warp_sum
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
 loader, fresh_loader, storer = machine.loader, machine.fresh_loader, machine.storer
@@ -32,10 +33,10 @@ LEAST = -1e38
 """Of a maximum over nothing: finite, so that the difference of two such is no NaN."""
 
 
-def width_of(*lengths: int) -> int:
-    """How many neighbours are handled together, in rows whose parts have such lengths."""
+def width_of(*lengths: int, most: int = 4) -> int:
+    """How many neighbours are handled together, in rows whose parts have such lengths; at most so many on hardware."""
     common = math.gcd(*lengths)
-    return common if SIMULATED else math.gcd(common, 4)
+    return common if SIMULATED else math.gcd(common, most)
 
 
 @functools.cache

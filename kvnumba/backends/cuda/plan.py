@@ -6,7 +6,7 @@ KV head. Long ranges are split, and the last block to finish merges what the oth
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class AttentionPlan:
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._window_left = window_left
+        self.prepared: dict[Any, Any] = {}  # kernels and launches, by what they are chosen by
         self._launches: dict[tuple[Family, ...], list[Launch]] = {}
 
     @property

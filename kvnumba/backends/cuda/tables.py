@@ -19,6 +19,7 @@ class Tables:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.num_seqs, self.max_blocks = batch.block_table.shape
+        self.num_tokens = batch.num_tokens
         self._address: int | None = None
 
     def address(self, pool: Pool, stream: int) -> int:
