@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvnumba.views import DeviceView, contiguous_strides
 if not SIMULATED:
     from kvnumba.backends.cuda import decode
 
+ALIGNMENT = 16  # bytes that a thread reads at once
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
 
@@ -33,9 +34,21 @@ class _Call:
 
 @dataclass(frozen=True)
 class CudaBuffers(Buffers):
-    """Arrays on the device, and each layer's addresses: the keys' codes, scale, zero, then the values'."""
+    """Arrays on the device, and the same memory as the kernels see it.
+
+    A KV head's part of a block is a slab: the keys' codes, scales and zero points, then the values'. What is read
+    together lies together; scattered pieces of 64 bytes cost the memory more than their size.
+
+    Attributes
+    ----------
+    addresses : tuple of tuple of int
+        Where in a layer's first slab its six parts begin.
+    slab_bytes : int
+        From one slab to the next.
+    """
 
     addresses: tuple[tuple[int, ...], ...]
+    slab_bytes: int
 
 
 class CudaBackend:
@@ -57,20 +70,36 @@ class CudaBackend:
             raise ValueError(f"head_dim: expected at most {most} on the cuda backend; got {layout.head_dim}")
         memory.enter()
 
-        def encoded(fmt: Format) -> Encoded:
-            scales = layout.scales_shape(fmt)
+        formats = (layout.key_format, layout.value_format)
+        row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
+        scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
+        # the parts of a slab, each at a multiple of what a thread reads at once
+        sizes = [layout.block_size * n for n in (row[0], scale[0], scale[0], row[1], scale[1], scale[1])]
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        slab_bytes = offsets.pop()
+        block_bytes = layout.num_kv_heads * slab_bytes
+        layer_bytes = layout.num_blocks * block_bytes
+        storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
+
+        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * dtype.itemsize, dtype.itemsize)
+            return DeviceArray(storage, offsets[n], shape, strides, dtype)
+
+        def encoded(n: int, fmt: Format) -> Encoded:
+            shape = layout.scales_shape(fmt)
             return Encoded(
-                _zeros(layout.codes_shape(fmt), fmt.code_dtype),
-                _zeros(scales, SCALE_DTYPE),
-                _zeros(scales, SCALE_DTYPE),
+                part(n, layout.codes_shape(fmt), fmt.code_dtype),
+                part(n + 1, shape, SCALE_DTYPE),
+                part(n + 2, shape, SCALE_DTYPE),
             )
 
-        keys, values = encoded(layout.key_format), encoded(layout.value_format)
         addresses = tuple(
-            tuple(part.address + layer * (part.nbytes // layout.num_layers) for part in (*keys, *values))
+            tuple(storage.address + layer * layer_bytes + offset for offset in offsets)
             for layer in range(layout.num_layers)
         )
-        return CudaBuffers(layout, keys, values, addresses)
+        return CudaBuffers(layout, encoded(0, formats[0]), encoded(3, formats[1]), addresses, slab_bytes)
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape
@@ -88,7 +117,7 @@ class CudaBackend:
             # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
-            self._write(layout, (*parts, *parts), given, given, Tables(batch), 0)
+            self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
             for host, address in zip(rows, parts, strict=True):
                 memory.download(host, address, 0)
         return rows
@@ -103,7 +132,7 @@ class CudaBackend:
             call = _Call()
             parts = [self._pool.put(call, part, 0) for part in rows]
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
-            self._read(layout, fmt, parts, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
+            self._read(layout, fmt, parts, 0, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
         return out[0, 0]
 
     def place(self, batch: Batch) -> Tables:
@@ -114,12 +143,15 @@ class CudaBackend:
         call = _Call()
         stream = k.stream if isinstance(k, DeviceView) else 0
         keys, values = self._on_device(call, k, stream), self._on_device(call, v, stream)
-        self._write(buffers.layout, buffers.addresses[layer], keys, values, placed, stream)
+        self._write(
+            buffers.layout, buffers.addresses[layer], buffers.slab_bytes, keys, values, placed, stream
+        )
 
     def _write(
         self,
         layout: Layout,
         addresses: tuple[int, ...],
+        slab_bytes: int,
         keys: DeviceView,
         values: DeviceView,
         tables: Tables,
@@ -144,6 +176,7 @@ class CudaBackend:
             *addresses,
             *_row_strides(keys),
             *_row_strides(values),
+            slab_bytes,
             keys.shape[1],
             num_tokens,
             tables.num_seqs,
@@ -165,12 +198,19 @@ class CudaBackend:
             memory.synchronize()  # the last write may have been on any stream
             call = _Call()
             blocks, width = self._pool.put(call, block_table, 0), block_table.shape[1]
-            self._read(layout, layout.key_format, addresses[:3], blocks, width, k)
-            self._read(layout, layout.value_format, addresses[3:], blocks, width, v)
+            self._read(layout, layout.key_format, addresses[:3], buffers.slab_bytes, blocks, width, k)
+            self._read(layout, layout.value_format, addresses[3:], buffers.slab_bytes, blocks, width, v)
         return k, v
 
     def _read(
-        self, layout: Layout, fmt: Format, parts: Any, blocks: int, max_blocks: int, out: np.ndarray
+        self,
+        layout: Layout,
+        fmt: Format,
+        parts: Sequence[int],
+        slab_bytes: int,
+        blocks: int,
+        max_blocks: int,
+        out: np.ndarray,
     ) -> None:
         call = _Call()
         result = self._pool.take(call, out.nbytes, 0)
@@ -183,6 +223,7 @@ class CudaBackend:
             blocks,
             *parts,
             result,
+            slab_bytes,
             num_rows,
             out.shape[2],
             max_blocks,
@@ -240,6 +281,7 @@ class CudaBackend:
                 launch.counters,
                 *_row_strides(query),
                 *_row_strides(result),
+                buffers.slab_bytes,
                 query.shape[1],
                 tables.num_seqs,
                 tables.max_blocks,
@@ -308,12 +350,6 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-    """Zeroed rows, with memory behind them for kernels that read whole tiles."""
-    nbytes = (math.prod(shape) + OVERREAD * shape[-1]) * dtype.itemsize
-    return DeviceArray(Memory(nbytes, zeros=True), 0, shape, dtype)
 
 
 def _row_strides(x: DeviceView) -> tuple[int, int, int]:

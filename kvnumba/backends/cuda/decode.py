@@ -191,13 +191,13 @@ def key_functions(key_format: str, head_dim: int) -> ModuleType:
     zero, none = float32(0), uint32(0)
 
     @device
-    def fetch(codes, scale, zero_point, row, g, c, words, at, scales, at_scales):
+    def fetch(codes, scale, zero_point, offset, g, c, words, at, scales, at_scales):
+        begin = codes + int64(offset + g) * row_bytes + int64(4 * piece * c)
         for t in range(2):
-            begin = codes + (row + int64(g + 8 * t)) * row_bytes + int64(4 * piece * c)
             for i in range(pieces):
-                fetch_words(begin + int64(16 * piece * i), words, int64(at + t * row_words + i * piece))
+                fetch_words(begin + int64(8 * row_bytes * t + 16 * piece * i), words, int64(at + t * row_words + i * piece))
         if quantized:
-            first = 4 * (row + int64(2 * c))
+            first = int64(4 * (offset + 2 * c))
             for t in range(2):
                 fetch_pair(scale + first + int64(32 * t), scales, int64(at_scales + 2 * t))
                 fetch_pair(zero_point + first + int64(32 * t), scales, int64(at_scales + 4 + 2 * t))
@@ -241,13 +241,13 @@ def value_functions(value_format: str, head_dim: int) -> ModuleType:
     none = uint32(0)
 
     @device
-    def fetch(codes, scale, zero_point, row, g, c, words, at, scales, at_scales):
+    def fetch(codes, scale, zero_point, offset, g, c, words, at, scales, at_scales):
+        begin = codes + int64(offset + 2 * c) * row_bytes + int64(4 * piece * g)
         for t in range(4):
-            begin = codes + (row + int64(2 * c + (t & 1) + 8 * (t >> 1))) * row_bytes + int64(4 * piece * g)
             for i in range(pieces):
-                fetch_words(begin + int64(32 * piece * i), words, int64(at + t * row_words + i * piece))
+                fetch_words(begin + int64(((t & 1) + 8 * (t >> 1)) * row_bytes + 32 * piece * i), words, int64(at + t * row_words + i * piece))
         if quantized:
-            first = 4 * (row + int64(2 * c))
+            first = int64(4 * (offset + 2 * c))
             for t in range(2):
                 fetch_pair(scale + first + int64(32 * t), scales, int64(at_scales + 2 * t))
                 fetch_pair(zero_point + first + int64(32 * t), scales, int64(at_scales + 4 + 2 * t))
@@ -336,15 +336,14 @@ def decode_kernel(
     def decode(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
         counters, q_batch, q_token, q_head, out_batch, out_token, out_head,
-        tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim_, group_size, window_left,
+        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim_, group_size, window_left,
         sm_scale, soft_cap,
     ):  # fmt: skip
         kw, vw = cuda.local.array(key_words, uint32), cuda.local.array(value_words, uint32)
         ks, vs = cuda.local.array(key_scales, uint32), cuda.local.array(value_scales, uint32)
         query, facts = cuda.local.array(query_words, uint32), cuda.local.array(3, float32)
         scores, sums = cuda.local.array(num_scores, float32), cuda.local.array(num_sums, float32)
-        four, more = cuda.local.array(4, float32), cuda.local.array(4, float32)
-        loaded = cuda.local.array(loaded_size, float32)
+        four, loaded = cuda.local.array(4, float32), cuda.local.array(loaded_size, float32)
         shared = cuda.shared.array(0, float32)
 
         thread = int32(cuda.threadIdx.x)
@@ -354,24 +353,34 @@ def decode_kernel(
         sequence, first_token = load_int(piece + 4 * SEQUENCE), load_int(piece + 4 * FIRST_TOKEN)
         position, tokens = load_int(piece + 4 * POSITION), load_int(piece + 4 * NUM_TOKENS)
         begin, end = load_int(piece + 4 * FIRST_KEY), load_int(piece + 4 * END_KEY)
-        tile_count = (group + heads - 1) // heads
-        kv_head, tile = int32(cuda.blockIdx.y) // tile_count, int32(cuda.blockIdx.y) % tile_count
+        tile_count = hw.quotient(group + heads - 1, heads)
+        kv_head = hw.quotient(int32(cuda.blockIdx.y), tile_count)
+        tile = int32(cuda.blockIdx.y) - kv_head * tile_count
         heads_here = min(heads, group - tile * heads)
         first_head = kv_head * group + tile * heads
         used = int32(tokens * heads_here)
         blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
 
+        page = begin // TILE + warp * pages
+        end_page = (end + TILE - 1) // TILE
+        if page < end_page:
+            for u in range(pages):
+                slab, offset = _find_page(blocks, min(page + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes)
+                keys.fetch(k_codes + slab, k_scale + slab, k_zero + slab, offset, g, c, kw, u * page_keys, ks, 8 * u)
+                values.fetch(v_codes + slab, v_scale + slab, v_zero + slab, offset, g, c, vw, u * page_values, vs, 8 * u)
+
+
         # a lane's own row; rows that are not used see what row 0 sees, with a query of 0
-        row_token = g // heads_here if g < used else int32(0)
-        head = first_head + g % heads_here
+        row_token = hw.quotient(g, int32(heads_here)) if g < used else int32(0)
+        head = first_head + g - row_token * heads_here
         last = position + row_token
         lowest = last - window_left if window_left >= 0 else -far
         surely_from = position + tokens - 1 - window_left if window_left >= 0 else -far
         never_before = position - window_left if window_left >= 0 else -far
         for i in range(query_words):
             query[i] = uint32(0)
-        token = first_token + row_token
-        place = token // tokens_per_row * q_batch + token % tokens_per_row * q_token + head * q_head
+        batch = hw.quotient(first_token, tokens_per_row)  # all tokens of a piece lie in one row of the batch
+        place = batch * q_batch + (first_token - batch * tokens_per_row + row_token) * q_token + head * q_head
         if g >= used:
             place = int64(0)
         load_query(q + 2 * place, c, query, facts)
@@ -392,20 +401,13 @@ def decode_kernel(
         top, total, zeros, offsets = least, zero, zero, zero
         largest, unit, per_unit = zero, one, one
 
-        page = begin // TILE + warp * pages
-        end_page = (end + TILE - 1) // TILE
-        if page < end_page:
-            for u in range(pages):
-                row = _page_row(blocks, min(page + u, end_page - 1), block_size, num_heads, kv_head)
-                keys.fetch(k_codes, k_scale, k_zero, row, g, c, kw, u * page_keys, ks, 8 * u)
-                values.fetch(v_codes, v_scale, v_zero, row, g, c, vw, u * page_values, vs, 8 * u)
         while page < end_page:
             following = page + WARPS * pages
             for u in range(pages):
                 keys.score(query, facts, kw, u * page_keys, ks, 8 * u, scores, 4 * u)
             for u in range(pages):
-                row = _page_row(blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head)
-                keys.fetch(k_codes, k_scale, k_zero, row, g, c, kw, u * page_keys, ks, 8 * u)
+                slab, offset = _find_page(blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes)
+                keys.fetch(k_codes + slab, k_scale + slab, k_zero + slab, offset, g, c, kw, u * page_keys, ks, 8 * u)
             first_key = page * TILE
             edge = first_key + pages * TILE > min(end, position + 1) or first_key < surely_from
             for i in range(num_scores):
@@ -468,8 +470,8 @@ def decode_kernel(
                     offsets += low16(p0) + high16(p0) + low16(p1) + high16(p1)
                 values.weigh(vw, u * page_values, p0, p1, sums)
             for u in range(pages):
-                row = _page_row(blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head)
-                values.fetch(v_codes, v_scale, v_zero, row, g, c, vw, u * page_values, vs, 8 * u)
+                slab, offset = _find_page(blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes)
+                values.fetch(v_codes + slab, v_scale + slab, v_zero + slab, offset, g, c, vw, u * page_values, vs, 8 * u)
             page = following
 
         at_warps = sums_size
@@ -511,7 +513,7 @@ def decode_kernel(
         barrier()
         parts = load_int(piece + 4 * NUM_PARTS)
         finish(
-            thread, shared, WARPS, at_tops, at_totals, four, more, loaded, used, heads_here, first_token, first_head,
+            thread, shared, WARPS, at_tops, at_totals, four, loaded, used, heads_here, first_token, first_head,
             load_int(piece + 4 * PART), parts,
             int64(load_int(piece + 4 * FIRST_PARTIAL)) * cuda.gridDim.y + cuda.blockIdx.y * parts,
             counters + 4 * (int64(load_int(piece + 4 * ITEM)) * cuda.gridDim.y + cuda.blockIdx.y),
@@ -522,10 +524,11 @@ def decode_kernel(
 
 
 @device
-def _page_row(blocks, page, block_size, num_heads, head):
-    """The row of the storage where a page begins."""
+def _find_page(blocks, page, block_size, num_heads, head, slab_bytes):
+    """Where its slab begins, in bytes, and the token of the slab with which a page begins."""
     key = page * TILE
     block, offset = page, int32(0)
     if block_size != TILE:
-        block, offset = key // block_size, key % block_size
-    return (int64(load_int(blocks + 4 * int64(block))) * num_heads + head) * block_size + offset
+        block = hw.quotient(key, block_size)
+        offset = int32(key - block * block_size)
+    return (int64(load_int(blocks + 4 * int64(block))) * num_heads + head) * slab_bytes, offset

@@ -15,10 +15,10 @@ from kvnumba.backends.cuda.intrinsics import (
     LEAST,
     barrier,
     count_up,
-    fence,
     fresh_loader,
     load_float,
     load_fresh,
+    quotient,
     store_float,
     store_int,
     storer,
@@ -30,7 +30,7 @@ from kvnumba.backends.cuda.jit import THREADS, WARP, device
 from kvnumba.backends.cuda.plan import MAX_PARTS
 from kvnumba.formats import FORMATS
 
-TOGETHER = 16  # partial results that a thread has on their way at a time
+TOGETHER = 8  # partial results that a thread has on their way at a time
 
 
 def shared_floats(rows: int, head_dim: int, copies: int) -> int:
@@ -44,8 +44,8 @@ def finisher(rows: int, width: int, kind: str) -> Any:
 
     Row r is token ``first_token + r // heads``, query head ``first_head + r % heads``. In shared memory lie, from
     0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows' maxima, at `totals` their
-    sums of weights, and before `tops` there is room for a number a row. `values` and `sums` are arrays of `width`,
-    `loaded` of `TOGETHER` times that.
+    sums of weights, and before `tops` there is room for a number a row. `sums` is an array of `width`, `loaded` of
+    `TOGETHER` times that.
     """
     store, load, of = storer(kind, width), fresh_loader(width), vectors(1, width)
     store_part = storer("float32", width)
@@ -60,8 +60,8 @@ def finisher(rows: int, width: int, kind: str) -> Any:
 
     @device
     def finish(
-        thread, shared, copies, tops, totals, values, sums, loaded, used, heads, first_token, first_head, part, parts,
-        partial, counter, out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
+        thread, shared, copies, tops, totals, sums, loaded, used, heads, first_token, first_head, part, parts, partial,
+        counter, out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
     ):  # fmt: skip
         chunks = head_dim // width
         # a partial result: sums (rows, D), maxima (rows,), sums of weights (rows,)
@@ -79,16 +79,17 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                 store_float(mine + maxima + 4 * (rows + r), shared[totals + r])
             barrier()
             if thread == 0:
-                fence()  # for all the block: the barrier has ordered its stores before
                 last = count_up(counter) == parts - 1
                 shared[tops] = one if last else zero
                 if last:
                     store_int(counter, 0)  # for the next launch
-                fence()
             barrier()
             merging = int32(shared[tops])
             barrier()
             if merging == 1:
+                if thread < used * chunks:  # these loads take as long as those of the maxima: let both be on their way
+                    for n in range(TOGETHER):
+                        load(first + min(n, parts - 1) * size + 4 * thread * width, loaded, n * width)
                 lane = thread % WARP
                 for r in range(thread // WARP, used, THREADS // WARP):
                     top, total = least, zero
@@ -106,10 +107,14 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                     shared[tops + r], shared[totals + r] = top, warp_sum(total)
                 barrier()
         if parts == 1 or merging == 1:
+            # all tokens of a piece lie in one row of the batch
+            row = quotient(first_token, tokens_per_row)
+            place = row * out_batch + (first_token - row * tokens_per_row) * out_token + first_head * out_head
             for r in range(thread, used, THREADS):
-                token, head = first_token + r // heads, first_head + r % heads
+                token = quotient(r, heads)
+                head = r - token * heads
                 if sinks != 0:  # one more key, whose value is 0
-                    sink = load_float(sinks + 4 * head)
+                    sink = load_float(sinks + 4 * (first_head + head))
                     top = shared[tops + r]
                     both = sink if sink > top else top
                     factor = math.exp(top - both)
@@ -119,24 +124,27 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                 else:
                     shared[tops - rows + r] = one / shared[totals + r]
                 if lse != 0:
-                    place = token // tokens_per_row * out_batch + token % tokens_per_row * out_token + head * out_head
-                    store_float(lse + 4 * (place // head_dim), shared[tops + r] + math.log(shared[totals + r]))
+                    at = (place + token * out_token + head * out_head) // head_dim
+                    store_float(lse + 4 * at, shared[tops + r] + math.log(shared[totals + r]))
             barrier()
             for i in range(thread, used * chunks, THREADS):
-                r, c = i // chunks, i % chunks
+                r = quotient(i, chunks)
+                c = i - r * chunks
                 if parts == 1:
                     add_up(shared, i * width, copies, rows * head_dim, sums)
                 else:
                     of.clear_all(sums)
                     for p in range(0, parts, TOGETHER):
-                        for n in range(TOGETHER):
-                            load(first + min(p + n, parts - 1) * size + 4 * i * width, loaded, n * width)
+                        if p > 0 or i > thread:
+                            for n in range(TOGETHER):
+                                load(first + min(p + n, parts - 1) * size + 4 * i * width, loaded, n * width)
                         for n in range(TOGETHER):
                             if p + n < parts:
                                 of.add_scaled(sums, loaded, n * width, shared[(p + n) * used + r])
                 of.scale(sums, shared[tops - rows + r])
-                token, head = first_token + r // heads, first_head + r % heads
-                place = token // tokens_per_row * out_batch + token % tokens_per_row * out_token + head * out_head
-                store(out + (place + c * width) * itemsize, sums)
+                token = quotient(r, heads)
+                store(
+                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize, sums
+                )
 
     return finish

@@ -82,8 +82,8 @@ load_float = _instruction("ld.global.nc.f32 $0, [$1];", "f", "l", READS)
 load_fresh = _instruction("ld.global.cg.f32 $0, [$1];", "f", "l", WRITES)
 store_float = _instruction("st.global.f32 [$0], $1;", "", "lf", WRITES)
 store_int = _instruction("st.global.s32 [$0], $1;", "", "ls", WRITES)
-count_up = _instruction("atom.global.add.u32 $0, [$1], 1;", "s", "l", WRITES)
-"""Add 1 to an int32 in memory; returns what it was."""
+count_up = _instruction("atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;", "s", "l", WRITES)
+"""Add 1 to an int32 in memory; returns what it was. What was stored before is seen by whom counts later."""
 
 as_float = _instruction("mov.b32 $0, $1;", "f", "r")
 as_bits = _instruction("mov.b32 $0, $1;", "r", "f")
@@ -144,6 +144,10 @@ def _array_loader(text: str, count: int, effect: int) -> Any:
 
     return load
 
+
+quotient = _instruction("div.s32 $0, $1, $2;", "s", "ss")
+"""Of 32 bits: Numba's own is of 64, which the device does not have."""
+remainder = _instruction("rem.s32 $0, $1, $2;", "s", "ss")
 
 round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
 exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
@@ -230,12 +234,6 @@ def storer(fmt: str, width: int) -> Any:
 def barrier():
     """Wait for all threads of the block."""
     cuda.syncthreads()
-
-
-@device
-def fence():
-    """What this thread has written is seen by all blocks before what it writes from here on."""
-    cuda.threadfence()
 
 
 @device

@@ -23,10 +23,11 @@ if SIMULATED:
 else:
     from kvnumba.backends.cuda import hardware as machine  # type: ignore[no-redef]
 
-barrier, fence = machine.barrier, machine.fence
+barrier = machine.barrier
 warp_min, warp_max, warp_sum = machine.warp_min, machine.warp_max, machine.warp_sum
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
+quotient, remainder = machine.quotient, machine.remainder
 loader, fresh_loader, storer = machine.loader, machine.fresh_loader, machine.storer
 
 LEAST = -1e38
@@ -207,16 +208,19 @@ def _simulated_vectors(rows: int, width: int) -> list[Any]:
 
 @functools.cache
 def reader(name: str, width: int) -> Any:
-    """``read(codes, scale, zero, row, at, head_dim, group_size, values)``: elements of a stored row as float32."""
+    """``read(codes, scale, zero, offset, at, head_dim, group_size, values)``: elements of a stored row as float32.
+
+    The addresses are those of a slab, the row that of its token `offset`.
+    """
     fmt = FORMATS[name]
     bits, quantized = fmt.bits, fmt.quantized
     load, dequantize = loader(name, width), vectors(1, width).dequantize
 
     @device
-    def read(codes, scale, zero, row, at, head_dim, group_size, values):
-        load(codes + (row * head_dim + at) * bits // 8, values)
+    def read(codes, scale, zero, offset, at, head_dim, group_size, values):
+        load(codes + (offset * head_dim + at) * bits // 8, values)
         if quantized:
-            group = 4 * (row * (head_dim // group_size) + at // group_size)
+            group = 4 * (offset * (head_dim // group_size) + at // group_size)
             dequantize(values, load_float(scale + group), load_float(zero + group))
 
     return read

@@ -7,12 +7,12 @@ import math
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kvnumba.backends.cuda.jit import SIMULATED, cuda, driver_call
+from kvnumba.views import contiguous_strides
 
 _thread = threading.local()
 
@@ -100,18 +100,45 @@ class Pool:
 
 
 class DeviceArray:
-    """An array on the device, as the storage of a cache: CuPy and torch take it without a copy.
+    """An array on the device, such as a part of the storage: CuPy and torch take it without a copy.
 
-    Indexing it and assigning to it go through a NumPy copy of the whole array: convenient, not fast.
+    Indexing it and assigning to it go through a copy of the memory that it spans: convenient, not fast, and not
+    to be done while other threads use that memory.
+
+    Parameters
+    ----------
+    memory : Memory
+    offset : int
+        Where in it the first element lies, in bytes.
+    shape : tuple of int
+    strides : tuple of int
+        In bytes.
+    dtype : dtype
     """
 
     def __init__(
-        self, memory: Memory, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+        self, memory: Memory, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self._memory = memory
         self._offset = offset
         self.shape = shape
+        self.strides = strides
         self.dtype = dtype
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """An array with memory of its own, not initialised."""
+        enter()
+        dtype = np.dtype(dtype)
+        strides = tuple(stride * dtype.itemsize for stride in contiguous_strides(shape))
+        return cls(Memory(math.prod(shape) * dtype.itemsize), 0, tuple(shape), strides, dtype)
+
+    @classmethod
+    def of(cls, host: np.ndarray) -> DeviceArray:
+        """A copy of an array of the host's."""
+        made = cls.empty(host.shape, host.dtype)
+        made[...] = host
+        return made
 
     @property
     def address(self) -> int:
@@ -130,7 +157,7 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Bytes of its elements."""
         return self.size * self.dtype.itemsize
 
     @property
@@ -139,60 +166,47 @@ class DeviceArray:
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.address, False),
-            "strides": None,
+            "strides": self.strides,
             "version": 3,
         }
 
-    def numpy(self) -> np.ndarray:
-        """A copy on the host."""
+    def _spanned(self) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of the bytes from the first element to the last, and the array as a view of them."""
         enter()
         synchronize()
-        host = np.empty(self.shape, self.dtype)
-        download(host, self.address, 0)
-        return host
+        last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        span = np.empty(last + self.dtype.itemsize if self.size else 0, np.uint8)
+        download(span, self.address, 0)
+        return span, np.ndarray(self.shape, self.dtype, span, 0, self.strides)
 
-    copy: Callable[[], np.ndarray] = numpy
+    def copy(self) -> np.ndarray:
+        """A copy on the host."""
+        return np.ascontiguousarray(self._spanned()[1])
 
     def tobytes(self) -> bytes:
-        """A copy of the bytes."""
-        return self.numpy().tobytes()
+        """A copy of the elements' bytes."""
+        return self.copy().tobytes()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("an array on the device cannot be a NumPy array without a copy")
-        host = self.numpy()
+        host = self.copy()
         return host if dtype is None else host.astype(dtype, copy=False)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, (int, np.integer)) and self.ndim > 1:  # the storage of a layer
-            index = range(len(self))[index]
-            stride = self.nbytes // max(len(self), 1)
-            return DeviceArray(self._memory, self._offset + index * stride, self.shape[1:], self.dtype)
-        return self.numpy()[index]
+        if isinstance(index, int) and self.ndim > 1:  # as the storage of a layer is taken out of all layers'
+            offset = self._offset + range(len(self))[index] * self.strides[0]
+            return DeviceArray(self._memory, offset, self.shape[1:], self.strides[1:], self.dtype)
+        return self._spanned()[1][index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        host = self.numpy()
+        span, host = self._spanned()
         host[index] = value
-        upload(self.address, host, 0)
+        upload(self.address, span, 0)
         synchronize()
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """An array with memory of its own, not initialised."""
-        enter()
-        dtype = np.dtype(dtype)
-        return cls(Memory(math.prod(shape) * dtype.itemsize), 0, tuple(shape), dtype)
-
-    @classmethod
-    def of(cls, host: np.ndarray) -> DeviceArray:
-        """A copy of an array of the host's."""
-        made = cls.empty(host.shape, host.dtype)
-        upload(made.address, np.ascontiguousarray(host), 0)
-        synchronize()
-        return made
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {self.shape}, at {self.address:#x})"

@@ -8,7 +8,7 @@ from numba import float32
 
 from kvnumba.backends.cuda.intrinsics import reader, storer
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda
-from kvnumba.backends.cuda.tables import find_row
+from kvnumba.backends.cuda.tables import find_slab
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def read_kernel(fmt: str, width: int) -> Kernel:
     store = storer("float32", width)
 
     def read(
-        blocks, codes, scale, zero, out, num_rows, length, max_blocks, block_size, num_heads, head_dim, group_size
+        blocks, codes, scale, zero, out, slab_bytes, num_rows, length, max_blocks, block_size, num_heads, head_dim, group_size
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         lane = thread % WARP
@@ -27,9 +27,10 @@ def read_kernel(fmt: str, width: int) -> Kernel:
             values = cuda.local.array(width, float32)
             position, head = item % length, item // length % num_heads
             sequence = item // length // num_heads
-            row = find_row(blocks + 4 * sequence * max_blocks, position, block_size, num_heads, head)
+            slab = find_slab(blocks + 4 * sequence * max_blocks, position, block_size, num_heads, head) * slab_bytes
+            offset = position % block_size
             for at in range(lane * width, head_dim, WARP * width):
-                read_values(codes, scale, zero, row, at, head_dim, group_size, values)
+                read_values(codes + slab, scale + slab, zero + slab, offset, at, head_dim, group_size, values)
                 store(out + 4 * (item * head_dim + at), values)
 
-    return Kernel(read, "q" * 6 + "i" * 6)
+    return Kernel(read, "q" * 7 + "i" * 6)

@@ -48,6 +48,14 @@ def count_up(address):
     return before
 
 
+def quotient(a, b):
+    return a // b
+
+
+def remainder(a, b):
+    return a % b
+
+
 def loader(fmt, width):
     dtype = FORMATS[fmt].code_dtype
     count = FORMATS[fmt].row_length(width)
@@ -86,10 +94,6 @@ def storer(fmt, width):
 
 def barrier():
     threading.current_thread().syncthreads()
-
-
-def fence():
-    pass
 
 
 def warp_min(x):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvnumba.backends.cuda.intrinsics import load_int
+from kvnumba.backends.cuda.intrinsics import load_int, quotient
 from kvnumba.backends.cuda.jit import device
 from kvnumba.backends.cuda.memory import Pool, upload
 from kvnumba.storage import Batch
@@ -37,7 +37,7 @@ def find_sequence(tables, num_seqs, token):
     """The sequence that a packed token belongs to: the last that begins at it or before."""
     low, high = 0, num_seqs - 1
     while low < high:
-        middle = (low + high + 1) // 2
+        middle = (low + high + 1) >> 1
         if load_int(tables + 4 * middle) <= token:
             low = middle
         else:
@@ -54,10 +54,9 @@ def position_of(tables, num_seqs, sequence, token):
 
 
 @device
-def find_row(blocks, position, block_size, num_heads, head):
-    """The row of the storage where a token of a sequence lies, whose block ids are at `blocks`."""
-    block = load_int(blocks + 4 * (position // block_size))
-    return (block * num_heads + head) * block_size + position % block_size
+def find_slab(blocks, position, block_size, num_heads, head):
+    """The number of the slab where a token of a sequence lies, whose block ids are at `blocks`."""
+    return load_int(blocks + 4 * quotient(position, block_size)) * num_heads + head
 
 
 @device

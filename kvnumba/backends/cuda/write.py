@@ -9,7 +9,7 @@ from numba import float32
 
 from kvnumba.backends.cuda.intrinsics import loader, store_float, storer, vectors, warp_max, warp_min
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda, device
-from kvnumba.backends.cuda.tables import blocks_of, find_row, find_sequence, position_of
+from kvnumba.backends.cuda.tables import blocks_of, find_slab, find_sequence, position_of
 from kvnumba.formats import FORMATS
 
 
@@ -24,8 +24,8 @@ def row_writer(given: str, name: str, width: int) -> Any:
     infinity, nothing, one = float32("inf"), float32(0), float32(1)
 
     @device
-    def write_row(lane, values, x, row, head_dim, group_size, codes, scale, zero):
-        place = row * head_dim
+    def write_row(lane, values, x, offset, head_dim, group_size, codes, scale, zero):
+        place = offset * head_dim
         if quantized:
             for group in range(head_dim // group_size):
                 begin, end = group * group_size, (group + 1) * group_size
@@ -42,7 +42,7 @@ def row_writer(given: str, name: str, width: int) -> Any:
                     of.quantize(values, low, divisor, most)
                     store(codes + (place + at) * bits // 8, values)
                 if lane == 0:
-                    at = 4 * (row * (head_dim // group_size) + group)
+                    at = 4 * (offset * (head_dim // group_size) + group)
                     store_float(scale + at, step)
                     store_float(zero + at, low)
         else:
@@ -67,7 +67,7 @@ def write_kernel(
 
     def write(
         tables, k, v, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_batch, k_token, k_head, v_batch,
-        v_token, v_head, tokens_per_row, num_tokens, num_seqs, max_blocks, block_size, num_heads, head_dim,
+        v_token, v_head, slab_bytes, tokens_per_row, num_tokens, num_seqs, max_blocks, block_size, num_heads, head_dim,
         group_size,
     ):  # fmt: skip
         thread = cuda.threadIdx.x
@@ -79,13 +79,14 @@ def write_kernel(
             sequence = find_sequence(tables, num_seqs, token)
             position = position_of(tables, num_seqs, sequence, token)
             blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
-            row = find_row(blocks, position, block_size, num_heads, head)
+            slab = find_slab(blocks, position, block_size, num_heads, head) * slab_bytes
+            offset = position % block_size
             batch, token = token // tokens_per_row, token % tokens_per_row
             if cuda.blockIdx.y == 0:
                 x = k + (batch * k_batch + token * k_token + head * k_head) * key_bytes
-                write_key(lane, values, x, row, head_dim, group_size, k_codes, k_scale, k_zero)
+                write_key(lane, values, x, offset, head_dim, group_size, k_codes + slab, k_scale + slab, k_zero + slab)
             else:
                 x = v + (batch * v_batch + token * v_token + head * v_head) * value_bytes
-                write_value(lane, values, x, row, head_dim, group_size, v_codes, v_scale, v_zero)
+                write_value(lane, values, x, offset, head_dim, group_size, v_codes + slab, v_scale + slab, v_zero + slab)
 
-    return Kernel(write, "q" * 15 + "i" * 8)
+    return Kernel(write, "q" * 16 + "i" * 8)
