@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import numpy as np
 
 from kvnumba.formats import Format, bfloat16_to_float, float_to_bfloat16
-from kvnumba.storage import Scoring
+from kvnumba.storage import Layout, Scoring
+from kvnumba.views import DeviceView, device_view
 
 if TYPE_CHECKING:
+    from kvnumba.backends.protocol import Backend
     from typing_extensions import Unpack  # noqa: F401 (for the annotations of those who take AttentionOptions)
+
+DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 # Half of float32's range: the difference of two such values is finite, so a scale always is.
 QUANTIZABLE_LIMIT = np.float32(np.finfo(np.float32).max / 2)
@@ -159,7 +163,29 @@ def float_array(argument: str, x: Any) -> np.ndarray:
     )
 
 
-def like(x: Any, out: np.ndarray) -> np.ndarray:
+def results(query: Any, options: AttentionOptions) -> tuple[Any, Any]:
+    """Room for the attention of checked queries (..., D) and for its lse (...), float32; on the queries' device.
+
+    On a device an lse that nobody asked for has no memory, and the address 0.
+    """
+    if isinstance(query, DeviceView):
+        out = query.empty(query.shape, query.dtype)
+        shape = query.shape[:-1]
+        wanted = options.get("return_lse")
+        return out, query.empty(shape, "float32") if wanted else query.nowhere(shape, "float32")
+    return np.empty(query.shape, np.float32), np.empty(query.shape[:-1], np.float32)
+
+
+def returned(q: Any, out: Any, lse: Any, options: AttentionOptions) -> Any:
+    """What an ``attend`` of the user's queries `q` returns, of what `results` made."""
+    if isinstance(out, DeviceView):
+        out, lse = out.owner, lse.owner
+    else:
+        out = _like(q, out)
+    return (out, lse) if options.get("return_lse") else out
+
+
+def _like(x: Any, out: np.ndarray) -> np.ndarray:
     """`out`, which is float32, in the precision of the query `x`; float64 stays float32."""
     dtype = getattr(x, "dtype", np.dtype(np.float32))
     if dtype == np.float16:
@@ -170,19 +196,53 @@ def like(x: Any, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def new_tokens(argument: str, x: Any, shape: tuple[int | None, ...], axes: str, fmt: Format) -> np.ndarray:
-    """New keys or values as float32, of a shape in which None is any length, fit for the format."""
-    array = float_array(argument, x)
-    check_shape(argument, array, shape, axes)
-    check_finite(argument, array, fmt)
-    return array
+def new_tokens(
+    names: tuple[str, str],
+    k: Any,
+    v: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    layout: Layout,
+    backend: Backend,
+) -> tuple[Any, Any]:
+    """New keys and values, of one shape in which None is any length, fit for the layout's formats.
+
+    float32, or views of what lies on the backend's device: these are taken as they are, and nobody looks whether
+    they are finite.
+    """
+    keys = _on_device(names[0], k, backend)
+    values = _on_device(names[1], v, backend)
+    if (keys is None) != (values is None):
+        raise TypeError(
+            f"{names[1]}: expected an array on the same device as {names[0]}; got a {type(v).__name__} "
+            f"beside a {type(k).__name__}"
+        )
+    keys = float_array(names[0], k) if keys is None else keys
+    check_shape(names[0], keys, shape, axes)
+    if isinstance(keys, np.ndarray):
+        check_finite(names[0], keys, layout.key_format)
+    values = float_array(names[1], v) if values is None else values
+    check_shape(names[1], values, keys.shape, axes)
+    if isinstance(values, np.ndarray):
+        check_finite(names[1], values, layout.value_format)
+    return keys, values
 
 
 def queries(
-    argument: str, x: Any, shape: tuple[int | None, ...], axes: str, head_axis: int, num_kv_heads: int
-) -> np.ndarray:
-    """Queries as float32, of a shape in which None is any length, their heads a multiple of `num_kv_heads`."""
-    array = float_array(argument, x)
+    argument: str,
+    x: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    head_axis: int,
+    num_kv_heads: int,
+    backend: Backend,
+) -> Any:
+    """Queries of a shape in which None is any length, their heads a multiple of `num_kv_heads`.
+
+    float32, or a view of what lies on the backend's device.
+    """
+    view = _on_device(argument, x, backend)
+    array = float_array(argument, x) if view is None else view
     check_shape(argument, array, shape, axes)
     num_qo_heads = array.shape[head_axis]
     if num_qo_heads == 0 or num_qo_heads % num_kv_heads:
@@ -193,7 +253,26 @@ def queries(
     return array
 
 
-def check_shape(argument: str, array: np.ndarray, shape: tuple[int | None, ...], axes: str) -> None:
+def _on_device(argument: str, x: Any, backend: Backend) -> DeviceView | None:
+    """A view of `x` where it lies on a GPU; raises where it cannot be used there, None where it is the host's."""
+    view = device_view(x)
+    if view is None:
+        return None
+    if not backend.takes_device_arrays:
+        raise TypeError(
+            f"{argument}: expected an array in host memory for the {backend.name} backend; "
+            f"got a {type(x).__name__} on a GPU"
+        )
+    if view.dtype not in DEVICE_DTYPES:
+        raise TypeError(f"{argument}: expected {', '.join(DEVICE_DTYPES)} on a GPU; got {view.dtype}")
+    if view.size and view.strides[-1] != 1 and view.shape[-1] != 1:
+        raise ValueError(
+            f"{argument}: expected adjacent elements along the last axis; got strides {view.strides} elements"
+        )
+    return view
+
+
+def check_shape(argument: str, array: Any, shape: tuple[int | None, ...], axes: str) -> None:
     """Raise unless the shape is as expected, where None is any length."""
     fits = len(shape) == array.ndim and all(
         want is None or want == have for want, have in zip(shape, array.shape, strict=True)

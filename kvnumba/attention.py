@@ -10,7 +10,6 @@ import numpy as np
 from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
 from kvnumba.contiguous import KVCache
-from kvnumba.formats import FORMATS
 from kvnumba.paged import PagedKVCache
 
 if TYPE_CHECKING:
@@ -175,7 +174,8 @@ class ChunkedPrefillCache:
         batch, length = self._checked_prompt(k, v)
         head_dim = self.cache.head_dim
         arguments.check_shape("q", q, (batch, None, length, head_dim), "B Hq S D")
-        arguments.queries("q", q[:, :, :0], q[:, :, :0].shape, "B Hq S D", 1, self.cache.num_kv_heads)
+        none = q[:, :, :0]
+        arguments.queries("q", none, none.shape, "B Hq S D", 1, self.cache.num_kv_heads, self.cache._backend)
         arguments.scoring(options, q.shape[1], head_dim)
         self._book(length)
         return_lse = options.pop("return_lse", False)
@@ -196,8 +196,8 @@ class ChunkedPrefillCache:
         arguments.check_shape("v", v, k.shape, "B H S D")
         length = k.shape[2]
         for chunk in self._chunks(length):
-            for name, x, fmt in (("k", k, cache.key_format), ("v", v, cache.value_format)):
-                arguments.new_tokens(name, x[:, :, chunk], shape, "B H S D", FORMATS[fmt])
+            part = k[:, :, chunk], v[:, :, chunk]
+            arguments.new_tokens(("k", "v"), *part, shape, "B H S D", cache._layout, cache._backend)
         return batch, length
 
     def _book(self, length: int) -> None:

@@ -58,6 +58,8 @@ class BlockPool:
         self.swapped = np.zeros(max_num_seqs, bool)
         self.chains: dict[int, Chain] = {}
         self._bookings = np.zeros(max_num_seqs, np.int64)
+        self.version = 0
+        """Another number after every change that makes steps and plans stale."""
 
     # Questions
 
@@ -183,6 +185,7 @@ class BlockPool:
             self.end[row] = min(keep, self.end[row])
             self.lens[row] = length
             self._bookings[row] += 1
+            self.version += 1
             if row in self.chains:
                 self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
@@ -206,6 +209,7 @@ class BlockPool:
             self.end[row] = self.begin[row]
             self.swapped[row] = True
             self._bookings[row] += 1
+            self.version += 1
 
     def swap_in(self, seq_id: int, before: np.ndarray, fill: Fill) -> None:
         """Give a sequence that was swapped out blocks again.
@@ -303,6 +307,7 @@ class BlockPool:
             for block in sources[~copied & self.prefixes.findable[sources]].tolist():
                 self.prefixes.forget(block)
             self._bookings[rows] += 1
+            self.version += 1
             return self._batch(rows, total.astype(np.int32), new)
 
     def commit(self, seq_ids: Any, batch: Batch, token_ids: list[np.ndarray | None] | None = None) -> None:
@@ -339,6 +344,7 @@ class BlockPool:
         self.swapped[row] = False
         self.chains.pop(row, None)
         self._bookings[row] += 1
+        self.version += 1
 
     def _slice(self, row: int) -> np.ndarray:
         """A copy of the blocks that a row holds."""
@@ -367,6 +373,7 @@ class BlockPool:
         self.table[row, begin:end] = blocks
         self.begin[row], self.end[row] = begin, end
         self._bookings[row] += 1
+        self.version += 1
 
     def _written_to(
         self, rows: np.ndarray, lens: np.ndarray, new: np.ndarray
@@ -430,7 +437,7 @@ class BlockPool:
 
     def _batch(self, rows: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
         width = -(-int(seq_lens.max(initial=0)) // self.block_size)
-        return Batch.of(self.table[rows, :width], seq_lens, num_new_tokens)
+        return Batch.of(self.table[rows, :width], seq_lens, num_new_tokens, self.block_size)
 
 
 def _placed(count: int, where: np.ndarray, blocks: np.ndarray) -> np.ndarray:

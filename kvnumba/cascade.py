@@ -78,16 +78,18 @@ class Cascade:
                 np.ascontiguousarray(batch.block_table[sequences[:1], :num_blocks]),
                 np.array([num_blocks * layout.block_size], np.int32),
                 np.array([1]),
+                layout.block_size,
             )
-            plan = backend.plan(layout, prefix, len(tokens) * num_qo_heads, -1)
+            plan = backend.plan(layout, backend.place(prefix), len(tokens) * num_qo_heads, -1)
             self._shared.append((tokens, plan))
             skipped[sequences] = num_blocks
         rest = Batch(
             _shift(batch.block_table, skipped),
             batch.seq_lens - skipped * layout.block_size,
             batch.query_start_loc,
+            layout.block_size,
         )
-        self._rest = backend.plan(layout, rest, num_qo_heads, -1)
+        self._rest = backend.plan(layout, backend.place(rest), num_qo_heads, -1)
 
     def attend(
         self, buffers: Buffers, layer: int, q: np.ndarray, scoring: Scoring, out: np.ndarray, lse: np.ndarray

@@ -101,7 +101,7 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.seq_lens = [0] * self.batch_size
-        self._forward: tuple[list[int], int] | None = None  # begin of each element, tokens
+        self._forward: tuple[list[int], int, Any] | None = None  # begin of each element, tokens, these placed
         self._layers_written = 0
 
     def require_room(self, num_new_tokens: int) -> None:
@@ -141,16 +141,17 @@ class KVCache(Cache):
         """
         layout = self._layout
         shape = (self.batch_size, self.num_kv_heads, None, self.head_dim)
-        k = arguments.new_tokens("new_k", new_k, shape, "B H T D", layout.key_format)
-        v = arguments.new_tokens("new_v", new_v, k.shape, "B H T D", layout.value_format)
+        k, v = arguments.new_tokens(("new_k", "new_v"), new_k, new_v, shape, "B H T D", layout, self._backend)
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[2]
-        begin = self._begin(positions, count) if layer == 0 else self._resume(positions, count, layer)
+        if layer == 0:
+            begin = self._begin(positions, count)
+            _, placed = self._place([first + count for first in begin], count)
+        else:
+            begin, _, placed = self._resume(positions, count, layer)
         if count:
-            starts = [b * self.max_seq_len + first for b, first in enumerate(begin)]
-            slots = np.add.outer(starts, np.arange(count, dtype=np.int64)).reshape(-1)
-            self._backend.write(self._buffers, layer, k.swapaxes(1, 2), v.swapaxes(1, 2), slots)
-        self._forward = (begin, count)
+            self._backend.write(self._buffers, layer, k.swapaxes(1, 2), v.swapaxes(1, 2), placed)
+        self._forward = (begin, count, placed)
         self._layers_written = layer + 1
         if self._layers_written == self.num_layers:
             self.seq_lens = [first + count for first in begin]
@@ -200,7 +201,7 @@ class KVCache(Cache):
         """
         layer = arguments.layer_index(layer, self.num_layers)
         query = arguments.queries(
-            "q", q, (self.batch_size, None, None, self.head_dim), "B Hq T D", 1, self.num_kv_heads
+            "q", q, (self.batch_size, None, None, self.head_dim), "B Hq T D", 1, self.num_kv_heads, self._backend
         )
         count = query.shape[2]
         lengths = self._lengths(layer)
@@ -211,20 +212,22 @@ class KVCache(Cache):
         key = [count, *lengths]
         planned = self._attention  # read once: another thread may replace it
         if planned is None or planned[0] != key:
-            start_loc = np.arange(self.batch_size + 1, dtype=np.int32) * np.int32(count)
-            batch = Batch(self._block_table, np.array(lengths, np.int32), start_loc)
-            planned = (key, BatchAttention(self._backend, self._buffers, batch))
+            planned = (key, BatchAttention(self._backend, self._buffers, *self._place(lengths, count)))
             self._attention = planned
-        out = np.empty(query.shape, np.float32)
-        lse = np.empty(query.shape[:3], np.float32)
+        out, lse = arguments.results(query, options)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
         planned[1].attend(layer, *views, options, q)
-        out = arguments.like(q, out)
-        return (out, lse) if options.get("return_lse") else out
+        return arguments.returned(q, out, lse, options)
 
     def __repr__(self) -> str:
         longest = max(self.seq_lens)
         return f"{type(self).__name__}(B={self.batch_size}, tokens={longest}/{self.max_seq_len}, {self._describe()})"
+
+    def _place(self, lengths: list[int], count: int) -> tuple[Batch, Any]:
+        """The last `count` tokens of elements of such lengths, and these as the backend takes them."""
+        new = np.full(self.batch_size, count, np.int32)
+        batch = Batch.of(self._block_table, np.array(lengths, np.int32), new, self.max_seq_len)
+        return batch, self._backend.place(batch)
 
     def _begin(self, positions: Sequence[int] | None, count: int) -> list[int]:
         """Where a forward pass of `count` tokens begins in each element."""
@@ -240,12 +243,12 @@ class KVCache(Cache):
             )
         return begin
 
-    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> list[int]:
-        """The same for a later layer, which goes where the first one went."""
+    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> tuple[list[int], int, Any]:
+        """The running forward pass, for a later layer, which goes where the first one went."""
         if self._forward is None or layer != self._layers_written:
             due = 0 if self._forward is None else self._layers_written
             raise ValueError(f"layer: layers are written in order, next is layer {due}; got {layer}")
-        begin, expected = self._forward
+        begin, expected, _ = self._forward
         if count != expected:
             raise ValueError(
                 f"new_k: expected {expected} new tokens, as in layer 0; got {count} in layer {layer}"
@@ -254,13 +257,13 @@ class KVCache(Cache):
             given = arguments.integers("positions", positions, length=self.batch_size).tolist()
             if given != begin:
                 raise ValueError(f"positions: expected {begin}, as in layer 0; got {given}")
-        return begin
+        return self._forward
 
     def _lengths(self, layer: int) -> list[int]:
         """Tokens of each element that a layer holds, those of the running forward pass included."""
         forward = self._forward
         if forward is not None and layer < self._layers_written:
-            begin, count = forward
+            begin, count, _ = forward
             return [first + count for first in begin]
         return self._checked_lengths()
 

@@ -374,8 +374,7 @@ class PagedKVCache(Cache):
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layout = self._layout
         shape = (self.num_kv_heads, None, self.head_dim)
-        k = arguments.new_tokens("new_k", new_k, shape, "H T D", layout.key_format)
-        v = arguments.new_tokens("new_v", new_v, k.shape, "H T D", layout.value_format)
+        k, v = arguments.new_tokens(("new_k", "new_v"), new_k, new_v, shape, "H T D", layout, self._backend)
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[1]
         if layer == 0:
@@ -435,7 +434,9 @@ class PagedKVCache(Cache):
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
-        query = arguments.queries("q", q, (None, None, self.head_dim), "Hq T D", 0, self.num_kv_heads)
+        query = arguments.queries(
+            "q", q, (None, None, self.head_dim), "Hq T D", 0, self.num_kv_heads, self._backend
+        )
         count = query.shape[1]
         length = self._length(seq_id, layer)
         if count > length:
@@ -447,14 +448,13 @@ class PagedKVCache(Cache):
         if planned is None or planned[0] != key:
             batch = self._pool.view([seq_id], [length], [count])
             widest = self._pool.widest_window([seq_id], batch)
-            planned = (key, BatchAttention(self._backend, self._buffers, batch, widest))
+            placed = self._backend.place(batch)
+            planned = (key, BatchAttention(self._backend, self._buffers, batch, placed, widest))
             self._attention = planned
-        out = np.empty(query.shape, np.float32)
-        lse = np.empty(query.shape[:2], np.float32)
+        out, lse = arguments.results(query, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
         planned[1].attend(layer, *views, options, q)
-        out = arguments.like(q, out)
-        return (out, lse) if options.get("return_lse") else out
+        return arguments.returned(q, out, lse, options)
 
     def step(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int], *, token_ids: Any = None) -> Step:
         """Book the blocks of a ragged batch, all or nothing, for a pass through all layers.

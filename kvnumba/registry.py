@@ -78,13 +78,15 @@ def get_backend(name: str | None = None) -> Backend:
             ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         )
     if name == "auto":
-        name = next(candidate for candidate in BACKENDS if unavailable_reason(candidate) is None)
+        name = available_backends()[0]
     return _load(name)
 
 
 def available_backends() -> tuple[str, ...]:
-    """The names of the backends that can run here, the one that ``auto`` takes first."""
-    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
+    """The names of the backends that can run here, the one that ``auto`` takes first; no simulated one."""
+    return tuple(
+        name for name in BACKENDS if unavailable_reason(name) is None and not _load(name).simulated
+    )
 
 
 def unavailable_reason(name: str) -> str | None:

@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 class BatchAttention:
     """Attention of one batch over all layers: what does not depend on the layer is planned once.
 
-    Internal: queries come as float32 views (B, n, Hq, D) and are checked already.
+    Internal: queries come as views (B, n, Hq, D) and are checked already.
     """
 
     def __init__(
-        self, backend: Backend, buffers: Buffers, batch: Batch, widest_window: int | None = None
+        self,
+        backend: Backend,
+        buffers: Buffers,
+        batch: Batch,
+        placed: Any,
+        widest_window: int | None = None,
     ) -> None:
         self._backend = backend
         self._buffers = buffers
         self._batch = batch
+        self._placed = placed
         self._widest_window = widest_window  # None: any, and none
         self._cascades: dict[int, Cascade | None] = {}
         self._plans: dict[tuple[int, int], Any] = {}
 
     def attend(
-        self,
-        layer: int,
-        q: np.ndarray,
-        out: np.ndarray,
-        lse: np.ndarray,
-        options: AttentionOptions,
-        given: Any,
+        self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions, given: Any
     ) -> None:
         """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq).
 
@@ -56,13 +56,13 @@ class BatchAttention:
             raise ValueError(
                 f"window_left: expected 0 to {widest}, earlier tokens may be given back; got {scoring.window_left}"
             )
-        cascade = self._cascade(num_qo_heads, scoring)
+        cascade = self._cascade(num_qo_heads, scoring) if isinstance(q, np.ndarray) else None
         if cascade is not None:
             cascade.attend(self._buffers, layer, q, scoring, out, lse)
             return
         key = (num_qo_heads, scoring.window_left)
         if key not in self._plans:
-            self._plans[key] = self._backend.plan(layout, self._batch, *key)
+            self._plans[key] = self._backend.plan(layout, self._placed, *key)
         self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
 
     def _cascade(self, num_qo_heads: int, scoring: Scoring) -> Cascade | None:
@@ -115,19 +115,19 @@ class Step:
         self.batch = pool.book(seq_ids, num_new_tokens, lambda pairs: backend.copy_blocks(buffers, pairs))
         self.seq_ids = np.asarray(seq_ids).tolist()
         self._booking = pool.bookings(self.seq_ids)
+        self._version = pool.version  # of the pool, when this step was last found to be the latest
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
-        self._slot_mapping = self.batch.slot_mapping(pool.block_size)
-        self._attention = BatchAttention(
-            backend, buffers, self.batch, pool.widest_window(self.seq_ids, self.batch)
-        )
+        self._placed = backend.place(self.batch)
+        widest_window = pool.widest_window(self.seq_ids, self.batch)
+        self._attention = BatchAttention(backend, buffers, self.batch, self._placed, widest_window)
         self._next_layer = 0
 
     @property
     def num_tokens(self) -> int:
         """New tokens of all sequences together (T)."""
-        return len(self._slot_mapping)
+        return self.batch.num_tokens
 
     def covers(self, layer: int) -> bool:
         """Whether the new tokens of a layer have been written."""
@@ -135,7 +135,12 @@ class Step:
 
     def is_latest(self) -> bool:
         """Whether none of the sequences has been booked by another step since; raises if one is finished."""
-        return bool((self._pool.bookings(self.seq_ids) == self._booking).all())
+        version = self._pool.version
+        if version != self._version:
+            if (self._pool.bookings(self.seq_ids) != self._booking).any():
+                return False
+            self._version = version
+        return True
 
     def write(self, k: Any, v: Any, *, layer: int = 0) -> None:
         """Store the keys and values of a layer.
@@ -155,12 +160,11 @@ class Step:
         """
         layout = self._buffers.layout
         shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
-        k = arguments.new_tokens("k", k, shape, "T H D", layout.key_format)
-        v = arguments.new_tokens("v", v, shape, "T H D", layout.value_format)
+        k, v = arguments.new_tokens(("k", "v"), k, v, shape, "T H D", layout, self._backend)
         self._write_views(k[None], v[None], layer)
 
-    def _write_views(self, k: np.ndarray, v: np.ndarray, layer: int) -> None:
-        """`write` for checked float32 views (B, n, H, D)."""
+    def _write_views(self, k: Any, v: Any, layer: int) -> None:
+        """`write` for checked views (B, n, H, D)."""
         num_layers = self._buffers.layout.num_layers
         layer = arguments.layer_index(layer, num_layers)
         if layer != self._next_layer:
@@ -171,7 +175,7 @@ class Step:
         if not self.is_latest():
             raise ValueError("step: its sequences have moved on since it was made; make a new one")
         if k.size:
-            self._backend.write(self._buffers, layer, k, v, self._slot_mapping)
+            self._backend.write(self._buffers, layer, k, v, self._placed)
         self._next_layer += 1
         if self._next_layer == num_layers:
             self._pool.commit(self.seq_ids, self.batch, self._token_ids)
@@ -201,16 +205,15 @@ class Step:
         layout = self._buffers.layout
         layer = arguments.layer_index(layer, layout.num_layers)
         query = arguments.queries(
-            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads
+            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads, self._backend
         )
         if not self.covers(layer):
             raise ValueError(f"layer: layer {layer} of this step has not been written yet")
-        self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
-        out = np.empty(query.shape, np.float32)
-        lse = np.empty(query.shape[:2], np.float32)
+        if self._pool.version != self._version:
+            self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
+        out, lse = arguments.results(query, options)
         self._attention.attend(layer, query[None], out[None], lse[None], options, q)
-        out = arguments.like(q, out)
-        return (out, lse) if options.get("return_lse") else out
+        return arguments.returned(q, out, lse, options)
 
     def __repr__(self) -> str:
         return (

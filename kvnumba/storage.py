@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,21 +126,33 @@ class Batch:
         Tokens of each sequence, the new ones included.
     query_start_loc : (B + 1,) int32
         Where each sequence's new tokens begin among all T of them.
+    block_size : int
+        Tokens of a block.
     """
 
     block_table: np.ndarray
     seq_lens: np.ndarray
     query_start_loc: np.ndarray
+    block_size: int
 
     @classmethod
-    def of(cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
+    def of(
+        cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: Any, block_size: int
+    ) -> Batch:
         """A batch from what each sequence adds; `seq_lens` counts these tokens already."""
         query_start_loc = np.zeros(len(seq_lens) + 1, np.int32)
         np.cumsum(num_new_tokens, out=query_start_loc[1:])
-        return cls(block_table, seq_lens, query_start_loc)
+        return cls(block_table, seq_lens, query_start_loc, block_size)
 
-    def slot_mapping(self, block_size: int) -> np.ndarray:
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences together (T)."""
+        return int(self.query_start_loc[-1])
+
+    @functools.cached_property
+    def slot_mapping(self) -> np.ndarray:
         """``block * block_size + offset`` of each new token, (T,) int64."""
+        block_size = self.block_size
         num_new_tokens = np.diff(self.query_start_loc)
         sequence = np.repeat(np.arange(len(num_new_tokens)), num_new_tokens)
         first_position = self.seq_lens - self.query_start_loc[1:]

@@ -1,4 +1,8 @@
-"""Every contract test runs on every backend; KVNUMBA_BACKEND narrows that to one."""
+"""Every contract test runs on every backend; KVNUMBA_BACKEND narrows that to one.
+
+NUMBA_ENABLE_CUDASIM=1 with KVNUMBA_BACKEND=cuda runs them in numba's simulator; KVNUMBA_TEST_GPU=1 runs them on a
+GPU, and fails where none answers.
+"""
 
 import os
 
@@ -7,11 +11,16 @@ import pytest
 from hypothesis import settings
 
 from kvnumba.formats import FORMATS
-from kvnumba.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable_reason
+from kvnumba.registry import BACKENDS, ENVIRONMENT_VARIABLE, available_backends, unavailable_reason
 
 settings.register_profile("long", max_examples=4000)  # pytest --hypothesis-profile=long
 
-CHOSEN = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+ON_GPU = os.environ.get("KVNUMBA_TEST_GPU") == "1"
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+if ON_GPU and SIMULATED:
+    raise pytest.UsageError("KVNUMBA_TEST_GPU=1: expected a GPU; NUMBA_ENABLE_CUDASIM=1 puts a simulator in its place")
+
+CHOSEN = "cuda" if ON_GPU else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 if CHOSEN not in (*BACKENDS, "auto"):
     raise pytest.UsageError(f"{ENVIRONMENT_VARIABLE}={CHOSEN!r}: expected one of {', '.join(BACKENDS)}, auto")
 MISSING = {name: reason for name in BACKENDS if (reason := unavailable_reason(name))}
@@ -26,7 +35,12 @@ def pytest_report_header():
     ]
 
 
-TESTED = [name for name in BACKENDS if name not in MISSING] if CHOSEN == "auto" else [CHOSEN]
+TESTED = list(available_backends()) if CHOSEN == "auto" else [CHOSEN]
+
+
+def at_most(count, simulated):
+    """A size for a test: `count`, or what a simulator of one Python thread for each of the device's can do."""
+    return simulated if SIMULATED and TESTED == ["cuda"] else count
 
 
 @pytest.fixture(params=TESTED)

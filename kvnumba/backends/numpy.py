@@ -36,6 +36,8 @@ class NumpyBackend:
     """Runs anywhere NumPy does."""
 
     name = "numpy"
+    simulated = False
+    takes_device_arrays = False
 
     def allocate(self, layout: Layout) -> Buffers:
         return allocate_on_host(layout)
@@ -65,10 +67,11 @@ class NumpyBackend:
         groups = codes.reshape(*rows.scale.shape, codes.shape[-1] // rows.scale.shape[-1]).astype(np.float32)
         return (groups * rows.scale[..., None] + rows.zero[..., None]).reshape(codes.shape)
 
-    def write(
-        self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
-    ) -> None:
-        layout = buffers.layout
+    def place(self, batch: Batch) -> Batch:
+        return batch
+
+    def write(self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, placed: Batch) -> None:
+        layout, slot_mapping = buffers.layout, placed.slot_mapping
         block, offset = np.divmod(slot_mapping, layout.block_size)
         for new, kept, fmt in (
             (k, buffers.keys, layout.key_format),
@@ -96,8 +99,8 @@ class NumpyBackend:
     def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Batch:
-        return batch
+    def plan(self, layout: Layout, placed: Batch, num_qo_heads: int, window_left: int) -> Batch:
+        return placed
 
     def attend(
         self,

@@ -1,7 +1,8 @@
 """What a backend is: the few operations that touch floats. Arguments are checked before they get here.
 
 New tokens come as views of shape (B, n, heads, D) with adjacent last elements: B sequences of n tokens
-each, or B = 1 and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``.
+each, or B = 1 and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``. They are float32
+NumPy arrays; where a backend takes device arrays they may be `DeviceView` of any float type, all of one call.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ class Backend(Protocol):
     """One instance a process; `Buffers` hold arrays of the backend's own kind."""
 
     name: str
+    simulated: bool
+    """Whether it imitates a device that is not there: ``auto`` passes it over."""
+    takes_device_arrays: bool
+    """Whether new tokens and queries may lie on its device."""
 
     def allocate(self, layout: Layout) -> Buffers:
         """Zeroed storage. Raises MemoryError where there is no room for it."""
@@ -31,10 +36,12 @@ class Backend(Protocol):
         """The float32 rows (N, D) that `encode` stored."""
         ...
 
-    def write(
-        self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
-    ) -> None:
-        """Encode keys and values (B, n, H, D) float32 into the slots (B * n,) int64 of a layer."""
+    def place(self, batch: Batch) -> Any:
+        """A batch as the methods below take it, made once for all layers."""
+        ...
+
+    def write(self, buffers: Buffers, layer: int, k: Any, v: Any, placed: Any) -> None:
+        """Encode keys and values (B, n, H, D) into a layer, where the batch's new tokens belong."""
         ...
 
     def read(
@@ -61,7 +68,7 @@ class Backend(Protocol):
         """Store what `read_blocks` returned into blocks (N,), bit for bit."""
         ...
 
-    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Any:
+    def plan(self, layout: Layout, placed: Any, num_qo_heads: int, window_left: int) -> Any:
         """The part of `attend` that is the same for all layers of a batch."""
         ...
 
@@ -69,15 +76,15 @@ class Backend(Protocol):
         self,
         buffers: Buffers,
         layer: int,
-        q: np.ndarray,
+        q: Any,
         plan: Any,
         scoring: Scoring,
-        out: np.ndarray,
-        lse: np.ndarray,
+        out: Any,
+        lse: Any,
     ) -> None:
         """Causal attention of the plan's new tokens, lower-right aligned, straight out of the storage.
 
-        q and out are views (B, n, Hq, D) float32, lse (B, n, Hq) float32; out and lse are written. A value
+        q and out are views (B, n, Hq, D) of one type, lse (B, n, Hq) float32; out and lse are written. A value
         that is not finite may reach new tokens before its own: tiles weigh what is masked with 0.
         """
         ...

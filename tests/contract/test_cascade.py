@@ -80,7 +80,7 @@ def test_only_where_it_is_exact(backend, normal, always):
 
 
 def batch(table, seq_lens, new):
-    return Batch.of(np.array(table, np.int32), np.array(seq_lens, np.int32), np.array(new))
+    return Batch.of(np.array(table, np.int32), np.array(seq_lens, np.int32), np.array(new), 4)
 
 
 def found(*args, block_size=2):

@@ -75,7 +75,7 @@ class PoolMachine(RuleBasedStateMachine):
             held = self.pool.blocks(i).tolist()
             assert held[: len(before[i])] == before[i]
             assert row.tolist()[: self.blocks_of(self.lengths[i])] == held[: self.blocks_of(self.lengths[i])]
-        slots = batch.slot_mapping(self.pool.block_size).tolist()
+        slots = batch.slot_mapping.tolist()
         expected = [
             self.pool.blocks(i)[p // self.pool.block_size] * self.pool.block_size + p % self.pool.block_size
             for i, n in zip(ids, new, strict=True)
@@ -111,6 +111,6 @@ def test_ids_begin_at_zero_and_blocks_in_order():
 
 
 def test_slots_of_a_contiguous_batch():
-    batch = Batch.of(np.array([[0], [1]], np.int32), np.array([5, 3], np.int32), np.array([2, 2]))
-    assert batch.slot_mapping(8).tolist() == [3, 4, 9, 10]
+    batch = Batch.of(np.array([[0], [1]], np.int32), np.array([5, 3], np.int32), np.array([2, 2]), 8)
+    assert batch.slot_mapping.tolist() == [3, 4, 9, 10]
     assert batch.query_start_loc.tolist() == [0, 2, 4]

@@ -67,6 +67,8 @@ class CpuBackend:
     """Kernels compiled when first used, and kept on disk for the next process."""
 
     name = "cpu"
+    simulated = False
+    takes_device_arrays = False
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
@@ -105,15 +107,16 @@ class CpuBackend:
                 launch(read.decode, COMMON, _workers(out.size), job)
         return out
 
-    def write(
-        self, buffers: CpuBuffers, layer: int, k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray
-    ) -> None:
+    def place(self, batch: Batch) -> Batch:
+        return batch
+
+    def write(self, buffers: CpuBuffers, layer: int, k: np.ndarray, v: np.ndarray, placed: Batch) -> None:
         layout = buffers.layout
         memory, strides = _flat(k, v)
         job = (
             *memory,
             strides,
-            slot_mapping,
+            placed.slot_mapping,
             layer * layout.num_blocks,
             layout.block_size,
             layout.num_kv_heads,
@@ -169,10 +172,10 @@ class CpuBackend:
     def write_blocks(self, buffers: CpuBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, layout: Layout, batch: Batch, num_qo_heads: int, window_left: int) -> Plan:
+    def plan(self, layout: Layout, placed: Batch, num_qo_heads: int, window_left: int) -> Plan:
         group = num_qo_heads // layout.num_kv_heads
         return plan_batch(
-            batch, layout.num_kv_heads, group, layout.head_dim, window_left, numba.get_num_threads()
+            placed, layout.num_kv_heads, group, layout.head_dim, window_left, numba.get_num_threads()
         )
 
     def attend(

@@ -1,10 +1,365 @@
-"""NVIDIA GPUs through numba-CUDA: the room is booked, its kernels are not written yet."""
+"""NVIDIA GPUs through numba-CUDA: this file prepares addresses and numbers, the kernels beside it do the work."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvnumba.backends.cuda import attend, memory
+from kvnumba.backends.cuda.intrinsics import width_of
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
+from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
+from kvnumba.backends.cuda.plan import AttentionPlan, Launch
+from kvnumba.backends.cuda.read import read_kernel
+from kvnumba.backends.cuda.tables import Tables
+from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.errors import BackendUnavailable
+from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
+from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
+from kvnumba.views import DeviceView, contiguous_strides
+
+if not SIMULATED:
+    from kvnumba.backends.cuda import decode
+
+ALIGNMENT = 16  # bytes that a thread reads at once
+OVERREAD = 16  # rows past the last that kernels may read (and never use)
+
+
+class _Call:
+    """What one call takes from the pool of memory comes back when this is gone."""
+
+
+@dataclass(frozen=True)
+class CudaBuffers(Buffers):
+    """Arrays on the device, and the same memory as the kernels see it.
+
+    A KV head's part of a block is a slab: the keys' codes, scales and zero points, then the values'. What is read
+    together lies together; scattered pieces of 64 bytes cost the memory more than their size.
+
+    Attributes
+    ----------
+    addresses : tuple of tuple of int
+        Where in a layer's first slab its six parts begin.
+    slab_bytes : int
+        From one slab to the next.
+    """
+
+    addresses: tuple[tuple[int, ...], ...]
+    slab_bytes: int
 
 
 class CudaBackend:
-    """Says why it cannot run."""
+    """Kernels compiled when first used, for the device that is Numba's current one when the backend is made."""
+
+    name = "cuda"
+    simulated = SIMULATED
+    takes_device_arrays = True
 
     def __init__(self) -> None:
-        raise BackendUnavailable("this version of kvnumba has no CUDA kernels yet")
+        reason = why_unavailable()
+        if reason:
+            raise BackendUnavailable(reason)
+        self._pool = Pool()
+
+    def allocate(self, layout: Layout) -> CudaBuffers:
+        most = THREADS * width_of(layout.head_dim, layout.group_size)
+        if layout.head_dim > most:
+            raise ValueError(f"head_dim: expected at most {most} on the cuda backend; got {layout.head_dim}")
+        memory.enter()
+
+        formats = (layout.key_format, layout.value_format)
+        row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
+        scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
+        # the parts of a slab, each at a multiple of what a thread reads at once
+        sizes = [layout.block_size * n for n in (row[0], scale[0], scale[0], row[1], scale[1], scale[1])]
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        slab_bytes = offsets.pop()
+        block_bytes = layout.num_kv_heads * slab_bytes
+        layer_bytes = layout.num_blocks * block_bytes
+        storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
+
+        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * dtype.itemsize, dtype.itemsize)
+            return DeviceArray(storage, offsets[n], shape, strides, dtype)
+
+        def encoded(n: int, fmt: Format) -> Encoded:
+            shape = layout.scales_shape(fmt)
+            return Encoded(
+                part(n, layout.codes_shape(fmt), fmt.code_dtype),
+                part(n + 1, shape, SCALE_DTYPE),
+                part(n + 2, shape, SCALE_DTYPE),
+            )
+
+        addresses = tuple(
+            tuple(storage.address + layer * layer_bytes + offset for offset in offsets)
+            for layer in range(layout.num_layers)
+        )
+        return CudaBuffers(layout, encoded(0, formats[0]), encoded(3, formats[1]), addresses, slab_bytes)
+
+    def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
+        count, head_dim = x.shape
+        groups = fmt.scales_per_row(head_dim, group_size)
+        rows = Encoded(
+            np.empty((count, fmt.row_length(head_dim)), fmt.code_dtype),
+            np.empty((count, groups), SCALE_DTYPE),
+            np.empty((count, groups), SCALE_DTYPE),
+        )
+        if x.size:
+            memory.enter()
+            call = _Call()
+            given = self._on_device(call, x[None, :, None], 0)
+            parts = [self._pool.take(call, part.nbytes, 0) for part in rows]
+            # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
+            layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
+            batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
+            self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
+            for host, address in zip(rows, parts, strict=True):
+                memory.download(host, address, 0)
+        return rows
+
+    def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
+        count = len(rows.codes)
+        head_dim = rows.codes.shape[1] * rows.codes.itemsize * 8 // fmt.bits
+        group_size = head_dim // rows.scale.shape[1] if fmt.quantized else head_dim
+        out = np.empty((1, 1, count, head_dim), np.float32)
+        if out.size:
+            memory.enter()
+            call = _Call()
+            parts = [self._pool.put(call, part, 0) for part in rows]
+            layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
+            self._read(layout, fmt, parts, 0, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
+        return out[0, 0]
+
+    def place(self, batch: Batch) -> Tables:
+        return Tables(batch)
+
+    def write(self, buffers: CudaBuffers, layer: int, k: Any, v: Any, placed: Tables) -> None:
+        memory.enter()
+        call = _Call()
+        stream = k.stream if isinstance(k, DeviceView) else 0
+        keys, values = self._on_device(call, k, stream), self._on_device(call, v, stream)
+        self._write(
+            buffers.layout, buffers.addresses[layer], buffers.slab_bytes, keys, values, placed, stream
+        )
+
+    def _write(
+        self,
+        layout: Layout,
+        addresses: tuple[int, ...],
+        slab_bytes: int,
+        keys: DeviceView,
+        values: DeviceView,
+        tables: Tables,
+        stream: int,
+    ) -> None:
+        sizes = [
+            layout.group_size if fmt.quantized else layout.head_dim
+            for fmt in (layout.key_format, layout.value_format)
+        ]
+        width = width_of(*sizes, *_alignment(keys), *_alignment(values))
+        kernel = write_kernel(
+            keys.dtype, values.dtype, layout.key_format.name, layout.value_format.name, width
+        )
+        num_tokens = tables.num_tokens
+        kernel.launch(
+            (-(-num_tokens * layout.num_kv_heads * WARP // THREADS), 2),
+            0,
+            stream,
+            tables.address(self._pool, stream),
+            keys.address,
+            values.address,
+            *addresses,
+            *_row_strides(keys),
+            *_row_strides(values),
+            slab_bytes,
+            keys.shape[1],
+            num_tokens,
+            tables.num_seqs,
+            tables.max_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.group_size,
+        )
+
+    def read(
+        self, buffers: CudaBuffers, layer: int, block_table: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        layout, addresses = buffers.layout, buffers.addresses[layer]
+        shape = (len(block_table), layout.num_kv_heads, length, layout.head_dim)
+        k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        if k.size:
+            memory.enter()
+            memory.synchronize()  # the last write may have been on any stream
+            call = _Call()
+            blocks, width = self._pool.put(call, block_table, 0), block_table.shape[1]
+            self._read(layout, layout.key_format, addresses[:3], buffers.slab_bytes, blocks, width, k)
+            self._read(layout, layout.value_format, addresses[3:], buffers.slab_bytes, blocks, width, v)
+        return k, v
+
+    def _read(
+        self,
+        layout: Layout,
+        fmt: Format,
+        parts: Sequence[int],
+        slab_bytes: int,
+        blocks: int,
+        max_blocks: int,
+        out: np.ndarray,
+    ) -> None:
+        call = _Call()
+        result = self._pool.take(call, out.nbytes, 0)
+        num_rows = out.size // layout.head_dim
+        width = width_of(layout.group_size if fmt.quantized else layout.head_dim)
+        read_kernel(fmt.name, width).launch(
+            (-(-num_rows * WARP // THREADS), 1),
+            0,
+            0,
+            blocks,
+            *parts,
+            result,
+            slab_bytes,
+            num_rows,
+            out.shape[2],
+            max_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.group_size,
+        )
+        memory.download(out, result, 0)
+
+    def plan(self, layout: Layout, placed: Tables, num_qo_heads: int, window_left: int) -> AttentionPlan:
+        group = num_qo_heads // layout.num_kv_heads
+        return AttentionPlan(placed, layout.num_kv_heads, group, layout.head_dim, window_left)
+
+    def attend(
+        self,
+        buffers: CudaBuffers,
+        layer: int,
+        q: Any,
+        plan: AttentionPlan,
+        scoring: Scoring,
+        out: Any,
+        lse: Any,
+    ) -> None:
+        memory.enter()
+        call = _Call()
+        stream = q.stream if isinstance(q, DeviceView) else 0
+        query, result, result_lse = q, out, lse
+        if not isinstance(q, DeviceView):
+            query = self._on_device(call, q, 0)
+            result, result_lse = self._room(call, out), self._room(call, lse)
+        sinks, slopes = (
+            0 if x is None else self._pool.put(call, x, stream) for x in (scoring.sinks, scoring.alibi_slopes)
+        )
+        layout, tables = buffers.layout, plan.tables
+        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
+        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
+        key = (query.dtype, alignment, extras)
+        if key not in plan.prepared:
+            plan.prepared[key] = self._prepare(layout, plan, *key, stream)
+        for kernel, grid, shared_bytes, launch in plan.prepared[key]:
+            kernel.launch(
+                grid,
+                shared_bytes,
+                stream,
+                tables.address(self._pool, stream),
+                launch.pieces,
+                query.address,
+                result.address,
+                result_lse.address,
+                *buffers.addresses[layer],
+                sinks,
+                slopes,
+                launch.partials,
+                launch.counters,
+                *_row_strides(query),
+                *_row_strides(result),
+                buffers.slab_bytes,
+                query.shape[1],
+                tables.num_seqs,
+                tables.max_blocks,
+                layout.block_size,
+                layout.num_kv_heads,
+                plan.group,
+                launch.heads,
+                layout.head_dim,
+                layout.group_size,
+                scoring.window_left,
+                float(scoring.sm_scale),
+                float(scoring.logits_soft_cap),
+            )
+        if query is not q:
+            self._fetch(out, result)
+            self._fetch(lse, result_lse)
+
+    def _prepare(
+        self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
+    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
+        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work.
+
+        `alignment`: elements of a query that can be read together.
+        """
+        key_format, value_format = layout.key_format, layout.value_format
+        few = plan.most_new_tokens * plan.group <= attend.FEW.rows
+        families = [attend.FEW if few else attend.MANY]
+        if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
+            families.insert(0, decode.family(key_format.name, value_format.name, layout.head_dim))
+        prepared = []
+        for launch in plan.launches(tuple(families), self._pool, stream):
+            family = launch.family
+            if family.name == "decode":
+                kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
+                shared_bytes = decode.shared_bytes(layout.head_dim)
+            else:
+                sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
+                width = width_of(alignment, *sizes)
+                kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
+                shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+            grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
+            prepared.append((kernel, grid, shared_bytes, launch))
+        return prepared
+
+    def _on_device(self, call: _Call, x: Any, stream: int) -> DeviceView:
+        """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
+        if isinstance(x, DeviceView):
+            return x
+        x = np.ascontiguousarray(x, np.float32)
+        address = self._pool.put(call, x, stream)
+        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, stream)
+
+    def _room(self, call: _Call, x: np.ndarray) -> DeviceView:
+        """Memory for the contents of a host array, in C order."""
+        address = self._pool.take(call, x.nbytes, 0)
+        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, 0)
+
+    def _fetch(self, x: np.ndarray, view: DeviceView) -> None:
+        """Copy what `_room` made room for into the host array."""
+        host = x if x.flags.c_contiguous else np.empty(x.shape, x.dtype)
+        memory.download(host, view.address, 0)
+        if host is not x:
+            x[...] = host
+
+
+def describe() -> list[tuple[str, str]]:
+    """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
+    return [("device", device_name())]
+
+
+def _row_strides(x: DeviceView) -> tuple[int, int, int]:
+    """Of the batch, the tokens and the heads of a view (B, n, heads, ...), in elements."""
+    return x.strides[0], x.strides[1], x.strides[2]
+
+
+def _alignment(x: DeviceView) -> tuple[int, ...]:
+    """Numbers of elements whose greatest common divisor may be read together from where each row begins."""
+    if SIMULATED:  # which reads any number from anywhere
+        return ()
+    itemsize = FORMATS[x.dtype].bits // 8
+    return x.address // itemsize, x.strides[0], x.strides[1], x.strides[2]
