@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvnumba.backends.cuda import attend, memory
+from kvnumba.backends.cuda.copy import copy_kernel
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
@@ -49,6 +50,34 @@ class CudaBuffers(Buffers):
 
     addresses: tuple[tuple[int, ...], ...]
     slab_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of a layer, whose slabs lie together."""
+        return self.layout.num_kv_heads * self.slab_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """From one layer to the next."""
+        return self.layout.num_blocks * self.block_bytes
+
+    def address(self, layer: int, block: int) -> int:
+        """Where a block of a layer begins."""
+        return self.addresses[layer][0] + block * self.block_bytes
+
+    def on_host(self, blocks: np.ndarray) -> tuple[np.ndarray, tuple[Encoded, Encoded]]:
+        """Room for the bytes (num_layers, N, block_bytes) of blocks, and their parts as views of it."""
+        layout = self.layout
+        raw = np.empty((layout.num_layers, len(blocks), self.block_bytes), np.uint8)
+        strides = (raw.strides[0], self.block_bytes, self.slab_bytes)
+        offsets = iter(at - self.addresses[0][0] for at in self.addresses[0])
+
+        def part(like: DeviceArray) -> np.ndarray:
+            shape = (layout.num_layers, len(blocks), *like.shape[2:])
+            return np.ndarray(shape, like.dtype, raw, next(offsets), (*strides, *like.strides[3:]))
+
+        keys, values = (Encoded(*(part(like) for like in kept)) for kept in (self.keys, self.values))
+        return raw, (keys, values)
 
 
 class CudaBackend:
@@ -233,6 +262,43 @@ class CudaBackend:
             layout.group_size,
         )
         memory.download(out, result, 0)
+
+    def copy_blocks(self, buffers: CudaBuffers, pairs: np.ndarray) -> None:
+        memory.enter()
+        memory.synchronize()  # what is copied may have been written on any stream, and will be read on any
+        call = _Call()
+        copy_kernel().launch(
+            (len(pairs) * buffers.layout.num_layers, 1),
+            0,
+            0,
+            self._pool.put(call, pairs.astype(np.int32), 0),
+            buffers.address(0, 0),
+            buffers.layer_bytes,
+            buffers.block_bytes,
+            len(pairs),
+        )
+        memory.synchronize()
+
+    def read_blocks(self, buffers: CudaBuffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
+        memory.enter()
+        memory.synchronize()
+        raw, parts = buffers.on_host(blocks)
+        for layer in range(len(raw)):
+            for n, block in enumerate(blocks.tolist()):
+                memory.download(raw[layer, n], buffers.address(layer, block), 0)
+        return parts
+
+    def write_blocks(
+        self, buffers: CudaBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded
+    ) -> None:
+        memory.enter()
+        raw, parts = buffers.on_host(blocks)
+        for kept, new in zip((*parts[0], *parts[1]), (*keys, *values), strict=True):
+            kept[...] = new
+        for layer in range(len(raw)):
+            for n, block in enumerate(blocks.tolist()):
+                memory.upload(buffers.address(layer, block), raw[layer, n], 0)
+        memory.synchronize()
 
     def plan(self, layout: Layout, placed: Tables, num_qo_heads: int, window_left: int) -> AttentionPlan:
         group = num_qo_heads // layout.num_kv_heads
