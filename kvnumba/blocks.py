@@ -55,6 +55,7 @@ class BlockPool:
         self.end = np.zeros(max_num_seqs, np.int32)  # columns before it are in use
         self.lens = np.zeros(max_num_seqs, np.int32)
         self.windows = np.full(max_num_seqs, -1)
+        self.num_windowed = 0  # rows that have one
         self.swapped = np.zeros(max_num_seqs, bool)
         self.chains: dict[int, Chain] = {}
         self._bookings = np.zeros(max_num_seqs, np.int64)
@@ -102,6 +103,8 @@ class BlockPool:
 
     def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
         """The widest window through which new tokens see nothing that was given back or may be; None for any."""
+        if not self.num_windowed:
+            return None
         rows = self.rows(seq_ids)
         windows = self.windows[rows]
         if (windows < 0).all():
@@ -300,8 +303,9 @@ class BlockPool:
                     columns = lens[writers[copied]] // self.block_size
                     self._replace(rows[writers[copied]], columns, taken[:num_copies])
                 self._append(rows, missing, taken[num_copies:])
-            for block in sources[~copied & self.prefixes.findable[sources]].tolist():
-                self.prefixes.forget(block)
+            if len(self.prefixes):
+                for block in sources[~copied & self.prefixes.findable[sources]].tolist():
+                    self.prefixes.forget(block)
             self._bookings[rows] += 1
             return self._batch(rows, total.astype(np.int32), new)
 
@@ -335,6 +339,7 @@ class BlockPool:
     def _clear(self, row: int) -> None:
         """Empty a row whose blocks are released."""
         self.begin[row] = self.end[row] = self.lens[row] = 0
+        self.num_windowed -= bool(self.windows[row] >= 0)
         self.windows[row] = -1
         self.swapped[row] = False
         self.chains.pop(row, None)
@@ -355,6 +360,7 @@ class BlockPool:
         """Let an empty row be what a state says."""
         self.lens[row] = state.length
         self.windows[row] = state.window_left
+        self.num_windowed += state.window_left >= 0
         if state.chain is not None:
             self.chains[row] = state.chain
         self._install(row, state.begin, state.blocks)
@@ -383,9 +389,9 @@ class BlockPool:
 
     def _outside_windows(self, rows: np.ndarray, lens: np.ndarray, new: np.ndarray) -> list[tuple[int, int]]:
         """Rows whose next token no longer sees their first blocks, and the column where it begins to see."""
-        windows = self.windows[rows]
-        if (windows < 0).all():
+        if not self.num_windowed:
             return []
+        windows = self.windows[rows]
         first = np.maximum(lens - windows, 0) // self.block_size
         moved = np.flatnonzero((windows >= 0) & (new > 0) & (first > self.begin[rows]))
         return [(int(rows[n]), int(first[n])) for n in moved]

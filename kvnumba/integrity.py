@@ -39,6 +39,8 @@ def _check_rows(pool: BlockPool, live: np.ndarray) -> None:
     empty = np.setdiff1d(np.arange(pool.max_num_seqs), live)
     if pool.end[empty].any() or pool.lens[empty].any() or set(pool.chains) & set(empty.tolist()):
         raise RuntimeError("a row without a sequence is not empty")
+    if pool.num_windowed != (pool.windows[live] >= 0).sum() or (pool.windows[empty] >= 0).any():
+        raise RuntimeError("sequences with a window are counted wrongly")
     for row in live.tolist():
         table = pool.table[row, : pool.end[row]]
         if len(set(table[pool.begin[row] :].tolist())) != pool.end[row] - pool.begin[row]:
