@@ -26,7 +26,7 @@ class State(NamedTuple):
     window_left: int
     begin: int
     blocks: np.ndarray
-    chain: Chain | None
+    chain: Chain
 
 
 class BlockPool:
@@ -132,11 +132,10 @@ class BlockPool:
     def add(self, token_ids: np.ndarray | None = None, salt: str = "", window_left: int = -1) -> int:
         """Give a new sequence a row, and the blocks that are found under its tokens; returns its id."""
         with self.lock:
-            entries = [] if token_ids is None else self.prefixes.find(token_ids, salt)
-            row = self._new_row(len(entries))
-            blocks = np.array([entry.block for entry in entries], np.int32)
-            chain = Chain(salt, entries) if entries or salt else None
-            self._become(row, State(len(entries) * self.block_size, window_left, 0, blocks, chain))
+            chain = Chain(salt, []) if token_ids is None else self.prefixes.find(token_ids, salt)
+            blocks = np.array([entry.block for entry in chain.entries], np.int32)
+            row = self._new_row(len(blocks))
+            self._become(row, State(chain.length, window_left, 0, blocks, chain))
             return int(self.ids[row])
 
     def fork(self, seq_id: int) -> int:
@@ -186,8 +185,7 @@ class BlockPool:
             self.end[row] = min(keep, self.end[row])
             self.lens[row] = length
             self._bookings[row] += 1
-            if row in self.chains:
-                self.chains[row].truncate(length, self.block_size)
+            self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
 
     def finish(self, seq_id: int) -> None:
@@ -220,10 +218,9 @@ class BlockPool:
             row = int(self.rows([seq_id], swapped=True)[0])
             begin = int(self.begin[row])
             blocks = np.full(len(before), NO_BLOCK, np.int32)
-            if row in self.chains:
-                entries = self.chains[row].entries[begin:]
-                kept = [n for n, entry in enumerate(entries) if entry.block == before[n]]
-                blocks[kept] = before[kept]
+            entries = self.chains[row].entries[begin:]
+            kept = [n for n, entry in enumerate(entries) if entry.block == before[n]]
+            blocks[kept] = before[kept]
             found = blocks[blocks != NO_BLOCK]
             missing = np.flatnonzero(blocks == NO_BLOCK)
             idle = int((self.allocator.references[found] == 0).sum())
@@ -314,14 +311,12 @@ class BlockPool:
         with self.lock:
             rows = self.rows(seq_ids)
             if token_ids is not None:
-                known = zip(
-                    rows.tolist(), self.lens[rows].tolist(), self.end[rows].tolist(), token_ids, strict=True
-                )
-                for row, length, end, tokens in known:
-                    chain = self.chains.get(row) or Chain("", [])
-                    if tokens is not None and chain.length(self.block_size) == length:
-                        self.chains[row] = chain
-                        self.prefixes.extend(chain, tokens, self.table[row, len(chain.entries) : end])
+                for row, length, tokens in zip(
+                    rows.tolist(), self.lens[rows].tolist(), token_ids, strict=True
+                ):
+                    chain = self.chains[row]
+                    if tokens is not None and chain.length == length:
+                        self.prefixes.extend(chain, tokens, self.table[row])
             self.lens[rows] = batch.seq_lens
 
     # The parts of these
@@ -353,16 +348,14 @@ class BlockPool:
         """What makes a sequence what it is, without blocks that hold no token yet."""
         begin, length = int(self.begin[row]), int(self.lens[row])
         blocks = self.table[row, begin : -(-length // self.block_size)].copy()
-        chain = self.chains.get(row)
-        return State(length, int(self.windows[row]), begin, blocks, chain and chain.copy())
+        return State(length, int(self.windows[row]), begin, blocks, self.chains[row].copy())
 
     def _become(self, row: int, state: State) -> None:
         """Let an empty row be what a state says."""
         self.lens[row] = state.length
         self.windows[row] = state.window_left
         self.num_windowed += state.window_left >= 0
-        if state.chain is not None:
-            self.chains[row] = state.chain
+        self.chains[row] = state.chain
         self._install(row, state.begin, state.blocks)
         self.allocator.hold(state.blocks)
 
