@@ -192,9 +192,8 @@ class BlockPool:
         """Take back a sequence's blocks and its row. Findable blocks go idle, the last first in line."""
         with self.lock:
             row = int(self.rows([seq_id], swapped=True)[0])
-            self.allocator.release(
-                self._slice(row)[::-1]
-            )  # reversed: the next sequence is given them in the same order
+            # reversed, so that the next sequence is given free blocks in the same order
+            self.allocator.release(self._slice(row)[::-1])
             self._clear(row)
             self.ids[row] = -1
             self._free_rows.append(row)
