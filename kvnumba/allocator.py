@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
 
 from kvnumba.errors import CacheFull
 from kvnumba.prefix import PrefixIndex
+
+logger = logging.getLogger("kvnumba")
 
 Fill = Callable[[np.ndarray], None]
 """Called with blocks that are taken but not yet anyone's, to fill them; if it raises, they are given back."""
@@ -57,6 +60,8 @@ class BlockAllocator:
         self._height -= from_stack
         for n in range(from_stack, count):
             taken[n] = self._prefixes.evict()
+        if from_stack < count:
+            logger.debug("%d cached blocks evicted", count - from_stack)
         try:
             fill(taken)
         except BaseException:

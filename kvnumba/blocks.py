@@ -26,7 +26,7 @@ class State(NamedTuple):
     window_left: int
     begin: int
     blocks: np.ndarray
-    chain: Chain | None
+    chain: Chain
 
 
 class BlockPool:
@@ -55,6 +55,7 @@ class BlockPool:
         self.end = np.zeros(max_num_seqs, np.int32)  # columns before it are in use
         self.lens = np.zeros(max_num_seqs, np.int32)
         self.windows = np.full(max_num_seqs, -1)
+        self.num_windowed = 0  # rows that have one
         self.swapped = np.zeros(max_num_seqs, bool)
         self.chains: dict[int, Chain] = {}
         self._bookings = np.zeros(max_num_seqs, np.int64)
@@ -104,6 +105,8 @@ class BlockPool:
 
     def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
         """The widest window through which new tokens see nothing that was given back or may be; None for any."""
+        if not self.num_windowed:
+            return None
         rows = self.rows(seq_ids)
         windows = self.windows[rows]
         if (windows < 0).all():
@@ -131,11 +134,10 @@ class BlockPool:
     def add(self, token_ids: np.ndarray | None = None, salt: str = "", window_left: int = -1) -> int:
         """Give a new sequence a row, and the blocks that are found under its tokens; returns its id."""
         with self.lock:
-            entries = [] if token_ids is None else self.prefixes.find(token_ids, salt)
-            row = self._new_row(len(entries))
-            blocks = np.array([entry.block for entry in entries], np.int32)
-            chain = Chain(salt, entries) if entries or salt else None
-            self._become(row, State(len(entries) * self.block_size, window_left, 0, blocks, chain))
+            chain = Chain(salt, []) if token_ids is None else self.prefixes.find(token_ids, salt)
+            blocks = np.array([entry.block for entry in chain.entries], np.int32)
+            row = self._new_row(len(blocks))
+            self._become(row, State(chain.length, window_left, 0, blocks, chain))
             return int(self.ids[row])
 
     def fork(self, seq_id: int) -> int:
@@ -186,17 +188,15 @@ class BlockPool:
             self.lens[row] = length
             self._bookings[row] += 1
             self.version += 1
-            if row in self.chains:
-                self.chains[row].truncate(length, self.block_size)
+            self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
 
     def finish(self, seq_id: int) -> None:
         """Take back a sequence's blocks and its row. Findable blocks go idle, the last first in line."""
         with self.lock:
             row = int(self.rows([seq_id], swapped=True)[0])
-            self.allocator.release(
-                self._slice(row)[::-1]
-            )  # reversed: the next sequence is given them in the same order
+            # reversed, so that the next sequence is given free blocks in the same order
+            self.allocator.release(self._slice(row)[::-1])
             self._clear(row)
             self.ids[row] = -1
             self._free_rows.append(row)
@@ -221,10 +221,9 @@ class BlockPool:
             row = int(self.rows([seq_id], swapped=True)[0])
             begin = int(self.begin[row])
             blocks = np.full(len(before), NO_BLOCK, np.int32)
-            if row in self.chains:
-                entries = self.chains[row].entries[begin:]
-                kept = [n for n, entry in enumerate(entries) if entry.block == before[n]]
-                blocks[kept] = before[kept]
+            entries = self.chains[row].entries[begin:]
+            kept = [n for n, entry in enumerate(entries) if entry.block == before[n]]
+            blocks[kept] = before[kept]
             found = blocks[blocks != NO_BLOCK]
             missing = np.flatnonzero(blocks == NO_BLOCK)
             idle = int((self.allocator.references[found] == 0).sum())
@@ -304,8 +303,9 @@ class BlockPool:
                     columns = lens[writers[copied]] // self.block_size
                     self._replace(rows[writers[copied]], columns, taken[:num_copies])
                 self._append(rows, missing, taken[num_copies:])
-            for block in sources[~copied & self.prefixes.findable[sources]].tolist():
-                self.prefixes.forget(block)
+            if len(self.prefixes):
+                for block in sources[~copied & self.prefixes.findable[sources]].tolist():
+                    self.prefixes.forget(block)
             self._bookings[rows] += 1
             self.version += 1
             return self._batch(rows, total.astype(np.int32), new)
@@ -315,14 +315,12 @@ class BlockPool:
         with self.lock:
             rows = self.rows(seq_ids)
             if token_ids is not None:
-                known = zip(
-                    rows.tolist(), self.lens[rows].tolist(), self.end[rows].tolist(), token_ids, strict=True
-                )
-                for row, length, end, tokens in known:
-                    chain = self.chains.get(row) or Chain("", [])
-                    if tokens is not None and chain.length(self.block_size) == length:
-                        self.chains[row] = chain
-                        self.prefixes.extend(chain, tokens, self.table[row, len(chain.entries) : end])
+                for row, length, tokens in zip(
+                    rows.tolist(), self.lens[rows].tolist(), token_ids, strict=True
+                ):
+                    chain = self.chains[row]
+                    if tokens is not None and chain.length == length:
+                        self.prefixes.extend(chain, tokens, self.table[row])
             self.lens[rows] = batch.seq_lens
 
     # The parts of these
@@ -340,6 +338,7 @@ class BlockPool:
     def _clear(self, row: int) -> None:
         """Empty a row whose blocks are released."""
         self.begin[row] = self.end[row] = self.lens[row] = 0
+        self.num_windowed -= bool(self.windows[row] >= 0)
         self.windows[row] = -1
         self.swapped[row] = False
         self.chains.pop(row, None)
@@ -354,15 +353,14 @@ class BlockPool:
         """What makes a sequence what it is, without blocks that hold no token yet."""
         begin, length = int(self.begin[row]), int(self.lens[row])
         blocks = self.table[row, begin : -(-length // self.block_size)].copy()
-        chain = self.chains.get(row)
-        return State(length, int(self.windows[row]), begin, blocks, chain and chain.copy())
+        return State(length, int(self.windows[row]), begin, blocks, self.chains[row].copy())
 
     def _become(self, row: int, state: State) -> None:
         """Let an empty row be what a state says."""
         self.lens[row] = state.length
         self.windows[row] = state.window_left
-        if state.chain is not None:
-            self.chains[row] = state.chain
+        self.num_windowed += state.window_left >= 0
+        self.chains[row] = state.chain
         self._install(row, state.begin, state.blocks)
         self.allocator.hold(state.blocks)
 
@@ -390,9 +388,9 @@ class BlockPool:
 
     def _outside_windows(self, rows: np.ndarray, lens: np.ndarray, new: np.ndarray) -> list[tuple[int, int]]:
         """Rows whose next token no longer sees their first blocks, and the column where it begins to see."""
-        windows = self.windows[rows]
-        if (windows < 0).all():
+        if not self.num_windowed:
             return []
+        windows = self.windows[rows]
         first = np.maximum(lens - windows, 0) // self.block_size
         moved = np.flatnonzero((windows >= 0) & (new > 0) & (first > self.begin[rows]))
         return [(int(rows[n]), int(first[n])) for n in moved]

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.contiguous import KVCache
+from kvnumba.paged import PagedKVCache
 from kvnumba.quantization import dequantize, quantize
 
 TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
@@ -47,5 +48,9 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
     short.update(k[:, :, :TILE, :8], k[:, :, :TILE, :8])
     for count in tile_counts(group):
         short.attend(np.zeros((1, group, count, 8), np.float32))
+    shared = PagedKVCache(2, 16, 1, 2048, 2, backend=backend)
+    seq_id = shared.add_sequence()
+    shared.update(seq_id, k[0, :, :1], k[0, :, :1])
+    shared.update(shared.fork(seq_id), k[0, :, :1], k[0, :, :1])  # copies a block
     cache.get_kv(0)
     dequantize(*quantize(k[0, 0, :1], backend=backend), backend=backend)

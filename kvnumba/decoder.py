@@ -290,6 +290,8 @@ class IncrementalDecoder:
     def extend(self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]) -> np.ndarray:
         """Append tokens to sequences of a paged cache: one ragged forward pass.
 
+        The cache is told the tokens, so that `PagedKVCache.add_sequence` finds them later.
+
         Parameters
         ----------
         cache : PagedKVCache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvnumba.blocks import NO_BLOCK, BlockPool
+from kvnumba.prefix import TOKEN_DTYPE
 
 
 def check_pool(pool: BlockPool) -> None:
@@ -37,23 +38,26 @@ def _check_rows(pool: BlockPool, live: np.ndarray) -> None:
     if (pool.ids[live] % pool.max_num_seqs != live).any():
         raise RuntimeError("a sequence is in another's row")
     empty = np.setdiff1d(np.arange(pool.max_num_seqs), live)
-    if pool.end[empty].any() or pool.lens[empty].any() or set(pool.chains) & set(empty.tolist()):
+    if pool.end[empty].any() or pool.lens[empty].any() or set(pool.chains) != set(live.tolist()):
         raise RuntimeError("a row without a sequence is not empty")
+    if pool.num_windowed != (pool.windows[live] >= 0).sum() or (pool.windows[empty] >= 0).any():
+        raise RuntimeError("sequences with a window are counted wrongly")
     for row in live.tolist():
         table = pool.table[row, : pool.end[row]]
         if len(set(table[pool.begin[row] :].tolist())) != pool.end[row] - pool.begin[row]:
             raise RuntimeError(f"sequence {pool.ids[row]} holds a block twice")
         if (table[: pool.begin[row]] != NO_BLOCK).any():
             raise RuntimeError(f"sequence {pool.ids[row]} still lists a block that it has given back")
-        chain = pool.chains.get(row)
-        if chain is not None:
-            _check_chain(pool, row, chain.length(pool.block_size))
+        _check_chain(pool, row)
 
 
-def _check_chain(pool: BlockPool, row: int, known: int) -> None:
+def _check_chain(pool: BlockPool, row: int) -> None:
     chain = pool.chains[row]
-    if known > pool.lens[row]:
-        raise RuntimeError(f"sequence {pool.ids[row]}: more tokens are known than it has")
+    known = len(chain.entries) * pool.block_size + len(chain.tail) // TOKEN_DTYPE.itemsize
+    if not known == chain.length <= pool.lens[row]:
+        raise RuntimeError(
+            f"sequence {pool.ids[row]}: more tokens are known than it has, or their count is wrong"
+        )
     parent: int | str = chain.salt
     for entry in chain.entries:
         if entry.key.parent != parent:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOKEN_DTYPE = np.dtype("<i8")
+TOKEN_DTYPE = np.dtype(np.int64)
+"""Of tokens, everywhere: keys are their bytes."""
 
 
 class Key(NamedTuple):
@@ -36,30 +37,28 @@ class Entry:
 class Chain:
     """The tokens of one sequence, from the first on, as far as they are known."""
 
-    __slots__ = ("entries", "salt", "tail")
+    __slots__ = ("entries", "length", "salt", "tail")
 
-    def __init__(self, salt: str, entries: list[Entry], tail: bytes = b"") -> None:
+    def __init__(self, salt: str, entries: list[Entry], tail: bytes = b"", length: int = 0) -> None:
         self.salt = salt
         self.entries = entries  # of its full blocks
         self.tail = tail  # tokens after these
-
-    def length(self, block_size: int) -> int:
-        """Tokens that are known."""
-        return len(self.entries) * block_size + len(self.tail) // TOKEN_DTYPE.itemsize
+        self.length = length  # tokens in all
 
     def truncate(self, length: int, block_size: int) -> None:
         """Forget the tokens from `length` on."""
+        if length >= self.length:
+            return
         full, rest = divmod(length, block_size)
         if full < len(self.entries):
             self.tail = self.entries[full].key.tokens
             del self.entries[full:]
-        elif full > len(self.entries):
-            return  # it ends before that
         self.tail = self.tail[: rest * TOKEN_DTYPE.itemsize]
+        self.length = length
 
     def copy(self) -> Chain:
         """The same tokens, for another sequence."""
-        return Chain(self.salt, self.entries.copy(), self.tail)
+        return Chain(self.salt, self.entries.copy(), self.tail, self.length)
 
 
 class PrefixIndex:
@@ -79,6 +78,7 @@ class PrefixIndex:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
+        self._block_bytes = block_size * TOKEN_DTYPE.itemsize
         self.findable = np.zeros(num_blocks, bool)
         self.idle: OrderedDict[int, None] = OrderedDict()
         self.queries = self.hits = self.evictions = 0
@@ -93,10 +93,10 @@ class PrefixIndex:
         """All that can be found, parents before children."""
         return sorted(self._entries.values(), key=lambda entry: entry.number)
 
-    def find(self, token_ids: np.ndarray, salt: str) -> list[Entry]:
+    def find(self, token_ids: np.ndarray, salt: str) -> Chain:
         """The longest chain of full blocks that begins with the tokens and leaves one of them to compute."""
-        data = token_ids.astype(TOKEN_DTYPE, copy=False).tobytes()
-        width = self.block_size * TOKEN_DTYPE.itemsize
+        data = token_ids.tobytes()
+        width = self._block_bytes
         found: list[Entry] = []
         parent: int | str = salt
         for begin in range(0, (len(token_ids) - 1) // self.block_size * width, width):
@@ -107,17 +107,23 @@ class PrefixIndex:
             parent = entry.number
         self.queries += len(token_ids)
         self.hits += len(found) * self.block_size
-        return found
+        return Chain(salt, found, length=len(found) * self.block_size)
 
-    def extend(self, chain: Chain, token_ids: np.ndarray, blocks: np.ndarray) -> None:
-        """Append tokens to a chain; `blocks` are those of its sequence, from the first one that fills."""
-        data = chain.tail + token_ids.astype(TOKEN_DTYPE, copy=False).tobytes()
-        width = self.block_size * TOKEN_DTYPE.itemsize
+    def extend(self, chain: Chain, token_ids: np.ndarray, table: np.ndarray) -> None:
+        """Append tokens to the chain of a sequence with this block table, whose full blocks become findable."""
+        data = chain.tail + token_ids.tobytes()
+        chain.length += len(token_ids)
+        width = self._block_bytes
         full = len(data) // width
-        for n, block in enumerate(blocks[:full].tolist() if full else ()):
+        if full:
+            first = len(chain.entries)
             parent = chain.entries[-1].number if chain.entries else chain.salt
-            chain.entries.append(self.insert(Key(parent, data[n * width : (n + 1) * width]), block))
-        chain.tail = data[full * width :]
+            for n, block in enumerate(table[first : first + full].tolist()):
+                entry = self.insert(Key(parent, data[n * width : (n + 1) * width]), block)
+                chain.entries.append(entry)
+                parent = entry.number
+            data = data[full * width :]
+        chain.tail = data
 
     def insert(self, key: Key, block: int) -> Entry:
         """Make a block findable, unless another one is under the same key; returns the entry of the key."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks import NO_BLOCK, BlockPool, State
-from kvnumba.prefix import Chain, Entry, Key
+from kvnumba.prefix import TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.storage import Buffers, Encoded, Layout, part_shapes
 
 MAGIC = b"kvnumba\x00"
@@ -104,7 +104,7 @@ def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
     # and that no sequence needs cannot be found any more
     known = {entry.number: entry for entry in pool.prefixes.entries()}
     for state in states:
-        known.update((entry.number, entry) for entry in (state.chain.entries if state.chain else ()))
+        known.update((entry.number, entry) for entry in state.chain.entries)
     entries: dict[int, Entry] = {}
     for number, entry in sorted(known.items()):
         if isinstance(entry.key.parent, str) or entry.key.parent in entries:
@@ -134,12 +134,9 @@ def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
                 "window_left": state.window_left,
                 "begin": state.begin,
                 "blocks": [place[block] for block in state.blocks.tolist()],
-                "chain": state.chain
-                and [
-                    state.chain.salt,
-                    [order[entry.number] for entry in state.chain.entries],
-                    state.chain.tail.hex(),
-                ],
+                "salt": state.chain.salt,
+                "entries": [order[entry.number] for entry in state.chain.entries],
+                "tail": state.chain.tail.hex(),
             }
             for row, state in zip(rows[np.argsort(pool.ids[rows])], states, strict=True)
         ],
@@ -156,10 +153,9 @@ def _recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list
         entries.append(pool.prefixes.insert(Key(above, bytes.fromhex(tokens)), block))
     states = []
     for sequence in header["sequences"]:
-        chain = None
-        if sequence["chain"]:
-            salt, numbers, tail = sequence["chain"]
-            chain = Chain(salt, [entries[n] for n in numbers], bytes.fromhex(tail))
+        full, tail = [entries[n] for n in sequence["entries"]], bytes.fromhex(sequence["tail"])
+        length = len(full) * pool.block_size + len(tail) // TOKEN_DTYPE.itemsize
+        chain = Chain(sequence["salt"], full, tail, length)
         states.append(
             State(
                 sequence["length"],

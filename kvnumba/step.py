@@ -134,7 +134,7 @@ class Step:
         return layer < self._next_layer
 
     def is_latest(self) -> bool:
-        """Whether none of the sequences has been booked by another step since; raises if one is finished."""
+        """Whether none of the sequences was changed by anything else since; raises if one is finished."""
         version = self._pool.version
         if version != self._version:
             if (self._pool.bookings(self.seq_ids) != self._booking).any():
@@ -172,13 +172,16 @@ class Step:
                 f"layer {self._next_layer}" if self._next_layer < num_layers else "none, the step is complete"
             )
             raise ValueError(f"layer: layers are written in order, next is {due}; got {layer}")
-        if not self.is_latest():
-            raise ValueError("step: its sequences have moved on since it was made; make a new one")
+        self._require_latest()
         if k.size:
             self._backend.write(self._buffers, layer, k, v, self._placed)
         self._next_layer += 1
         if self._next_layer == num_layers:
             self._pool.commit(self.seq_ids, self.batch, self._token_ids)
+
+    def _require_latest(self) -> None:
+        if not self.is_latest():
+            raise ValueError("step: its sequences have moved on since it was made; make a new one")
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens over their sequences, straight out of the storage.
@@ -209,8 +212,7 @@ class Step:
         )
         if not self.covers(layer):
             raise ValueError(f"layer: layer {layer} of this step has not been written yet")
-        if self._pool.version != self._version:
-            self._pool.rows(self.seq_ids)  # raises if one is finished: its blocks may be another's by now
+        self._require_latest()  # otherwise blocks of its sequences may be others' by now
         out, lse = arguments.results(query, options)
         self._attention.attend(layer, query[None], out[None], lse[None], options, q)
         return arguments.returned(q, out, lse, options)

@@ -69,7 +69,11 @@ class Backend(Protocol):
         ...
 
     def plan(self, layout: Layout, placed: Any, num_qo_heads: int, window_left: int) -> Any:
-        """The part of `attend` that is the same for all layers of a batch."""
+        """The part of `attend` that is the same for all layers of a batch.
+
+        `num_qo_heads` is any multiple of H: for a common prefix, the queries of many sequences come as the heads
+        of one token (`cascade.py`).
+        """
         ...
 
     def attend(

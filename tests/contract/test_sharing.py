@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 
 import numpy as np
 import oracle
@@ -138,6 +139,19 @@ class TestTruncate:
         assert cache.num_free_blocks == 16
         with pytest.raises(ValueError, match="its sequences have moved on"):
             step.write(np.zeros((9, H, D), np.float32), np.zeros((9, H, D), np.float32))
+
+    def test_a_step_of_before_attends_no_more(self, backend, normal):
+        cache = make(backend)
+        a = cache.add_sequence()
+        x = normal(6, H, D)
+        step = cache.step([a], [6])
+        step.write(x, x)
+        step.attend(x)
+        cache.truncate(a, 2)
+        b = cache.add_sequence()
+        cache.update(b, normal(H, 8, D), normal(H, 8, D))  # in what a gave back
+        with pytest.raises(ValueError, match="its sequences have moved on"):
+            step.attend(x)
 
     def test_lengths_out_of_range(self, backend, normal):
         cache = make(backend)
@@ -353,3 +367,36 @@ def test_quiet_unless_the_application_listens(backend, caplog, capfd):
     with caplog.at_level(logging.DEBUG, logger="kvnumba"):
         cache.swap_in(a)
     assert caplog.messages == [f"sequence {a}: 0 blocks swapped in"]
+
+
+def test_threads_with_sequences_of_their_own(backend):
+    cache = make(backend, num_blocks=200, max_num_seqs=40)
+    root = cache.add_sequence()
+    write(cache, root, b"abcdef")
+    failures = []
+
+    def work(number):
+        try:
+            for n in range(25):
+                tokens = bytes([number, n, 7, 9, 11])
+                seq_id = cache.fork(root)
+                write(cache, seq_id, tokens)
+                other, cached = cache.add_sequence(b"abcdef" + tokens)
+                assert cached == 8
+                np.testing.assert_array_equal(cache.get_kv(other)[0], cache.get_kv(seq_id)[0][:, :8])
+                cache.truncate(seq_id, 5)
+                cache.swap_out(other)
+                cache.swap_in(other)
+                cache.finish_sequence(other)
+                cache.finish_sequence(seq_id)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    cache.check_integrity()
+    assert cache.seq_lens == {root: 6}

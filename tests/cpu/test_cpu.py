@@ -251,6 +251,7 @@ def test_warmup_compiles_all(tmp_path):
         for tokens in (690, 4, 3, 1):
             cache.update(seq_id, x[:, :tokens], x[:, :tokens])
             cache.attend(seq_id, np.ones((8, tokens, 64), np.float32))
+        cache.update(cache.fork(seq_id), x[:, :1], x[:, :1])
         cache.get_kv(seq_id)
         print(set(jit._compiled) == before)
     """
