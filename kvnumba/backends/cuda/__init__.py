@@ -24,6 +24,7 @@ from kvnumba.views import DeviceView, contiguous_strides
 if not SIMULATED:
     from kvnumba.backends.cuda import decode
 
+WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
 ALIGNMENT = 16  # bytes that a thread reads at once
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
@@ -36,8 +37,8 @@ class _Call:
 class CudaBuffers(Buffers):
     """Arrays on the device, and the same memory as the kernels see it.
 
-    A KV head's part of a block is a slab: the keys' codes, scales and zero points, then the values'. What is read
-    together lies together; scattered pieces of 64 bytes cost the memory more than their size.
+    A KV head's part of a block is a slab: the keys' codes, then scale and zero point of each of their rows in turn,
+    then the same of the values. What is read together lies together.
 
     Attributes
     ----------
@@ -73,26 +74,27 @@ class CudaBackend:
         formats = (layout.key_format, layout.value_format)
         row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
         scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
-        # the parts of a slab, each at a multiple of what a thread reads at once
-        sizes = [layout.block_size * n for n in (row[0], scale[0], scale[0], row[1], scale[1], scale[1])]
-        offsets = [0]
+        # of a slab: the keys' codes, their scales and zero points in turn, the same of the values
+        sizes = [layout.block_size * n for n in (row[0], 2 * scale[0], row[1], 2 * scale[1])]
+        starts = [0]
         for size in sizes:
-            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        slab_bytes = offsets.pop()
+            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        slab_bytes = starts.pop()
+        offsets = [starts[0], starts[1], starts[1] + 4, starts[2], starts[3], starts[3] + 4]
         block_bytes = layout.num_kv_heads * slab_bytes
         layer_bytes = layout.num_blocks * block_bytes
         storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
 
-        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * dtype.itemsize, dtype.itemsize)
+        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any], element_bytes: int) -> DeviceArray:
+            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * element_bytes, element_bytes)
             return DeviceArray(storage, offsets[n], shape, strides, dtype)
 
         def encoded(n: int, fmt: Format) -> Encoded:
             shape = layout.scales_shape(fmt)
             return Encoded(
-                part(n, layout.codes_shape(fmt), fmt.code_dtype),
-                part(n + 1, shape, SCALE_DTYPE),
-                part(n + 2, shape, SCALE_DTYPE),
+                part(n, layout.codes_shape(fmt), fmt.code_dtype, fmt.code_dtype.itemsize),
+                part(n + 1, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
+                part(n + 2, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
             )
 
         addresses = tuple(
@@ -113,13 +115,17 @@ class CudaBackend:
             memory.enter()
             call = _Call()
             given = self._on_device(call, x[None, :, None], 0)
-            parts = [self._pool.take(call, part.nbytes, 0) for part in rows]
+            codes = self._pool.take(call, rows.codes.nbytes, 0)
+            pairs = self._pool.take(call, 2 * rows.scale.nbytes, 0)
+            parts = (codes, pairs, pairs + 4)
             # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
             self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
-            for host, address in zip(rows, parts, strict=True):
-                memory.download(host, address, 0)
+            memory.download(rows.codes, codes, 0)
+            scales = np.empty((count, groups, 2), SCALE_DTYPE)
+            memory.download(scales, pairs, 0)
+            rows.scale[...], rows.zero[...] = scales[..., 0], scales[..., 1]
         return rows
 
     def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
@@ -130,7 +136,9 @@ class CudaBackend:
         if out.size:
             memory.enter()
             call = _Call()
-            parts = [self._pool.put(call, part, 0) for part in rows]
+            codes = self._pool.put(call, rows.codes, 0)
+            pairs = self._pool.put(call, np.stack((rows.scale, rows.zero), axis=-1), 0)
+            parts = (codes, pairs, pairs + 4)
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
             self._read(layout, fmt, parts, 0, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
         return out[0, 0]
@@ -291,7 +299,7 @@ class CudaBackend:
                 launch.heads,
                 layout.head_dim,
                 layout.group_size,
-                scoring.window_left,
+                min(scoring.window_left, WIDEST),
                 float(scoring.sm_scale),
                 float(scoring.logits_soft_cap),
             )
@@ -310,7 +318,7 @@ class CudaBackend:
         few = plan.most_new_tokens * plan.group <= attend.FEW.rows
         families = [attend.FEW if few else attend.MANY]
         if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
-            families.insert(0, decode.family(key_format.name, value_format.name, layout.head_dim))
+            families.insert(0, decode.FAMILY)
         prepared = []
         for launch in plan.launches(tuple(families), self._pool, stream):
             family = launch.family

@@ -89,8 +89,6 @@ as_float = _instruction("mov.b32 $0, $1;", "f", "r")
 as_bits = _instruction("mov.b32 $0, $1;", "r", "f")
 permute = _instruction("prmt.b32 $0, $1, $2, $3;", "r", "rrr")
 """Four of the eight bytes of two words, as the digits of the third operand say, the lowest first."""
-mask_or = _instruction("lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
-"""(a & b) | c."""
 multiply_halves = _instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr")
 low_half = {
     "float16": _instruction("{.reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a;}", "f", "r"),
@@ -228,6 +226,12 @@ def storer(fmt: str, width: int) -> Any:
         return types.void(types.int64, values), generate
 
     return store
+
+
+@device
+def index(i):
+    """An index that is not negative: Numba asks of every signed one whether it is."""
+    return uint32(i)
 
 
 @device

@@ -75,13 +75,18 @@ class Kernel:
     function : callable
     kinds : str
         A letter for each parameter, as in `struct`, the widest first.
+    threads : int
+        Of a block.
     blocks_per_sm : int
         Blocks that a multiprocessor is to have room for: bounds the registers of a thread.
     """
 
-    def __init__(self, function: Callable[..., Any], kinds: str, blocks_per_sm: int = 1) -> None:
+    def __init__(
+        self, function: Callable[..., Any], kinds: str, threads: int = THREADS, blocks_per_sm: int = 1
+    ) -> None:
         self.function = function
         self.kinds = tuple(_KINDS[letter] for letter in kinds)
+        self.threads = threads
         self.blocks_per_sm = blocks_per_sm
         self._format = "=" + kinds
         self._size = ctypes.c_size_t(struct.calcsize(self._format))
@@ -90,10 +95,10 @@ class Kernel:
     @property
     def options(self) -> dict[str, Any]:
         """What the kernel is compiled with."""
-        return {"launch_bounds": (THREADS, self.blocks_per_sm)}
+        return {"launch_bounds": (self.threads, self.blocks_per_sm)}
 
     def launch(self, grid: tuple[int, int], shared_bytes: int, stream: int, *arguments: Any) -> None:
-        """Run blocks of `THREADS` threads; returns before they have run, except in the simulator."""
+        """Run blocks; returns before they have run, except in the simulator."""
         if SIMULATED:
             _simulate(self.function, grid, shared_bytes, arguments)
             return
@@ -105,7 +110,7 @@ class Kernel:
             1, ctypes.cast(packed, ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
         )
         driver_call(
-            "cuLaunchKernel", self._handle, *grid, 1, THREADS, 1, 1, shared_bytes, stream, 0, ctypes.addressof(extra)
+            "cuLaunchKernel", self._handle, *grid, 1, self.threads, 1, 1, shared_bytes, stream, 0, ctypes.addressof(extra)
         )
 
     def _compile(self) -> Any:

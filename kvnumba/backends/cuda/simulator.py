@@ -92,6 +92,10 @@ def storer(fmt, width):
     return store
 
 
+def index(i):
+    return i
+
+
 def barrier():
     threading.current_thread().syncthreads()
 

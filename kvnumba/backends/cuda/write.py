@@ -42,7 +42,7 @@ def row_writer(given: str, name: str, width: int) -> Any:
                     of.quantize(values, low, divisor, most)
                     store(codes + (place + at) * bits // 8, values)
                 if lane == 0:
-                    at = 4 * (offset * (head_dim // group_size) + group)
+                    at = 8 * (offset * (head_dim // group_size) + group)
                     store_float(scale + at, step)
                     store_float(zero + at, low)
         else:
