@@ -35,12 +35,22 @@ class BatchAttention:
         layout = self._buffers.layout
         num_qo_heads = q.shape[2]
         scoring = arguments.scoring(options, num_qo_heads, layout.head_dim)
-        if q.size == 0:
-            return
-        key = (num_qo_heads, scoring.window_left)
+        if q.size:
+            plan = self._plan(num_qo_heads, scoring.window_left)
+            self._backend.attend(self._buffers, layer, q, plan, scoring, out, lse)
+
+    def prepare(self, q: Any, options: AttentionOptions) -> None:
+        """Do what `attend` does once for all layers, and once for all batches."""
+        num_qo_heads = q.shape[2]
+        scoring = arguments.scoring(options, num_qo_heads, self._buffers.layout.head_dim)
+        if q.size:
+            plan = self._plan(num_qo_heads, scoring.window_left)
+            self._backend.prepare(self._buffers, q, plan, scoring)
+
+    def _plan(self, *key: int) -> Any:
         if key not in self._plans:
-            self._plans[key] = self._backend.plan(layout, self._placed, *key)
-        self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
+            self._plans[key] = self._backend.plan(self._buffers.layout, self._placed, *key)
+        return self._plans[key]
 
 
 class Step:
@@ -133,6 +143,24 @@ class Step:
         self._next_layer += 1
         if self._next_layer == num_layers:
             self._pool.commit(self.seq_ids, self.batch)
+
+    def prepare(self, q: Any, **options: Unpack[AttentionOptions]) -> None:
+        """Compile, plan and upload now what the calls of this step would when they first need it.
+
+        After it, `write` and `attend` on a GPU do nothing but start kernels, which a CUDA graph can capture.
+
+        Parameters
+        ----------
+        q : (T, Hq, D)
+            Like the queries to come, and on the same device; keys and values are to come in its precision.
+        **options
+            Those that `attend` will be given.
+        """
+        layout = self._buffers.layout
+        query = arguments.queries(
+            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads, self._backend
+        )
+        self._attention.prepare(query[None], options)
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens over their sequences, straight out of the storage.

@@ -54,6 +54,10 @@ class Backend(Protocol):
         """The part of `attend` that is the same for all layers of a batch."""
         ...
 
+    def prepare(self, buffers: Buffers, q: Any, plan: Any, scoring: Scoring) -> None:
+        """What calls of `write` and `attend` with tokens and queries such as q would do before their kernels run."""
+        ...
+
     def attend(
         self,
         buffers: Buffers,

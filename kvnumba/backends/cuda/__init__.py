@@ -10,7 +10,7 @@ import numpy as np
 
 from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.intrinsics import width_of
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, num_multiprocessors, why_unavailable
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
 from kvnumba.backends.cuda.plan import AttentionPlan, Launch
 from kvnumba.backends.cuda.read import read_kernel
@@ -25,6 +25,7 @@ if not SIMULATED:
     from kvnumba.backends.cuda import decode
 
 WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
+BLOCKS_PER_SM = 1 if SIMULATED else 16
 ALIGNMENT = 16  # bytes that a thread reads at once
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
@@ -165,17 +166,10 @@ class CudaBackend:
         tables: Tables,
         stream: int,
     ) -> None:
-        sizes = [
-            layout.group_size if fmt.quantized else layout.head_dim
-            for fmt in (layout.key_format, layout.value_format)
-        ]
-        width = width_of(*sizes, *_alignment(keys), *_alignment(values))
-        kernel = write_kernel(
-            keys.dtype, values.dtype, layout.key_format.name, layout.value_format.name, width
-        )
+        kernel = _write_kernel(layout, keys, values)
         num_tokens = tables.num_tokens
         kernel.launch(
-            (-(-num_tokens * layout.num_kv_heads * WARP // THREADS), 2),
+            (_blocks(num_tokens * layout.num_kv_heads), 2),
             0,
             stream,
             tables.address(self._pool, stream),
@@ -225,7 +219,7 @@ class CudaBackend:
         num_rows = out.size // layout.head_dim
         width = width_of(layout.group_size if fmt.quantized else layout.head_dim)
         read_kernel(fmt.name, width).launch(
-            (-(-num_rows * WARP // THREADS), 1),
+            (_blocks(num_rows), 1),
             0,
             0,
             blocks,
@@ -246,6 +240,18 @@ class CudaBackend:
         group = num_qo_heads // layout.num_kv_heads
         return AttentionPlan(placed, layout.num_kv_heads, group, layout.head_dim, window_left)
 
+    def prepare(self, buffers: CudaBuffers, q: Any, plan: AttentionPlan, scoring: Scoring) -> None:
+        memory.enter()
+        layout = buffers.layout
+        query = self._on_device(plan, q, 0)
+        for x in (scoring.sinks, scoring.alibi_slopes):
+            plan.per_head(x, self._pool, query.stream)
+        plan.tables.address(self._pool, query.stream)
+        _write_kernel(layout, query, query).compile()
+        for kernel, *_ in self._prepared(layout, query, plan, scoring):
+            kernel.compile()
+        memory.synchronize()  # the calls may be on another stream
+
     def attend(
         self,
         buffers: CudaBuffers,
@@ -263,16 +269,10 @@ class CudaBackend:
         if not isinstance(q, DeviceView):
             query = self._on_device(call, q, 0)
             result, result_lse = self._room(call, out), self._room(call, lse)
-        sinks, slopes = (
-            0 if x is None else self._pool.put(call, x, stream) for x in (scoring.sinks, scoring.alibi_slopes)
-        )
         layout, tables = buffers.layout, plan.tables
-        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
-        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
-        key = (query.dtype, alignment, extras)
-        if key not in plan.prepared:
-            plan.prepared[key] = self._prepare(layout, plan, *key, stream)
-        for kernel, grid, shared_bytes, launch in plan.prepared[key]:
+        sinks = plan.per_head(scoring.sinks, self._pool, stream)
+        slopes = plan.per_head(scoring.alibi_slopes, self._pool, stream)
+        for kernel, grid, shared_bytes, launch in self._prepared(layout, query, plan, scoring):
             kernel.launch(
                 grid,
                 shared_bytes,
@@ -307,13 +307,20 @@ class CudaBackend:
             self._fetch(out, result)
             self._fetch(lse, result_lse)
 
-    def _prepare(
+    def _prepared(
+        self, layout: Layout, query: DeviceView, plan: AttentionPlan, scoring: Scoring
+    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
+        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work."""
+        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
+        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
+        key = (query.dtype, alignment, extras)
+        if key not in plan.prepared:
+            plan.prepared[key] = self._choose(layout, plan, *key, query.stream)
+        return plan.prepared[key]
+
+    def _choose(
         self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
     ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
-        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work.
-
-        `alignment`: elements of a query that can be read together.
-        """
         key_format, value_format = layout.key_format, layout.value_format
         few = plan.most_new_tokens * plan.group <= attend.FEW.rows
         families = [attend.FEW if few else attend.MANY]
@@ -334,7 +341,7 @@ class CudaBackend:
             prepared.append((kernel, grid, shared_bytes, launch))
         return prepared
 
-    def _on_device(self, call: _Call, x: Any, stream: int) -> DeviceView:
+    def _on_device(self, call: object, x: Any, stream: int) -> DeviceView:
         """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
         if isinstance(x, DeviceView):
             return x
@@ -358,6 +365,19 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
+
+
+def _write_kernel(layout: Layout, keys: DeviceView, values: DeviceView) -> Kernel:
+    """The kernel that takes keys and values such as these."""
+    formats = (layout.key_format, layout.value_format)
+    sizes = [layout.group_size if fmt.quantized else layout.head_dim for fmt in formats]
+    width = width_of(*sizes, *_alignment(keys), *_alignment(values))
+    return write_kernel(keys.dtype, values.dtype, formats[0].name, formats[1].name, width)
+
+
+def _blocks(num_rows: int) -> int:
+    """Blocks for so many rows, each the work of a warp; no more than keep the device busy."""
+    return min(-(-num_rows * WARP // THREADS), num_multiprocessors() * BLOCKS_PER_SM)
 
 
 def _row_strides(x: DeviceView) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from numba import float32, int32, int64
 
 from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
 from kvnumba.backends.cuda.intrinsics import LEAST, barrier, index, load_float, load_int, loader, quotient, reader, remainder, vectors
-from kvnumba.backends.cuda.jit import THREADS, Kernel, cuda
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda
 from kvnumba.backends.cuda.plan import (
     END_KEY,
     FIRST_KEY,
@@ -32,10 +32,10 @@ from kvnumba.backends.cuda.plan import (
 from kvnumba.backends.cuda.tables import blocks_of, find_slab
 from kvnumba.formats import FORMATS
 
-FEW, MANY = Family("attend", 4, 4), Family("attend", 16, 2)
-"""What the kernel is compiled for: decoding, and more rows than that."""
+FEW, MANY = Family("attend", 4, 4), Family("attend", 64 if SIMULATED else 16, 2)
+"""What the kernel is compiled for: decoding, and more rows than that; in the simulator blocks are dear."""
 
-KEYS = 64
+KEYS = 128 if SIMULATED else 64
 
 PARAMETERS = "q" * 22 + "i" * 10 + "f" * 2
 """Of every kernel of attention; see `attend`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import struct
 import sys
 import threading
@@ -14,8 +15,13 @@ import numba
 import numpy as np
 from numba import cuda
 
+from kvnumba.errors import BackendUnavailable
+
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether numba's simulator takes the place of a device; decided by NUMBA_ENABLE_CUDASIM before Numba's import."""
+
+if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:  # Numba alone has the simulator only
+    raise BackendUnavailable("numba-cuda is not installed: pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'")
 
 WARP = 1 if SIMULATED else 32
 """Threads that exchange values without shared memory; the simulator has no such exchange."""
@@ -37,14 +43,10 @@ def why_unavailable() -> str | None:
     if SIMULATED:
         return None
     try:
-        import numba_cuda  # noqa: F401
-    except ImportError:
-        return "numba-cuda is not installed; pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'"
-    try:
         cuda.current_context()
         capability = cuda.get_current_device().compute_capability
     except Exception as error:  # of many kinds, from the driver's absence to a device that is lost
-        return f"no CUDA device answers: {error}"
+        return f"no CUDA device answers: {' '.join(str(error).split())}"
     if capability < (8, 0):
         return f"a device of compute capability 8.0 or more is needed; this one has {capability}"
     return None
@@ -102,8 +104,7 @@ class Kernel:
         if SIMULATED:
             _simulate(self.function, grid, shared_bytes, arguments)
             return
-        if self._handle is None:
-            self._handle = self._compile()
+        self.compile()
         packed = struct.pack(self._format, *arguments)
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
         extra = (ctypes.c_void_p * 5)(
@@ -113,12 +114,14 @@ class Kernel:
             "cuLaunchKernel", self._handle, *grid, 1, self.threads, 1, 1, shared_bytes, stream, 0, ctypes.addressof(extra)
         )
 
-    def _compile(self) -> Any:
+    def compile(self) -> None:
+        """Compile and load, unless that is done."""
+        if self._handle is not None or SIMULATED:
+            return
         with _COMPILING:
             dispatcher = cuda.jit(numba.void(*self.kinds), **self.options)(self.function)
-            compiled = next(iter(dispatcher.overloads.values()))
-            self._compiled = compiled  # it owns the module
-            return int(compiled._codelibrary.get_cufunc().handle)
+            self._compiled = next(iter(dispatcher.overloads.values()))  # it owns the module
+            self._handle = int(self._compiled._codelibrary.get_cufunc().handle)
 
 
 def _simulate(

@@ -53,7 +53,17 @@ class AttentionPlan:
         self._head_dim = head_dim
         self._window_left = window_left
         self.prepared: dict[Any, Any] = {}  # kernels and launches, by what they are chosen by
+        self._per_head: dict[bytes, int] = {}
         self._launches: dict[tuple[Family, ...], list[Launch]] = {}
+
+    def per_head(self, x: np.ndarray | None, pool: Pool, stream: int) -> int:
+        """The address of a number for each query head, uploaded once; 0 for none."""
+        if x is None:
+            return 0
+        key = x.tobytes()
+        if key not in self._per_head:
+            self._per_head[key] = pool.put(self, x, stream)
+        return self._per_head[key]
 
     @property
     def most_new_tokens(self) -> int:

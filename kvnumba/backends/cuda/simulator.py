@@ -48,6 +48,10 @@ def count_up(address):
     return before
 
 
+def round_to_int(x):
+    return int(np.rint(x))
+
+
 def quotient(a, b):
     return a // b
 

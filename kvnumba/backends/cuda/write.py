@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import float32
 
-from kvnumba.backends.cuda.intrinsics import loader, store_float, storer, vectors, warp_max, warp_min
+from kvnumba.backends.cuda.intrinsics import loader, quotient, remainder, store_float, storer, vectors, warp_max, warp_min
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda, device
 from kvnumba.backends.cuda.tables import blocks_of, find_slab, find_sequence, position_of
 from kvnumba.formats import FORMATS
@@ -57,7 +57,7 @@ def row_writer(given: str, name: str, width: int) -> Any:
 def write_kernel(
     given_keys: str, given_values: str, key_format: str, value_format: str, width: int
 ) -> Kernel:
-    """A warp for each new row; keys are written by blocks with y = 0, values by those with y = 1.
+    """A warp for each new row, the next when it is done; keys are written by blocks with y = 0, values by those with y = 1.
 
     Row (token t, head h) of new keys begins at element ``t // n * batch + t % n * token + h * head``.
     """
@@ -72,16 +72,18 @@ def write_kernel(
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         lane = thread % WARP
-        item = (cuda.blockIdx.x * THREADS + thread) // WARP
-        if item < num_tokens * num_heads:
-            values = cuda.local.array(width, float32)
-            token, head = item // num_heads, item % num_heads
+        values = cuda.local.array(width, float32)
+        first = (cuda.blockIdx.x * THREADS + thread) // WARP
+        for item in range(first, num_tokens * num_heads, cuda.gridDim.x * (THREADS // WARP)):
+            token = quotient(item, num_heads)
+            head = item - token * num_heads
             sequence = find_sequence(tables, num_seqs, token)
             position = position_of(tables, num_seqs, sequence, token)
             blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
             slab = find_slab(blocks, position, block_size, num_heads, head) * slab_bytes
-            offset = position % block_size
-            batch, token = token // tokens_per_row, token % tokens_per_row
+            offset = remainder(position, block_size)
+            batch = quotient(token, tokens_per_row)
+            token -= batch * tokens_per_row
             if cuda.blockIdx.y == 0:
                 x = k + (batch * k_batch + token * k_token + head * k_head) * key_bytes
                 write_key(lane, values, x, offset, head_dim, group_size, k_codes + slab, k_scale + slab, k_zero + slab)
