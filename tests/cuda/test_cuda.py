@@ -272,8 +272,7 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
         new = rng.integers(0, 30, 12)
         lengths = new + rng.integers(0, 3000, 12)
         batch = Batch.of(np.zeros((12, 200), np.int32), lengths.astype(np.int32), new, 16)
-        sequences = np.flatnonzero(new)
-        pieces = cut(batch, sequences, tokens, blocks, 2, window_left)
+        pieces = cut(batch, tokens, blocks, 2, window_left)
         seen = {}
         for row in pieces.table.tolist():
             for token in range(row[FIRST_TOKEN], row[FIRST_TOKEN] + row[NUM_TOKENS]):

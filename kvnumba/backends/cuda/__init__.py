@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,15 @@ class CudaBuffers(Buffers):
 
     addresses: tuple[tuple[int, ...], ...]
     slab_bytes: int
+
+
+class Prepared(NamedTuple):
+    """A kernel of attention, its grid, its blocks' bytes of shared memory, and what they work on."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    shared_bytes: int
+    launch: Launch
 
 
 class CudaBackend:
@@ -248,8 +257,7 @@ class CudaBackend:
             plan.per_head(x, self._pool, query.stream)
         plan.tables.address(self._pool, query.stream)
         _write_kernel(layout, query, query).compile()
-        for kernel, *_ in self._prepared(layout, query, plan, scoring):
-            kernel.compile()
+        self._prepared(layout, query, plan, scoring).kernel.compile()
         memory.synchronize()  # the calls may be on another stream
 
     def attend(
@@ -272,45 +280,45 @@ class CudaBackend:
         layout, tables = buffers.layout, plan.tables
         sinks = plan.per_head(scoring.sinks, self._pool, stream)
         slopes = plan.per_head(scoring.alibi_slopes, self._pool, stream)
-        for kernel, grid, shared_bytes, launch in self._prepared(layout, query, plan, scoring):
-            kernel.launch(
-                grid,
-                shared_bytes,
-                stream,
-                tables.address(self._pool, stream),
-                launch.pieces,
-                query.address,
-                result.address,
-                result_lse.address,
-                *buffers.addresses[layer],
-                sinks,
-                slopes,
-                launch.partials,
-                launch.counters,
-                *_row_strides(query),
-                *_row_strides(result),
-                buffers.slab_bytes,
-                query.shape[1],
-                tables.num_seqs,
-                tables.max_blocks,
-                layout.block_size,
-                layout.num_kv_heads,
-                plan.group,
-                launch.heads,
-                layout.head_dim,
-                layout.group_size,
-                min(scoring.window_left, WIDEST),
-                float(scoring.sm_scale),
-                float(scoring.logits_soft_cap),
-            )
+        kernel, grid, shared_bytes, launch = self._prepared(layout, query, plan, scoring)
+        kernel.launch(
+            grid,
+            shared_bytes,
+            stream,
+            tables.address(self._pool, stream),
+            launch.pieces,
+            query.address,
+            result.address,
+            result_lse.address,
+            *buffers.addresses[layer],
+            sinks,
+            slopes,
+            launch.partials,
+            launch.counters,
+            *_row_strides(query),
+            *_row_strides(result),
+            buffers.slab_bytes,
+            query.shape[1],
+            tables.num_seqs,
+            tables.max_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            plan.group,
+            launch.heads,
+            layout.head_dim,
+            layout.group_size,
+            min(scoring.window_left, WIDEST),
+            float(scoring.sm_scale),
+            float(scoring.logits_soft_cap),
+        )
         if query is not q:
             self._fetch(out, result)
             self._fetch(lse, result_lse)
 
     def _prepared(
         self, layout: Layout, query: DeviceView, plan: AttentionPlan, scoring: Scoring
-    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
-        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work."""
+    ) -> Prepared:
+        """The kernel that serves a batch, and its launch."""
         extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
         alignment = width_of(layout.head_dim, *_alignment(query), most=8)
         key = (query.dtype, alignment, extras)
@@ -320,26 +328,24 @@ class CudaBackend:
 
     def _choose(
         self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
-    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
+    ) -> Prepared:
         key_format, value_format = layout.key_format, layout.value_format
-        few = plan.most_new_tokens * plan.group <= attend.FEW.rows
-        families = [attend.FEW if few else attend.MANY]
         if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
-            families.insert(0, decode.FAMILY)
-        prepared = []
-        for launch in plan.launches(tuple(families), self._pool, stream):
-            family = launch.family
-            if family.name == "decode":
-                kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
-                shared_bytes = decode.shared_bytes(layout.head_dim)
-            else:
-                sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
-                width = width_of(alignment, *sizes)
-                kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
-                shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
-            grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
-            prepared.append((kernel, grid, shared_bytes, launch))
-        return prepared
+            family = decode.FAMILY
+        else:
+            few = plan.most_new_tokens * plan.group <= attend.FEW.rows
+            family = attend.FEW if few else attend.MANY
+        launch = plan.launch(family, self._pool, stream)
+        if family.name == "decode":
+            kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
+            shared_bytes = decode.shared_bytes(layout.head_dim)
+        else:
+            sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
+            width = width_of(alignment, *sizes)
+            kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
+            shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+        grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
+        return Prepared(kernel, grid, shared_bytes, launch)
 
     def _on_device(self, call: object, x: Any, stream: int) -> DeviceView:
         """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""

@@ -58,7 +58,7 @@ EXPONENT, LARGEST_EXPONENT, ONE_BITS = uint32(0x7F800000), uint32(0x7E800000), u
 INVERSE = uint32(0x7F000000)  # minus the bits of a power of two: those of its inverse
 
 
-PAGES = {(16, 64): 2, (16, 128): 1, (8, 64): 2, (8, 128): 2, (4, 64): 4, (4, 128): 2}
+PAGES = {(16, 64): 2, (16, 128): 1, (8, 64): 2, (8, 128): 2, (4, 64): 4, (4, 128): 3}
 """Bits of the wider of both formats and head_dim -> pages of a step: as many as the registers hold."""
 
 

@@ -33,9 +33,8 @@ class Family(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The pieces of a batch that one kernel takes, and the memory where its blocks leave partial results."""
+    """The pieces of a batch, with so many query heads each, and the memory where blocks leave partial results."""
 
-    family: Family
     heads: int
     pieces: int
     num_pieces: int
@@ -54,7 +53,6 @@ class AttentionPlan:
         self._window_left = window_left
         self.prepared: dict[Any, Any] = {}  # kernels and launches, by what they are chosen by
         self._per_head: dict[bytes, int] = {}
-        self._launches: dict[tuple[Family, ...], list[Launch]] = {}
 
     def per_head(self, x: np.ndarray | None, pool: Pool, stream: int) -> int:
         """The address of a number for each query head, uploaded once; 0 for none."""
@@ -70,30 +68,14 @@ class AttentionPlan:
         """Of any sequence."""
         return int(np.diff(self.tables.batch.query_start_loc).max(initial=0))
 
-    def launches(self, families: tuple[Family, ...], pool: Pool, stream: int) -> list[Launch]:
-        """Launches that serve the batch: each sequence by the first family whose rows hold its new tokens, or the last."""
-        if families not in self._launches:
-            new = np.diff(self.tables.batch.query_start_loc)
-            left = new > 0
-            made = []
-            for family in families:
-                heads = min(self.group, family.rows)
-                fits = left & (new <= family.rows // heads) if family is not families[-1] else left
-                left = left & ~fits
-                if fits.any():
-                    made.append(self._launch(family, heads, np.flatnonzero(fits), pool, stream))
-            self._launches[families] = made
-        return self._launches[families]
-
-    def _launch(self, family: Family, heads: int, sequences: np.ndarray, pool: Pool, stream: int) -> Launch:
+    def launch(self, family: Family, pool: Pool, stream: int) -> Launch:
+        """The batch as the kernel of a family takes it, in memory that comes back with this plan."""
+        heads = min(self.group, family.rows)
         blocks_per_piece = self._num_kv_heads * -(-self.group // heads)
         blocks = num_multiprocessors() * family.blocks_per_sm
-        pieces = cut(
-            self.tables.batch, sequences, family.rows // heads, blocks, blocks_per_piece, self._window_left
-        )
+        pieces = cut(self.tables.batch, family.rows // heads, blocks, blocks_per_piece, self._window_left)
         partial_bytes = 4 * pieces.num_partials * blocks_per_piece * family.rows * (self._head_dim + 2)
         return Launch(
-            family,
             heads,
             pool.put(self, pieces.table, stream),
             len(pieces.table),
@@ -110,14 +92,12 @@ class Pieces(NamedTuple):
     num_items: int
 
 
-def cut(
-    batch: Batch, sequences: np.ndarray, tokens: int, blocks: int, blocks_per_piece: int, window_left: int
-) -> Pieces:
-    """Cut some sequences of a batch into pieces of `tokens` new tokens, for about so many `blocks` at a time."""
+def cut(batch: Batch, tokens: int, blocks: int, blocks_per_piece: int, window_left: int) -> Pieces:
+    """Cut a batch into pieces of `tokens` new tokens, for about so many `blocks` at a time."""
     query_start_loc, seq_lens = batch.query_start_loc.astype(np.int64), batch.seq_lens.astype(np.int64)
-    new = np.diff(query_start_loc)[sequences]
+    new = np.diff(query_start_loc)
     tiles = -(-new // tokens)
-    sequence = np.repeat(sequences, tiles)
+    sequence = np.repeat(np.arange(len(new)), tiles)
     first = (_count(tiles)) * tokens
     count = np.minimum(tokens, np.repeat(new, tiles) - first)
     position = seq_lens[sequence] - np.repeat(new, tiles) + first
