@@ -86,6 +86,19 @@ def test_group_sizes(group, normal):
     check("float16", "int8", "int8", normal, group=group, head_dim=64, lengths=[at_most(900, 140), 33], new=[1, 1])
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 5, 16])
+@pytest.mark.parametrize("fmt", ["same", "int8", "int4"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prompts(kind, group, fmt, head_dim, normal):
+    """Enough new tokens to fill a device."""
+    fmt = kind if fmt == "same" else fmt
+    new = [at_most(n, n // 16) for n in (1100, 700, 1, 640)]
+    lengths = [new[0], new[1] + 300, 77, new[3] + 5]
+    options = {"window_left": 200, "sinks": np.linspace(-1, 2, 2 * group)} if group == 5 else {}
+    check(kind, fmt, fmt, normal, group=group, head_dim=head_dim, lengths=lengths, new=new, **options)
+
+
 @pytest.mark.parametrize("new", [[1, 3, 0, 40], [2, 1, 8, 1], [70, 17, 33, 16]])
 @pytest.mark.parametrize("fmt", ["float16", "int4"])
 def test_decoding_and_prompts_in_one_batch(fmt, new, normal):
@@ -272,7 +285,7 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
         new = rng.integers(0, 30, 12)
         lengths = new + rng.integers(0, 3000, 12)
         batch = Batch.of(np.zeros((12, 200), np.int32), lengths.astype(np.int32), new, 16)
-        pieces = cut(batch, tokens, blocks, 2, window_left)
+        pieces = cut(batch, np.flatnonzero(new), tokens, blocks, 2, window_left)
         seen = {}
         for row in pieces.table.tolist():
             for token in range(row[FIRST_TOKEN], row[FIRST_TOKEN] + row[NUM_TOKENS]):

@@ -12,7 +12,7 @@ from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, num_multiprocessors, why_unavailable
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
-from kvnumba.backends.cuda.plan import AttentionPlan, Launch
+from kvnumba.backends.cuda.plan import AttentionPlan, Family, Launch
 from kvnumba.backends.cuda.read import read_kernel
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
@@ -22,7 +22,7 @@ from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
 from kvnumba.views import DeviceView, contiguous_strides
 
 if not SIMULATED:
-    from kvnumba.backends.cuda import decode
+    from kvnumba.backends.cuda import decode, prefill
 
 WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
 BLOCKS_PER_SM = 1 if SIMULATED else 16
@@ -257,7 +257,8 @@ class CudaBackend:
             plan.per_head(x, self._pool, query.stream)
         plan.tables.address(self._pool, query.stream)
         _write_kernel(layout, query, query).compile()
-        self._prepared(layout, query, plan, scoring).kernel.compile()
+        for kernel, *_ in self._prepared(layout, query, plan, scoring):
+            kernel.compile()
         memory.synchronize()  # the calls may be on another stream
 
     def attend(
@@ -280,45 +281,45 @@ class CudaBackend:
         layout, tables = buffers.layout, plan.tables
         sinks = plan.per_head(scoring.sinks, self._pool, stream)
         slopes = plan.per_head(scoring.alibi_slopes, self._pool, stream)
-        kernel, grid, shared_bytes, launch = self._prepared(layout, query, plan, scoring)
-        kernel.launch(
-            grid,
-            shared_bytes,
-            stream,
-            tables.address(self._pool, stream),
-            launch.pieces,
-            query.address,
-            result.address,
-            result_lse.address,
-            *buffers.addresses[layer],
-            sinks,
-            slopes,
-            launch.partials,
-            launch.counters,
-            *_row_strides(query),
-            *_row_strides(result),
-            buffers.slab_bytes,
-            query.shape[1],
-            tables.num_seqs,
-            tables.max_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            plan.group,
-            launch.heads,
-            layout.head_dim,
-            layout.group_size,
-            min(scoring.window_left, WIDEST),
-            float(scoring.sm_scale),
-            float(scoring.logits_soft_cap),
-        )
+        for kernel, grid, shared_bytes, launch in self._prepared(layout, query, plan, scoring):
+            kernel.launch(
+                grid,
+                shared_bytes,
+                stream,
+                tables.address(self._pool, stream),
+                launch.pieces,
+                query.address,
+                result.address,
+                result_lse.address,
+                *buffers.addresses[layer],
+                sinks,
+                slopes,
+                launch.partials,
+                launch.counters,
+                *_row_strides(query),
+                *_row_strides(result),
+                buffers.slab_bytes,
+                query.shape[1],
+                tables.num_seqs,
+                tables.max_blocks,
+                layout.block_size,
+                layout.num_kv_heads,
+                plan.group,
+                launch.heads,
+                layout.head_dim,
+                layout.group_size,
+                min(scoring.window_left, WIDEST),
+                float(scoring.sm_scale),
+                float(scoring.logits_soft_cap),
+            )
         if query is not q:
             self._fetch(out, result)
             self._fetch(lse, result_lse)
 
     def _prepared(
         self, layout: Layout, query: DeviceView, plan: AttentionPlan, scoring: Scoring
-    ) -> Prepared:
-        """The kernel that serves a batch, and its launch."""
+    ) -> list[Prepared]:
+        """The kernels that serve a batch, each for some of its sequences."""
         extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
         alignment = width_of(layout.head_dim, *_alignment(query), most=8)
         key = (query.dtype, alignment, extras)
@@ -328,24 +329,24 @@ class CudaBackend:
 
     def _choose(
         self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
-    ) -> Prepared:
+    ) -> list[Prepared]:
         key_format, value_format = layout.key_format, layout.value_format
-        if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
-            family = decode.FAMILY
-        else:
-            few = plan.most_new_tokens * plan.group <= attend.FEW.rows
-            family = attend.FEW if few else attend.MANY
-        launch = plan.launch(family, self._pool, stream)
-        if family.name == "decode":
-            kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
-            shared_bytes = decode.shared_bytes(layout.head_dim)
-        else:
-            sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
-            width = width_of(alignment, *sizes)
-            kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
-            shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
-        grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
-        return Prepared(kernel, grid, shared_bytes, launch)
+        prepared = []
+        for family, sequences in _shares(layout, plan, kind, alignment):
+            launch = plan.launch(family, sequences, self._pool, stream)
+            if family.name == "attend":
+                sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
+                width = width_of(alignment, *sizes)
+                kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
+                shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+            else:
+                decoding = family.name == "decode"
+                make = decode.decode_kernel if decoding else prefill.prefill_kernel
+                kernel = make(kind, key_format.name, value_format.name, layout.head_dim, extras)
+                shared_bytes = decode.shared_bytes(layout.head_dim) if decoding else 0
+            grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
+            prepared.append(Prepared(kernel, grid, shared_bytes, launch))
+        return prepared
 
     def _on_device(self, call: object, x: Any, stream: int) -> DeviceView:
         """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
@@ -371,6 +372,24 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
+
+
+def _shares(
+    layout: Layout, plan: AttentionPlan, kind: str, alignment: int
+) -> list[tuple[Family, np.ndarray]]:
+    """Which kernels serve a batch, and the sequences of each."""
+    new = plan.new_tokens
+    everything = np.flatnonzero(new)
+    if SIMULATED or not decode.serves(layout, plan.tables.max_blocks, kind, alignment):
+        few = int(new.max()) * plan.group <= attend.FEW.rows
+        return [(attend.FEW if few else attend.MANY, everything)]
+    rows = new * plan.group
+    long = rows > decode.FAMILY.rows
+    blocks = int((-(-rows[long] // prefill.FAMILY.rows)).sum()) * layout.num_kv_heads
+    if 2 * blocks < num_multiprocessors():  # short prompts: what splits ranges of keys has more to do at once
+        return [(decode.FAMILY, everything)]
+    shares = [(prefill.FAMILY, np.flatnonzero(long)), (decode.FAMILY, np.flatnonzero((new > 0) & ~long))]
+    return [share for share in shares if len(share[1])]
 
 
 def _write_kernel(layout: Layout, keys: DeviceView, values: DeviceView) -> Kernel:

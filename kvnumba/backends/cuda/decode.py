@@ -171,14 +171,14 @@ def _row_words(bits: int, head_dim: int, lanes: int) -> tuple[int, int]:
 
 
 @functools.cache
-def key_functions(key_format: str, head_dim: int) -> ModuleType:
-    """``fetch`` a page of keys and its scales, and ``score`` it."""
+def key_functions(key_format: str, head_dim: int, halves: int) -> ModuleType:
+    """``fetch`` a page of keys and its scales, and ``score`` it for rows g, and g + 8 where there are two halves."""
     fmt = FORMATS[key_format]
     bits, quantized = fmt.bits, fmt.quantized
     row_bytes = head_dim * bits // 8
     piece, pieces = _row_words(bits, head_dim, 4)
     row_words = piece * pieces
-    fetch_words, fetch_pairs = hw.fetcher(piece), hw.fetcher(4)
+    fetch_words, fetch_pairs = hw.fetcher(piece, halves == 2), hw.fetcher(4, halves == 2)
     steps = head_dim // 16
     multiply = hw.multiply_matrices["bfloat16" if key_format == "bfloat16" else "float16"]
     zero, none, per_code = float32(0), uint32(0), float32(2.0**24)
@@ -208,26 +208,36 @@ def key_functions(key_format: str, head_dim: int) -> ModuleType:
                     word = words[at + t * row_words + i // 2]
                     nibbles = HIGH_NIBBLES if i % 2 else LOW_NIBBLES
                     a, b = word & nibbles, word >> EIGHT & nibbles
-                s0, s1, s2, s3 = multiply(query[2 * i], none, query[2 * i + 1], none, a, b, s0, s1, s2, s3)
+                if halves == 2:
+                    q0, q1, q2, q3 = query[4 * i], query[4 * i + 1], query[4 * i + 2], query[4 * i + 3]
+                else:
+                    q0, q1, q2, q3 = query[2 * i], none, query[2 * i + 1], none
+                s0, s1, s2, s3 = multiply(q0, q1, q2, q3, a, b, s0, s1, s2, s3)
             if quantized:
                 n = at_scales + 4 * t  # scale and zero point of token 2c, then of 2c + 1
                 s0, s1 = s0 * per_code, s1 * per_code
                 s0 = s0 * hw.as_float(scales[n]) + facts[1] * hw.as_float(scales[n + 1])
                 s1 = s1 * hw.as_float(scales[n + 2]) + facts[1] * hw.as_float(scales[n + 3])
+                if halves == 2:
+                    s2, s3 = s2 * per_code, s3 * per_code
+                    s2 = s2 * hw.as_float(scales[n]) + facts[3] * hw.as_float(scales[n + 1])
+                    s3 = s3 * hw.as_float(scales[n + 2]) + facts[3] * hw.as_float(scales[n + 3])
             scores[at_scores + 2 * t], scores[at_scores + 2 * t + 1] = s0, s1
+            if halves == 2:
+                scores[at_scores + 4 + 2 * t], scores[at_scores + 5 + 2 * t] = s2, s3
 
     return _module(fetch=fetch, score=score)
 
 
 @functools.cache
-def value_functions(value_format: str, head_dim: int) -> ModuleType:
-    """``fetch`` a page of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it."""
+def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType:
+    """``fetch`` a page of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it for 8 or 16 rows."""
     fmt = FORMATS[value_format]
     bits, quantized = fmt.bits, fmt.quantized
     row_bytes = head_dim * bits // 8
     piece, pieces = _row_words(bits, head_dim, 8)
     row_words = piece * pieces
-    fetch_words, fetch_pairs = hw.fetcher(piece), hw.fetcher(4)
+    fetch_words, fetch_pairs = hw.fetcher(piece, halves == 2), hw.fetcher(4, halves == 2)
     tiles = head_dim // 16
     kind = "bfloat16" if value_format == "bfloat16" else "float16"
     multiply, pack = hw.multiply_matrices[kind], hw.pack_halves[kind]
@@ -253,7 +263,7 @@ def value_functions(value_format: str, head_dim: int) -> ModuleType:
                 words[at + t * row_words + i] = none
 
     @device
-    def weigh(words, at, p0, p1, sums):
+    def weigh(words, at, weights, sums):
         for j in range(tiles):
             if bits == 16:
                 digits = HIGH_HALVES if j % 2 else LOW_HALVES
@@ -278,10 +288,13 @@ def value_functions(value_format: str, head_dim: int) -> ModuleType:
                     x, y = x >> EIGHT, y >> EIGHT
                 a0, a1 = x & LOW_NIBBLES, x & HIGH_NIBBLES
                 a2, a3 = y & LOW_NIBBLES, y & HIGH_NIBBLES
-            c0, c1, c2, c3 = multiply(
-                a0, a1, a2, a3, p0, p1, sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]
-            )
-            sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3] = c0, c1, c2, c3
+            for half in range(halves):
+                s = 4 * (half * tiles + j)
+                p0, p1 = weights[2 * half], weights[2 * half + 1]
+                c0, c1, c2, c3 = multiply(
+                    a0, a1, a2, a3, p0, p1, sums[s], sums[s + 1], sums[s + 2], sums[s + 3]
+                )
+                sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = c0, c1, c2, c3
 
     @device
     def element(j, g, second):
@@ -308,7 +321,7 @@ def decode_kernel(
 ) -> Kernel:
     """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
     pages = PAGES[_shape_key(key_format, value_format, head_dim)]
-    keys, values = key_functions(key_format, head_dim), value_functions(value_format, head_dim)
+    keys, values = key_functions(key_format, head_dim, 1), value_functions(value_format, head_dim, 1)
     load_query, finish = query_loader(kind, key_format, head_dim), finisher(ROWS, 4, kind, 32 * WARPS)
     key_words, value_words = pages * head_dim * FORMATS[key_format].bits // 64, pages * head_dim * FORMATS[value_format].bits // 64
     page_keys, page_values = key_words // pages, value_words // pages
@@ -334,6 +347,7 @@ def decode_kernel(
         ks, vs = cuda.local.array(key_scales, uint32), cuda.local.array(value_scales, uint32)
         query, facts = cuda.local.array(query_words, uint32), cuda.local.array(2, float32)
         scores, sums = cuda.local.array(num_scores, float32), cuda.local.array(num_sums, float32)
+        packed = cuda.local.array(2, uint32)
         slabs, offsets = cuda.local.array(pages, int64), cuda.local.array(pages, int32)
         four, loaded = cuda.local.array(4, float32), cuda.local.array(loaded_size, float32)
         shared = cuda.shared.array(0, float32)
@@ -357,7 +371,7 @@ def decode_kernel(
         end_page = (end + TILE - 1) >> 4
         if page < end_page:
             for u in range(pages):
-                slabs[u], offsets[u] = _find_page(
+                slabs[u], offsets[u] = find_page(
                     blocks, min(page + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes
                 )
             for u in range(pages):
@@ -401,7 +415,7 @@ def decode_kernel(
             for u in range(pages):
                 keys.score(query, facts, kw, u * page_keys, ks, 8 * u, scores, 4 * u)
             for u in range(pages):
-                slabs[u], offsets[u] = _find_page(
+                slabs[u], offsets[u] = find_page(
                     blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes
                 )
             for u in range(pages):
@@ -461,8 +475,9 @@ def decode_kernel(
                         zeros += weight * hw.as_float(vs[8 * u + 2 * i + 1])
                         weight *= hw.as_float(vs[8 * u + 2 * i]) * per_unit
                     scores[4 * u + i] = weight
-                p0, p1 = pack(scores[4 * u], scores[4 * u + 1]), pack(scores[4 * u + 2], scores[4 * u + 3])
-                values.weigh(vw, u * page_values, p0, p1, sums)
+                packed[0] = pack(scores[4 * u], scores[4 * u + 1])
+                packed[1] = pack(scores[4 * u + 2], scores[4 * u + 3])
+                values.weigh(vw, u * page_values, packed, sums)
             for u in range(pages):
                 values.fetch(v_codes + slabs[u], v_scale + slabs[u], offsets[u], g, c, vw, u * page_values, vs, 8 * u)
             page = following
@@ -516,7 +531,7 @@ def decode_kernel(
 
 
 @device
-def _find_page(blocks, page, block_size, num_heads, head, slab_bytes):
+def find_page(blocks, page, block_size, num_heads, head, slab_bytes):
     """Where its slab begins, in bytes, and the token of the slab with which a page begins."""
     key = page * TILE
     block, offset = page, int32(0)

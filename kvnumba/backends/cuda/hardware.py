@@ -116,9 +116,12 @@ of 2c + 8 and 2c + 9; B's the same rows of column g; C's rows g and g + 8 of col
 
 
 @functools.cache
-def fetcher(count: int) -> Any:
-    """``fetch(address, words, at)``: 1, 2 or 4 words that are read once go into an array from `at` on."""
-    return _array_loader(_LOADS["nc.L1::no_allocate.L2::128B", count], count, READS)
+def fetcher(count: int, shared: bool = False) -> Any:
+    """``fetch(address, words, at)``: 1, 2 or 4 words go into an array from `at` on.
+
+    `shared`: other warps of the block read them too, about now.
+    """
+    return _array_loader(_LOADS["nc" if shared else "nc.L1::no_allocate.L2::128B", count], count, READS)
 
 
 @functools.cache

@@ -25,7 +25,10 @@ PIECE_COLUMNS = 10
 
 
 class Family(NamedTuple):
-    """A kernel of attention as the plan sees it: rows that a block takes, and blocks that fit a multiprocessor."""
+    """A kernel of attention as the plan sees it: rows that a block takes, and blocks that fit a multiprocessor.
+
+    0 of these: the kernel does not split ranges of keys.
+    """
 
     name: str
     rows: int
@@ -64,16 +67,18 @@ class AttentionPlan:
         return self._per_head[key]
 
     @property
-    def most_new_tokens(self) -> int:
-        """Of any sequence."""
-        return int(np.diff(self.tables.batch.query_start_loc).max(initial=0))
+    def new_tokens(self) -> np.ndarray:
+        """Of each sequence."""
+        return np.diff(self.tables.batch.query_start_loc)
 
-    def launch(self, family: Family, pool: Pool, stream: int) -> Launch:
-        """The batch as the kernel of a family takes it, in memory that comes back with this plan."""
+    def launch(self, family: Family, sequences: np.ndarray, pool: Pool, stream: int) -> Launch:
+        """Some sequences as the kernel of a family takes them, in memory that comes back with this plan."""
         heads = min(self.group, family.rows)
         blocks_per_piece = self._num_kv_heads * -(-self.group // heads)
-        blocks = num_multiprocessors() * family.blocks_per_sm
-        pieces = cut(self.tables.batch, family.rows // heads, blocks, blocks_per_piece, self._window_left)
+        blocks = max(1, num_multiprocessors() * family.blocks_per_sm)
+        pieces = cut(
+            self.tables.batch, sequences, family.rows // heads, blocks, blocks_per_piece, self._window_left
+        )
         partial_bytes = 4 * pieces.num_partials * blocks_per_piece * family.rows * (self._head_dim + 2)
         return Launch(
             heads,
@@ -92,12 +97,14 @@ class Pieces(NamedTuple):
     num_items: int
 
 
-def cut(batch: Batch, tokens: int, blocks: int, blocks_per_piece: int, window_left: int) -> Pieces:
-    """Cut a batch into pieces of `tokens` new tokens, for about so many `blocks` at a time."""
+def cut(
+    batch: Batch, sequences: np.ndarray, tokens: int, blocks: int, blocks_per_piece: int, window_left: int
+) -> Pieces:
+    """Cut some sequences of a batch into pieces of `tokens` new tokens, for about so many `blocks` at a time."""
     query_start_loc, seq_lens = batch.query_start_loc.astype(np.int64), batch.seq_lens.astype(np.int64)
-    new = np.diff(query_start_loc)
+    new = np.diff(query_start_loc)[sequences]
     tiles = -(-new // tokens)
-    sequence = np.repeat(np.arange(len(new)), tiles)
+    sequence = np.repeat(sequences, tiles)
     first = (_count(tiles)) * tokens
     count = np.minimum(tokens, np.repeat(new, tiles) - first)
     position = seq_lens[sequence] - np.repeat(new, tiles) + first
