@@ -85,7 +85,12 @@ def read_time(nbytes: int) -> float:
 
     def call(n: int) -> Callable[[], None]:
         return lambda: kernel.launch(
-            (blocks, 1), 0, torch.cuda.current_stream().cuda_stream, memory[n].data_ptr(), out.data_ptr(), nbytes // 16
+            (blocks, 1),
+            0,
+            torch.cuda.current_stream().cuda_stream,
+            memory[n].data_ptr(),
+            out.data_ptr(),
+            nbytes // 16,
         )
 
     return graph_time([call(n) for n in range(sets)])
@@ -256,7 +261,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         if None not in times:
             print(f"| {name} | " + " | ".join(f"{taken:.1f} us" for taken in times) + " |", flush=True)
-    print(f"\nprompt, {NEW:,} new on {CACHED:,}: torch SDPA {sdpa_prefill_time():,.0f} us, ", end="", flush=True)
+    print(
+        f"\nprompt, {NEW:,} new on {CACHED:,}: torch SDPA {sdpa_prefill_time():,.0f} us, ", end="", flush=True
+    )
     print(", ".join(f"{fmt} {prefill_time(fmt):,.0f} us" for fmt in FORMATS), flush=True)
     made, called, in_graph = step_times()
     print(f"\nstep {made:.0f} us; write + attend of a layer {called:.0f} us, in a graph {in_graph:.1f} us")

@@ -84,9 +84,7 @@ def get_backend(name: str | None = None) -> Backend:
 
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that can run here, the one that ``auto`` takes first; no simulated one."""
-    return tuple(
-        name for name in BACKENDS if unavailable_reason(name) is None and not _load(name).simulated
-    )
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None and not _load(name).simulated)
 
 
 def unavailable_reason(name: str) -> str | None:

@@ -28,9 +28,7 @@ class BatchAttention:
         self._placed = placed
         self._plans: dict[tuple[int, int], Any] = {}
 
-    def attend(
-        self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions
-    ) -> None:
+    def attend(self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions) -> None:
         """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq)."""
         layout = self._buffers.layout
         num_qo_heads = q.shape[2]
@@ -47,7 +45,8 @@ class BatchAttention:
             plan = self._plan(num_qo_heads, scoring.window_left)
             self._backend.prepare(self._buffers, q, plan, scoring)
 
-    def _plan(self, *key: int) -> Any:
+    def _plan(self, num_qo_heads: int, window_left: int) -> Any:
+        key = (num_qo_heads, window_left)
         if key not in self._plans:
             self._plans[key] = self._backend.plan(self._buffers.layout, self._placed, *key)
         return self._plans[key]

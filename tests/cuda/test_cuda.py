@@ -1,5 +1,7 @@
 """What only the CUDA backend promises: arrays on the device in and out, half-precision kernels, its plan."""
 
+import itertools
+
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +14,16 @@ if "cuda" not in TESTED:
 
 from kvnumba.backends.cuda import intrinsics
 from kvnumba.backends.cuda.memory import DeviceArray
-from kvnumba.backends.cuda.plan import END_KEY, FIRST_KEY, FIRST_TOKEN, NUM_PARTS, NUM_TOKENS, PART, SEQUENCE, cut
+from kvnumba.backends.cuda.plan import (
+    END_KEY,
+    FIRST_KEY,
+    FIRST_TOKEN,
+    NUM_PARTS,
+    NUM_TOKENS,
+    PART,
+    SEQUENCE,
+    cut,
+)
 from kvnumba.storage import Batch
 
 UNIT = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -60,13 +71,21 @@ def check(kind, key_format, value_format, normal, *, group, head_dim, lengths, n
         rows = slice(start, start + n)
         want, want_lse = oracle.attention(q_host[rows], *cache.get_kv(seq_id), **options)
         unit = UNIT[kind]
-        assert np.abs(on_host(out, kind)[rows] - want).max(initial=0) <= 2 * unit * max(1, np.abs(want).max(initial=0))
-        assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= unit / 4 * max(1, np.abs(want_lse).max(initial=0))
+        assert np.abs(on_host(out, kind)[rows] - want).max(initial=0) <= 2 * unit * max(
+            1, np.abs(want).max(initial=0)
+        )
+        assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= unit / 4 * max(
+            1, np.abs(want_lse).max(initial=0)
+        )
         start += n
 
 
-KINDS = [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("float16", "int4"), ("bfloat16", "int8"),
-         ("bfloat16", "int4"), ("float16", "bfloat16"), ("bfloat16", "float16"), ("float32", "float16")]  # fmt: skip
+KINDS = [
+    ("float16", "float16"), ("float16", "bfloat16"), ("float16", "int8"), ("float16", "int4"),
+    ("bfloat16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "int8"), ("bfloat16", "int4"),
+    ("float32", "float16"),
+]  # fmt: skip
+"""Of queries and of the storage."""
 
 
 @pytest.mark.parametrize(("kind", "fmt"), KINDS)
@@ -76,14 +95,25 @@ def test_decoding_in_every_precision(kind, fmt, head_dim, normal):
     check(kind, fmt, fmt, normal, group=4, head_dim=head_dim, lengths=lengths, new=[1] * 5)
 
 
-@pytest.mark.parametrize(("key_format", "value_format"), [("int8", "int4"), ("float16", "int4"), ("int4", "float16")])
+@pytest.mark.parametrize(
+    ("key_format", "value_format"), [("int8", "int4"), ("float16", "int4"), ("int4", "float16")]
+)
 def test_keys_and_values_in_different_formats(key_format, value_format, normal):
     check("float16", key_format, value_format, normal, group=2, head_dim=64, lengths=[300, 20], new=[1, 1])
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 16, 20])
 def test_group_sizes(group, normal):
-    check("float16", "int8", "int8", normal, group=group, head_dim=64, lengths=[at_most(900, 140), 33], new=[1, 1])
+    check(
+        "float16",
+        "int8",
+        "int8",
+        normal,
+        group=group,
+        head_dim=64,
+        lengths=[at_most(900, 140), 33],
+        new=[1, 1],
+    )
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
@@ -120,12 +150,24 @@ def test_decoding_and_prompts_in_one_batch(fmt, new, normal):
 )
 def test_options(new, options, normal):
     for fmt in ("float16", "int8"):
-        check("float16", fmt, fmt, normal, group=2, head_dim=64, lengths=[at_most(800, 200)], new=[new], **options)
+        check(
+            "float16",
+            fmt,
+            fmt,
+            normal,
+            group=2,
+            head_dim=64,
+            lengths=[at_most(800, 200)],
+            new=[new],
+            **options,
+        )
 
 
 @pytest.mark.parametrize("block_size", [5, 16, 32, 48])
 def test_block_sizes(block_size, normal):
-    check("float16", "int4", "int4", normal, group=4, head_dim=64, lengths=[333], new=[1], block_size=block_size)
+    check(
+        "float16", "int4", "int4", normal, group=4, head_dim=64, lengths=[333], new=[1], block_size=block_size
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
@@ -170,14 +212,18 @@ class TestArguments:
 
     def test_keys_and_values_in_one_place(self, normal):
         k = normal(1, 2, 3, 8)
-        with pytest.raises(TypeError, match="new_v: expected an array on the same device as new_k; got a ndarray"):
+        with pytest.raises(
+            TypeError, match="new_v: expected an array on the same device as new_k; got a ndarray"
+        ):
             self.cache().update(DeviceArray.of(k), k)
 
     def test_types_and_shapes(self, normal):
         cache, k = self.cache(), DeviceArray.of(normal(1, 2, 3, 8))
         with pytest.raises(TypeError, match=r"new_k: expected float32, float16, bfloat16 on a GPU; got <i4"):
             cache.update(DeviceArray.of(np.ones((1, 2, 3, 8), np.int32)), k)
-        with pytest.raises(ValueError, match=r"new_v: expected shape \(B=1, H=2, T=3, D=8\); got \(1, 2, 4, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"new_v: expected shape \(B=1, H=2, T=3, D=8\); got \(1, 2, 4, 8\)"
+        ):
             cache.update(k, DeviceArray.of(normal(1, 2, 4, 8)))
         wide = DeviceArray.of(normal(1, 2, 3, 16))
         strided = DeviceArray(wide._memory, 0, (1, 2, 3, 8), (384, 192, 64, 8), wide.dtype)
@@ -188,14 +234,18 @@ class TestArguments:
     @pytest.mark.parametrize("backend", ["numpy", "cpu"])
     def test_other_backends_refuse_them(self, backend, normal):
         k = DeviceArray.of(normal(1, 2, 3, 8))
-        with pytest.raises(TypeError, match=f"new_k: expected an array in host memory for the {backend} backend"):
+        with pytest.raises(
+            TypeError, match=f"new_k: expected an array in host memory for the {backend} backend"
+        ):
             self.cache(backend).update(k, k)
 
     def test_head_dims_that_no_block_holds(self):
         odd = 2**20 + 1
         if SIMULATED:
             pytest.skip("one thread of the simulator takes a head of any size")
-        with pytest.raises(ValueError, match=f"head_dim: expected at most 128 on the cuda backend; got {odd}"):
+        with pytest.raises(
+            ValueError, match=f"head_dim: expected at most 128 on the cuda backend; got {odd}"
+        ):
             kvnumba.KVCache(1, 1, 1, odd, backend="cuda")
 
     def test_more_memory_than_there_is(self):
@@ -240,7 +290,10 @@ def test_cupy_arrays(normal):
     cupy = pytest.importorskip("cupy")
     cache = kvnumba.KVCache(1, 64, 2, 64, "float16", backend="cuda")
     with cupy.cuda.Stream(non_blocking=True):
-        k, q = cupy.asarray(normal(1, 2, 40, 64)).astype("float16"), cupy.asarray(normal(1, 4, 1, 64)).astype("float16")
+        k, q = (
+            cupy.asarray(normal(1, 2, 40, 64)).astype("float16"),
+            cupy.asarray(normal(1, 4, 1, 64)).astype("float16"),
+        )
         cache.update(k, k)
         out = cache.attend(q)
         assert isinstance(out, cupy.ndarray)
@@ -296,7 +349,7 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
             position = lengths[sequence] - batch.query_start_loc[sequence + 1] + token
             assert rows[0][FIRST_KEY] <= max(0, position - window_left if window_left >= 0 else 0)
             assert rows[-1][END_KEY] > position
-            for a, b in zip(rows, rows[1:], strict=False):
+            for a, b in itertools.pairwise(rows):
                 assert a[FIRST_KEY] < a[END_KEY] == b[FIRST_KEY] < b[END_KEY]
 
 

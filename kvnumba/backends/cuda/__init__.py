@@ -10,7 +10,15 @@ import numpy as np
 
 from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.intrinsics import width_of
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, num_multiprocessors, why_unavailable
+from kvnumba.backends.cuda.jit import (
+    SIMULATED,
+    THREADS,
+    WARP,
+    Kernel,
+    device_name,
+    num_multiprocessors,
+    why_unavailable,
+)
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
 from kvnumba.backends.cuda.plan import AttentionPlan, Family, Launch
 from kvnumba.backends.cuda.read import read_kernel
@@ -83,7 +91,9 @@ class CudaBackend:
 
         formats = (layout.key_format, layout.value_format)
         row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
-        scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
+        scale = [
+            fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats
+        ]
         # of a slab: the keys' codes, their scales and zero points in turn, the same of the values
         sizes = [layout.block_size * n for n in (row[0], 2 * scale[0], row[1], 2 * scale[1])]
         starts = [0]

@@ -13,7 +13,18 @@ import math
 from numba import float32, int32, int64
 
 from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
-from kvnumba.backends.cuda.intrinsics import LEAST, barrier, index, load_float, load_int, loader, quotient, reader, remainder, vectors
+from kvnumba.backends.cuda.intrinsics import (
+    LEAST,
+    barrier,
+    index,
+    load_float,
+    load_int,
+    loader,
+    quotient,
+    reader,
+    remainder,
+    vectors,
+)
 from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda
 from kvnumba.backends.cuda.plan import (
     END_KEY,
@@ -59,8 +70,8 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
     def attend(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
         counters, q_batch, q_token, q_head, out_batch, out_token, out_head,
-        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim, group_size, window_left,
-        sm_scale, soft_cap,
+        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim, group_size,
+        window_left, sm_scale, soft_cap,
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
@@ -120,7 +131,8 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                     of.clear(scores)
                     for c in range(chunks):
                         read_key(
-                            k_codes + slab, k_scale + slab, k_zero + slab, offset, c * width, head_dim, group_size, values
+                            k_codes + slab, k_scale + slab, k_zero + slab, offset, c * width, head_dim, group_size,
+                            values,
                         )  # fmt: skip
                         of.dot_rows(scores, shared, c * width, head_dim, values)
                     for r in range(rows):
@@ -131,7 +143,9 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                             if soft_cap > zero:
                                 score = soft_cap * math.tanh(score / soft_cap)
                             if slopes != 0:
-                                score -= load_float(slopes + 4 * (first_head + r - token * heads_here)) * float32(distance)
+                                score -= load_float(
+                                    slopes + 4 * (first_head + r - token * heads_here)
+                                ) * float32(distance)
                             if distance < 0 or (window_left >= 0 and distance > window_left):
                                 score = hidden
                             shared[index(at_scores + r * KEYS + j)] = score
@@ -152,9 +166,13 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                 of.scale_rows(weighted, shared, at_factors)
                 single.scale_rows(totals, shared, at_factors)
                 for j in range(share, count, shares):
-                    slab, offset = int64(shared_int[index(at_slabs + j)]) * slab_bytes, int64(shared_int[index(at_slabs + KEYS + j)])
+                    slab, offset = (
+                        int64(shared_int[index(at_slabs + j)]) * slab_bytes,
+                        int64(shared_int[index(at_slabs + KEYS + j)]),
+                    )
                     read_value(
-                        v_codes + slab, v_scale + slab, v_zero + slab, offset, chunk * width, head_dim, group_size, values
+                        v_codes + slab, v_scale + slab, v_zero + slab, offset, chunk * width, head_dim, group_size,
+                        values,
                     )  # fmt: skip
                     of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
                     if chunk == 0:

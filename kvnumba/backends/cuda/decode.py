@@ -67,7 +67,7 @@ def serves(layout: Layout, max_blocks: int, kind: str, alignment: int) -> bool:
     formats = (layout.key_format, layout.value_format)
     quantized = any(fmt.quantized for fmt in formats)
     return (
-        _shape_key(*(fmt.name for fmt in formats), layout.head_dim) in PAGES
+        _shape_key(layout.key_format.name, layout.value_format.name, layout.head_dim) in PAGES
         and (layout.key_format.name == kind or (layout.key_format.quantized and kind != "float32"))
         and (layout.block_size % TILE == 0 or max_blocks == 1)
         and (not quantized or (layout.group_size == layout.head_dim and layout.block_size % 2 == 0))
@@ -76,6 +76,7 @@ def serves(layout: Layout, max_blocks: int, kind: str, alignment: int) -> bool:
 
 
 def _shape_key(key_format: str, value_format: str, head_dim: int) -> tuple[int, int]:
+    """Of the table of pages."""
     return max(FORMATS[key_format].bits, FORMATS[value_format].bits), head_dim
 
 
@@ -188,7 +189,11 @@ def key_functions(key_format: str, head_dim: int, halves: int) -> ModuleType:
         begin = codes + int64(offset + g) * row_bytes + int64(4 * piece * c)
         for t in range(2):
             for i in range(pieces):
-                fetch_words(begin + int64(8 * row_bytes * t + 16 * piece * i), words, int64(at + t * row_words + i * piece))
+                fetch_words(
+                    begin + int64(8 * row_bytes * t + 16 * piece * i),
+                    words,
+                    int64(at + t * row_words + i * piece),
+                )
         if quantized:
             first = scale + int64(8 * (offset + 2 * c))
             for t in range(2):
@@ -231,7 +236,7 @@ def key_functions(key_format: str, head_dim: int, halves: int) -> ModuleType:
 
 @functools.cache
 def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType:
-    """``fetch`` a page of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it for 8 or 16 rows."""
+    """``fetch`` a page of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it."""
     fmt = FORMATS[value_format]
     bits, quantized = fmt.bits, fmt.quantized
     row_bytes = head_dim * bits // 8
@@ -248,7 +253,11 @@ def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType
         begin = codes + int64(offset + 2 * c) * row_bytes + int64(4 * piece * g)
         for t in range(4):
             for i in range(pieces):
-                fetch_words(begin + int64(((t & 1) + 8 * (t >> 1)) * row_bytes + 32 * piece * i), words, int64(at + t * row_words + i * piece))
+                fetch_words(
+                    begin + int64(((t & 1) + 8 * (t >> 1)) * row_bytes + 32 * piece * i),
+                    words,
+                    int64(at + t * row_words + i * piece),
+                )
         if quantized:
             first = scale + int64(8 * (offset + 2 * c))
             for t in range(2):
@@ -316,14 +325,15 @@ def _module(**functions: Any) -> ModuleType:
 
 
 @functools.cache
-def decode_kernel(
-    kind: str, key_format: str, value_format: str, head_dim: int, extras: bool
-) -> Kernel:
+def decode_kernel(kind: str, key_format: str, value_format: str, head_dim: int, extras: bool) -> Kernel:
     """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
     pages = PAGES[_shape_key(key_format, value_format, head_dim)]
     keys, values = key_functions(key_format, head_dim, 1), value_functions(value_format, head_dim, 1)
     load_query, finish = query_loader(kind, key_format, head_dim), finisher(ROWS, 4, kind, 32 * WARPS)
-    key_words, value_words = pages * head_dim * FORMATS[key_format].bits // 64, pages * head_dim * FORMATS[value_format].bits // 64
+    key_words, value_words = (
+        pages * head_dim * FORMATS[key_format].bits // 64,
+        pages * head_dim * FORMATS[value_format].bits // 64,
+    )
     page_keys, page_values = key_words // pages, value_words // pages
     quantized_keys, quantized = FORMATS[key_format].quantized, FORMATS[value_format].quantized
     key_scales = 8 * pages if quantized_keys else 1
@@ -340,8 +350,8 @@ def decode_kernel(
     def decode(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
         counters, q_batch, q_token, q_head, out_batch, out_token, out_head,
-        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim_, group_size, window_left,
-        sm_scale, soft_cap,
+        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim_, group_size,
+        window_left, sm_scale, soft_cap,
     ):  # fmt: skip
         kw, vw = cuda.local.array(key_words, uint32), cuda.local.array(value_words, uint32)
         ks, vs = cuda.local.array(key_scales, uint32), cuda.local.array(value_scales, uint32)
@@ -375,9 +385,13 @@ def decode_kernel(
                     blocks, min(page + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes
                 )
             for u in range(pages):
-                keys.fetch(k_codes + slabs[u], k_scale + slabs[u], offsets[u], g, c, kw, u * page_keys, ks, 8 * u)
+                keys.fetch(
+                    k_codes + slabs[u], k_scale + slabs[u], offsets[u], g, c, kw, u * page_keys, ks, 8 * u
+                )
             for u in range(pages):
-                values.fetch(v_codes + slabs[u], v_scale + slabs[u], offsets[u], g, c, vw, u * page_values, vs, 8 * u)
+                values.fetch(
+                    v_codes + slabs[u], v_scale + slabs[u], offsets[u], g, c, vw, u * page_values, vs, 8 * u
+                )
 
         # a lane's own row; rows that are not used see what row 0 sees, with a query of 0
         row_token = hw.quotient(g, int32(heads_here)) if g < used else int32(0)
@@ -419,7 +433,9 @@ def decode_kernel(
                     blocks, min(following + u, end_page - 1), block_size, num_heads, kv_head, slab_bytes
                 )
             for u in range(pages):
-                keys.fetch(k_codes + slabs[u], k_scale + slabs[u], offsets[u], g, c, kw, u * page_keys, ks, 8 * u)
+                keys.fetch(
+                    k_codes + slabs[u], k_scale + slabs[u], offsets[u], g, c, kw, u * page_keys, ks, 8 * u
+                )
             first_key = page * TILE
             edge = first_key + pages * TILE > min(end, position + 1) or first_key < surely_from
             for i in range(num_scores):
@@ -429,7 +445,9 @@ def decode_kernel(
                     key = first_key + i // 4 * TILE + i // 2 % 2 * 8 + i % 2 + 2 * c
                     score = scores[i]
                     if soft_cap > zero:
-                        score = soft_cap - soft_cap * (one + one) / (one + hw.exp2(score * (log2_e + log2_e) / soft_cap))
+                        score = soft_cap - soft_cap * (one + one) / (
+                            one + hw.exp2(score * (log2_e + log2_e) / soft_cap)
+                        )
                     scores[i] = (score + slope * float32(key - last)) * log2_e
             if edge:
                 for i in range(num_scores):
@@ -479,7 +497,9 @@ def decode_kernel(
                 packed[1] = pack(scores[4 * u + 2], scores[4 * u + 3])
                 values.weigh(vw, u * page_values, packed, sums)
             for u in range(pages):
-                values.fetch(v_codes + slabs[u], v_scale + slabs[u], offsets[u], g, c, vw, u * page_values, vs, 8 * u)
+                values.fetch(
+                    v_codes + slabs[u], v_scale + slabs[u], offsets[u], g, c, vw, u * page_values, vs, 8 * u
+                )
             page = following
 
         at_warps = sums_size

@@ -14,9 +14,9 @@ from numba import float32, int32
 from kvnumba.backends.cuda.intrinsics import (
     LEAST,
     barrier,
-    index,
     count_up,
     fresh_loader,
+    index,
     load_float,
     load_fresh,
     quotient,
@@ -88,7 +88,9 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
             merging = int32(shared[index(tops)])
             barrier()
             if merging == 1:
-                if thread < used * chunks:  # these loads take as long as those of the maxima: let both be on their way
+                if (
+                    thread < used * chunks
+                ):  # these loads take as long as those of the maxima: let both be on their way
                     for n in range(TOGETHER):
                         load(first + min(n, parts - 1) * size + 4 * thread * width, loaded, n * width)
                 lane = thread % WARP
@@ -145,7 +147,8 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                 of.scale(sums, shared[index(tops - rows + r)])
                 token = quotient(r, heads)
                 store(
-                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize, sums
+                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize,
+                    sums,
                 )
 
     return finish

@@ -48,7 +48,9 @@ def _call(builder: Any, text: str, results: str, operands: str, args: Any, effec
 def _instruction(text: str, results: str, operands: str, effect: int = PURE) -> Any:
     """A function of Numba's that is one instruction."""
     kinds = [_TYPES[letter][0] for letter in results]
-    result = types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
+    result = (
+        types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
+    )
     signature = result(*(_TYPES[letter][0] for letter in operands))
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
@@ -153,6 +155,7 @@ remainder = _instruction("rem.s32 $0, $1, $2;", "s", "ss")
 round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
 exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 
+
 def _element(builder: Any, fmt: str, word: Any, at: int) -> Any:
     """The float in the bits of a word from `at` on."""
     if fmt == "float32":
@@ -211,7 +214,10 @@ def storer(fmt: str, width: int) -> Any:
                 words = [builder.bitcast(x, I32) for x in given]
             elif fmt in _PAIRS:
                 given += given[:1] if width == 1 else []
-                words = [_call(builder, _PAIRS[fmt], "r", "ff", given[i : i + 2])[0] for i in range(0, len(given), 2)]
+                words = [
+                    _call(builder, _PAIRS[fmt], "r", "ff", given[i : i + 2])[0]
+                    for i in range(0, len(given), 2)
+                ]
             else:
                 word = I32(0)
                 for i, x in enumerate(given):
@@ -222,7 +228,11 @@ def storer(fmt: str, width: int) -> Any:
                 text = f"st.global.u{bits} [$0], $1;"
             else:
                 places = ", ".join(f"${i + 1}" for i in range(len(words)))
-                text = f"st.global.v{len(words)}.u32 [$0], {{{places}}};" if len(words) > 1 else "st.global.u32 [$0], $1;"
+                text = (
+                    f"st.global.v{len(words)}.u32 [$0], {{{places}}};"
+                    if len(words) > 1
+                    else "st.global.u32 [$0], $1;"
+                )
             _call(builder, text, "", "l" + "r" * len(words), [args[0], *words], WRITES)
             return context.get_dummy_value()
 

@@ -54,7 +54,7 @@ def vectors(rows: int, width: int) -> ModuleType:
 
 
 def _plain_vectors(rows: int, width: int) -> list[Any]:
-    zero, one = float32(0), float32(1)
+    zero = float32(0)
     size = rows * width
 
     @device
@@ -222,7 +222,9 @@ def reader(name: str, width: int) -> Any:
     def read(codes, scale, zero, offset, at, head_dim, group_size, values):
         load(codes + (offset * head_dim + at) * bits // 8, values)
         if quantized:
-            group = 8 * (offset * (head_dim // group_size) + at // group_size)  # scale, zero, scale, zero, ...
+            group = 8 * (
+                offset * (head_dim // group_size) + at // group_size
+            )  # scale, zero, scale, zero, ...
             dequantize(values, load_float(scale + group), load_float(zero + group))
 
     return read

@@ -13,7 +13,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import cuda
+from numba import cuda as cuda  # for the other files of this folder
 
 from kvnumba.errors import BackendUnavailable
 
@@ -21,7 +21,9 @@ SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether numba's simulator takes the place of a device; decided by NUMBA_ENABLE_CUDASIM before Numba's import."""
 
 if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:  # Numba alone has the simulator only
-    raise BackendUnavailable("numba-cuda is not installed: pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'")
+    raise BackendUnavailable(
+        "numba-cuda is not installed: pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'"
+    )
 
 WARP = 1 if SIMULATED else 32
 """Threads that exchange values without shared memory; the simulator has no such exchange."""
@@ -108,10 +110,20 @@ class Kernel:
         packed = struct.pack(self._format, *arguments)
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
         extra = (ctypes.c_void_p * 5)(
-            1, ctypes.cast(packed, ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
+            1, ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
         )
         driver_call(
-            "cuLaunchKernel", self._handle, *grid, 1, self.threads, 1, 1, shared_bytes, stream, 0, ctypes.addressof(extra)
+            "cuLaunchKernel",
+            self._handle,
+            *grid,
+            1,
+            self.threads,
+            1,
+            1,
+            shared_bytes,
+            stream,
+            0,
+            ctypes.addressof(extra),
         )
 
     def compile(self) -> None:

@@ -117,7 +117,12 @@ class DeviceArray:
     """
 
     def __init__(
-        self, memory: Memory, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        memory: Memory,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> None:
         self._memory = memory
         self._offset = offset

@@ -20,7 +20,9 @@ MIN_SPLIT = 128  # keys that are worth a piece of their own
 MAX_PARTS = 128  # pieces that one block merges
 
 # Columns of the table of pieces.
-SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, PART, NUM_PARTS, FIRST_PARTIAL, ITEM = range(10)
+SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, PART, NUM_PARTS, FIRST_PARTIAL, ITEM = range(
+    10
+)
 PIECE_COLUMNS = 10
 
 
@@ -48,7 +50,9 @@ class Launch(NamedTuple):
 class AttentionPlan:
     """What is the same for all layers of a batch; a kernel's share of it is made and uploaded when first asked for."""
 
-    def __init__(self, tables: Tables, num_kv_heads: int, group: int, head_dim: int, window_left: int) -> None:
+    def __init__(
+        self, tables: Tables, num_kv_heads: int, group: int, head_dim: int, window_left: int
+    ) -> None:
         self.tables = tables
         self.group = group
         self._num_kv_heads = num_kv_heads
@@ -85,7 +89,9 @@ class AttentionPlan:
             pool.put(self, pieces.table, stream),
             len(pieces.table),
             pool.take(self, partial_bytes, stream) if partial_bytes else 0,
-            pool.take(self, 4 * pieces.num_items * blocks_per_piece, stream, zeros=True) if partial_bytes else 0,
+            pool.take(self, 4 * pieces.num_items * blocks_per_piece, stream, zeros=True)
+            if partial_bytes
+            else 0,
         )
 
 
@@ -119,7 +125,8 @@ def cut(
     totals = (-(-keys[:, None] // splits)).sum(axis=0) * blocks_per_piece
     split = splits[np.argmax(totals <= blocks)] if (totals <= blocks).any() else splits[-1]
     parts = np.maximum(-(-keys // split), 1)
-    each = -(-(-(-keys // parts)) // TILE) * TILE  # as equal as tiles allow
+    each = -(-keys // parts)
+    each = -(-each // TILE) * TILE  # as equal as tiles allow
     parts = np.maximum(-(-keys // each), 1)
     part = _count(parts)
     partials = np.where(parts > 1, parts, 0)

@@ -75,7 +75,11 @@ def prefill_kernel(kind: str, key_format: str, value_format: str, head_dim: int,
         query, words = cuda.local.array(both_words, uint32), cuda.local.array(query_words, uint32)
         facts, packed = cuda.local.array(4, float32), cuda.local.array(4, uint32)
         scores, sums = cuda.local.array(8, float32), cuda.local.array(num_sums, float32)
-        tops, totals, zeros = cuda.local.array(2, float32), cuda.local.array(2, float32), cuda.local.array(2, float32)
+        tops, totals, zeros = (
+            cuda.local.array(2, float32),
+            cuda.local.array(2, float32),
+            cuda.local.array(2, float32),
+        )
         factors, slope = cuda.local.array(2, float32), cuda.local.array(2, float32)
         last, four = cuda.local.array(2, int32), cuda.local.array(4, float32)
 
@@ -95,9 +99,15 @@ def prefill_kernel(kind: str, key_format: str, value_format: str, head_dim: int,
         used = int32(tokens * heads_here)
         if first_row < used:
             blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
-            batch = hw.quotient(first_token, tokens_per_row)  # all tokens of a piece lie in one row of the batch
-            row_of_q = batch * q_batch + (first_token - batch * tokens_per_row) * q_token + first_head * q_head
-            row_of_out = batch * out_batch + (first_token - batch * tokens_per_row) * out_token + first_head * out_head
+            batch = hw.quotient(
+                first_token, tokens_per_row
+            )  # all tokens of a piece lie in one row of the batch
+            row_of_q = (
+                batch * q_batch + (first_token - batch * tokens_per_row) * q_token + first_head * q_head
+            )
+            row_of_out = (
+                batch * out_batch + (first_token - batch * tokens_per_row) * out_token + first_head * out_head
+            )
             low = position + hw.quotient(int32(first_row), heads_here)  # the warp's first token, and its last
             high = position + hw.quotient(int32(min(first_row + 15, used - 1)), heads_here)
             end = min(end, high + 1)
@@ -132,7 +142,9 @@ def prefill_kernel(kind: str, key_format: str, value_format: str, head_dim: int,
             while page < end_page:
                 values.fetch(v_codes + slab, v_scale + slab, offset, g, c, vw, 0, vs, 0)
                 keys.score(query, facts, kw, 0, ks, 0, scores, 0)
-                slab, offset = find_page(blocks, min(page + 1, end_page - 1), block_size, num_heads, kv_head, slab_bytes)
+                slab, offset = find_page(
+                    blocks, min(page + 1, end_page - 1), block_size, num_heads, kv_head, slab_bytes
+                )
                 keys.fetch(k_codes + slab, k_scale + slab, offset, g, c, kw, 0, ks, 0)
                 first_key = page * TILE
                 edge = first_key + TILE > min(end, low + 1) or first_key < surely_from
@@ -157,7 +169,8 @@ def prefill_kernel(kind: str, key_format: str, value_format: str, head_dim: int,
                             values.forget(vw, 0, vs, 0, t)
                 for half in range(2):
                     highest = max(
-                        max(scores[4 * half], scores[4 * half + 1]), max(scores[4 * half + 2], scores[4 * half + 3])
+                        max(scores[4 * half], scores[4 * half + 1]),
+                        max(scores[4 * half + 2], scores[4 * half + 3]),
                     )
                     highest = max_of_quad(highest)
                     if cuda.any_sync(ALL, highest > tops[half]):
@@ -175,7 +188,8 @@ def prefill_kernel(kind: str, key_format: str, value_format: str, head_dim: int,
                             sums[s + 3] *= r1
                 if quantized:
                     here = max(
-                        max(hw.as_float(vs[0]), hw.as_float(vs[2])), max(hw.as_float(vs[4]), hw.as_float(vs[6]))
+                        max(hw.as_float(vs[0]), hw.as_float(vs[2])),
+                        max(hw.as_float(vs[4]), hw.as_float(vs[6])),
                     )
                     here = max_of_quad(here)
                     if here > largest:  # weights times scales are kept within float16's range

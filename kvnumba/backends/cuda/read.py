@@ -13,12 +13,13 @@ from kvnumba.backends.cuda.tables import find_slab
 
 @functools.cache
 def read_kernel(fmt: str, width: int) -> Kernel:
-    """A warp for each row, the next when it is done, of out (B, H, length, D); sequences have their block ids at ``blocks`` (B, max_blocks)."""
+    """A warp for each row of out (B, H, length, D), the next when it is done; block ids are (B, max_blocks)."""
     read_values = reader(fmt, width)
     store = storer("float32", width)
 
     def read(
-        blocks, codes, scale, zero, out, slab_bytes, num_rows, length, max_blocks, block_size, num_heads, head_dim, group_size
+        blocks, codes, scale, zero, out, slab_bytes, num_rows, length, max_blocks, block_size, num_heads, head_dim,
+        group_size,
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         lane = thread % WARP
@@ -27,7 +28,10 @@ def read_kernel(fmt: str, width: int) -> Kernel:
         for item in range(first, num_rows, cuda.gridDim.x * (THREADS // WARP)):
             position, head = item % length, item // length % num_heads
             sequence = item // length // num_heads
-            slab = find_slab(blocks + 4 * sequence * max_blocks, position, block_size, num_heads, head) * slab_bytes
+            slab = (
+                find_slab(blocks + 4 * sequence * max_blocks, position, block_size, num_heads, head)
+                * slab_bytes
+            )
             offset = remainder(position, block_size)
             for at in range(lane * width, head_dim, WARP * width):
                 read_values(codes + slab, scale + slab, zero + slab, offset, at, head_dim, group_size, values)
