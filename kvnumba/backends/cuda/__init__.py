@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +18,15 @@ from kvnumba.backends.cuda.jit import (
     num_multiprocessors,
     why_unavailable,
 )
-from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
+from kvnumba.backends.cuda.memory import Pool
 from kvnumba.backends.cuda.plan import AttentionPlan, Family, Launch
 from kvnumba.backends.cuda.read import read_kernel
+from kvnumba.backends.cuda.storage import CudaBuffers, allocate
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.errors import BackendUnavailable
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
-from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
+from kvnumba.storage import Batch, Encoded, Layout, Scoring
 from kvnumba.views import DeviceView, contiguous_strides
 
 if not SIMULATED:
@@ -34,31 +34,10 @@ if not SIMULATED:
 
 WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
 BLOCKS_PER_SM = 1 if SIMULATED else 16
-ALIGNMENT = 16  # bytes that a thread reads at once
-OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
 
 class _Call:
     """What one call takes from the pool of memory comes back when this is gone."""
-
-
-@dataclass(frozen=True)
-class CudaBuffers(Buffers):
-    """Arrays on the device, and the same memory as the kernels see it.
-
-    A KV head's part of a block is a slab: the keys' codes, then scale and zero point of each of their rows in turn,
-    then the same of the values. What is read together lies together.
-
-    Attributes
-    ----------
-    addresses : tuple of tuple of int
-        Where in a layer's first slab its six parts begin.
-    slab_bytes : int
-        From one slab to the next.
-    """
-
-    addresses: tuple[tuple[int, ...], ...]
-    slab_bytes: int
 
 
 class Prepared(NamedTuple):
@@ -84,44 +63,7 @@ class CudaBackend:
         self._pool = Pool()
 
     def allocate(self, layout: Layout) -> CudaBuffers:
-        most = THREADS * width_of(layout.head_dim, layout.group_size)
-        if layout.head_dim > most:
-            raise ValueError(f"head_dim: expected at most {most} on the cuda backend; got {layout.head_dim}")
-        memory.enter()
-
-        formats = (layout.key_format, layout.value_format)
-        row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
-        scale = [
-            fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats
-        ]
-        # of a slab: the keys' codes, their scales and zero points in turn, the same of the values
-        sizes = [layout.block_size * n for n in (row[0], 2 * scale[0], row[1], 2 * scale[1])]
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        slab_bytes = starts.pop()
-        offsets = [starts[0], starts[1], starts[1] + 4, starts[2], starts[3], starts[3] + 4]
-        block_bytes = layout.num_kv_heads * slab_bytes
-        layer_bytes = layout.num_blocks * block_bytes
-        storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
-
-        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any], element_bytes: int) -> DeviceArray:
-            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * element_bytes, element_bytes)
-            return DeviceArray(storage, offsets[n], shape, strides, dtype)
-
-        def encoded(n: int, fmt: Format) -> Encoded:
-            shape = layout.scales_shape(fmt)
-            return Encoded(
-                part(n, layout.codes_shape(fmt), fmt.code_dtype, fmt.code_dtype.itemsize),
-                part(n + 1, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
-                part(n + 2, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
-            )
-
-        addresses = tuple(
-            tuple(storage.address + layer * layer_bytes + offset for offset in offsets)
-            for layer in range(layout.num_layers)
-        )
-        return CudaBuffers(layout, encoded(0, formats[0]), encoded(3, formats[1]), addresses, slab_bytes)
+        return allocate(layout)
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape

@@ -88,9 +88,8 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
             merging = int32(shared[index(tops)])
             barrier()
             if merging == 1:
-                if (
-                    thread < used * chunks
-                ):  # these loads take as long as those of the maxima: let both be on their way
+                # these loads take as long as those of the maxima: let both be on their way
+                if thread < used * chunks:
                     for n in range(TOGETHER):
                         load(first + min(n, parts - 1) * size + 4 * thread * width, loaded, n * width)
                 lane = thread % WARP

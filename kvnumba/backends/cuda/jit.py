@@ -33,6 +33,7 @@ THREADS = 2 if SIMULATED else 128
 
 _KINDS = {"q": numba.int64, "i": numba.int32, "f": numba.float32}
 _COMPILING = threading.RLock()
+_ONE_AT_A_TIME = threading.Lock()  # kernels in the simulator, which knows no other way
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -140,14 +141,15 @@ def _simulate(
     function: Callable[..., Any], grid: tuple[int, int], shared_bytes: int, arguments: tuple[Any, ...]
 ) -> None:
     """The simulator waits for its threads in a busy loop: let them interrupt it often."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](
-            *(np.float32(x) if isinstance(x, float) else x for x in arguments)
-        )
-    finally:
-        sys.setswitchinterval(interval)
+    with _ONE_AT_A_TIME:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](
+                *(np.float32(x) if isinstance(x, float) else x for x in arguments)
+            )
+        finally:
+            sys.setswitchinterval(interval)
 
 
 class _Quiet:

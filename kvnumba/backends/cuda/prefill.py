@@ -14,7 +14,7 @@ from numba import float32, int32, int64, uint32
 
 from kvnumba.backends.cuda import hardware as hw
 from kvnumba.backends.cuda.attend import PARAMETERS
-from kvnumba.backends.cuda.decode import (
+from kvnumba.backends.cuda.fragments import (
     ALL,
     LOG2_E,
     find_page,
