@@ -14,8 +14,9 @@ from kvnumba.storage import Layout, Scoring
 from kvnumba.views import DeviceView, device_view
 
 if TYPE_CHECKING:
-    from kvnumba.backends.protocol import Backend
     from typing_extensions import Unpack  # noqa: F401 (for the annotations of those who take AttentionOptions)
+
+    from kvnumba.backends.protocol import Backend
 
 DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -210,22 +211,22 @@ def new_tokens(
     float32, or views of what lies on the backend's device: these are taken as they are, and nobody looks whether
     they are finite.
     """
-    keys = _on_device(names[0], k, backend)
-    values = _on_device(names[1], v, backend)
-    if (keys is None) != (values is None):
+    views = [_on_device(name, x, backend) for name, x in zip(names, (k, v), strict=True)]
+    if (views[0] is None) != (views[1] is None):
         raise TypeError(
             f"{names[1]}: expected an array on the same device as {names[0]}; got a {type(v).__name__} "
             f"beside a {type(k).__name__}"
         )
-    keys = float_array(names[0], k) if keys is None else keys
-    check_shape(names[0], keys, shape, axes)
-    if isinstance(keys, np.ndarray):
-        check_finite(names[0], keys, layout.key_format)
-    values = float_array(names[1], v) if values is None else values
-    check_shape(names[1], values, keys.shape, axes)
-    if isinstance(values, np.ndarray):
-        check_finite(names[1], values, layout.value_format)
-    return keys, values
+    found: list[Any] = []
+    for name, x, view, fmt in zip(
+        names, (k, v), views, (layout.key_format, layout.value_format), strict=True
+    ):
+        array = float_array(name, x) if view is None else view
+        check_shape(name, array, found[0].shape if found else shape, axes)
+        if isinstance(array, np.ndarray):
+            check_finite(name, array, fmt)
+        found.append(array)
+    return found[0], found[1]
 
 
 def queries(

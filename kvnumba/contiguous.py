@@ -201,7 +201,13 @@ class KVCache(Cache):
         """
         layer = arguments.layer_index(layer, self.num_layers)
         query = arguments.queries(
-            "q", q, (self.batch_size, None, None, self.head_dim), "B Hq T D", 1, self.num_kv_heads, self._backend
+            "q",
+            q,
+            (self.batch_size, None, None, self.head_dim),
+            "B Hq T D",
+            1,
+            self.num_kv_heads,
+            self._backend,
         )
         count = query.shape[2]
         lengths = self._lengths(layer)

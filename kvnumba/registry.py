@@ -84,9 +84,7 @@ def get_backend(name: str | None = None) -> Backend:
 
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that can run here, the one that ``auto`` takes first; no simulated one."""
-    return tuple(
-        name for name in BACKENDS if unavailable_reason(name) is None and not _load(name).simulated
-    )
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None and not _load(name).simulated)
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -98,10 +96,20 @@ def unavailable_reason(name: str) -> str | None:
     return None
 
 
-@functools.cache
 def _load(name: str) -> Backend:
+    found = _attempt(name)
+    if isinstance(found, BackendUnavailable):
+        raise BackendUnavailable(str(found))
+    return found
+
+
+@functools.cache
+def _attempt(name: str) -> Backend | BackendUnavailable:
+    """The backend, or why there is none; looked for once, since ``auto`` asks for every new cache."""
     module, _, attribute = BACKENDS[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)()
+    except BackendUnavailable as error:
+        return error
     except ImportError as error:
-        raise BackendUnavailable(f"the {name} backend cannot be imported: {error}") from error
+        return BackendUnavailable(f"the {name} backend cannot be imported: {error}")

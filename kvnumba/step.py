@@ -39,9 +39,7 @@ class BatchAttention:
         self._cascades: dict[int, Cascade | None] = {}
         self._plans: dict[tuple[int, int], Any] = {}
 
-    def attend(
-        self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions, given: Any
-    ) -> None:
+    def attend(self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions, given: Any) -> None:
         """Write the attention of q into views `out`, shaped like q, and `lse` (B, n, Hq).
 
         `given` are the queries as the caller gave them, whose dtype decides about the arithmetic.
@@ -60,10 +58,22 @@ class BatchAttention:
         if cascade is not None:
             cascade.attend(self._buffers, layer, q, scoring, out, lse)
             return
-        key = (num_qo_heads, scoring.window_left)
+        plan = self._plan(num_qo_heads, scoring.window_left)
+        self._backend.attend(self._buffers, layer, q, plan, scoring, out, lse)
+
+    def prepare(self, q: Any, options: AttentionOptions) -> None:
+        """Do what `attend` does once for all layers, and once for all batches."""
+        num_qo_heads = q.shape[2]
+        scoring = arguments.scoring(options, num_qo_heads, self._buffers.layout.head_dim)
+        if q.size:
+            plan = self._plan(num_qo_heads, scoring.window_left)
+            self._backend.prepare(self._buffers, q, plan, scoring)
+
+    def _plan(self, num_qo_heads: int, window_left: int) -> Any:
+        key = (num_qo_heads, window_left)
         if key not in self._plans:
-            self._plans[key] = self._backend.plan(layout, self._placed, *key)
-        self._backend.attend(self._buffers, layer, q, self._plans[key], scoring, out, lse)
+            self._plans[key] = self._backend.plan(self._buffers.layout, self._placed, *key)
+        return self._plans[key]
 
     def _cascade(self, num_qo_heads: int, scoring: Scoring) -> Cascade | None:
         """How to attend to common prefixes apart; None where there are none, it does not pay or is not exact."""
@@ -182,6 +192,24 @@ class Step:
     def _require_latest(self) -> None:
         if not self.is_latest():
             raise ValueError("step: its sequences have moved on since it was made; make a new one")
+
+    def prepare(self, q: Any, **options: Unpack[AttentionOptions]) -> None:
+        """Compile, plan and upload now what the calls of this step would when they first need it.
+
+        After it, `write` and `attend` on a GPU do nothing but start kernels, which a CUDA graph can capture.
+
+        Parameters
+        ----------
+        q : (T, Hq, D)
+            Like the queries to come, and on the same device; keys and values are to come in its precision.
+        **options
+            Those that `attend` will be given.
+        """
+        layout = self._buffers.layout
+        query = arguments.queries(
+            "q", q, (self.num_tokens, None, layout.head_dim), "T Hq D", 1, layout.num_kv_heads, self._backend
+        )
+        self._attention.prepare(query[None], options)
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens over their sequences, straight out of the storage.

@@ -136,9 +136,7 @@ class Batch:
     block_size: int
 
     @classmethod
-    def of(
-        cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: Any, block_size: int
-    ) -> Batch:
+    def of(cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: Any, block_size: int) -> Batch:
         """A batch from what each sequence adds; `seq_lens` counts these tokens already."""
         query_start_loc = np.zeros(len(seq_lens) + 1, np.int32)
         np.cumsum(num_new_tokens, out=query_start_loc[1:])

@@ -18,7 +18,9 @@ settings.register_profile("long", max_examples=4000)  # pytest --hypothesis-prof
 ON_GPU = os.environ.get("KVNUMBA_TEST_GPU") == "1"
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if ON_GPU and SIMULATED:
-    raise pytest.UsageError("KVNUMBA_TEST_GPU=1: expected a GPU; NUMBA_ENABLE_CUDASIM=1 puts a simulator in its place")
+    raise pytest.UsageError(
+        "KVNUMBA_TEST_GPU=1: expected a GPU; NUMBA_ENABLE_CUDASIM=1 puts a simulator in its place"
+    )
 
 CHOSEN = "cuda" if ON_GPU else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 if CHOSEN not in (*BACKENDS, "auto"):

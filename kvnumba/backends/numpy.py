@@ -102,6 +102,9 @@ class NumpyBackend:
     def plan(self, layout: Layout, placed: Batch, num_qo_heads: int, window_left: int) -> Batch:
         return placed
 
+    def prepare(self, buffers: Buffers, q: np.ndarray, plan: Batch, scoring: Scoring) -> None:
+        pass
+
     def attend(
         self,
         buffers: Buffers,

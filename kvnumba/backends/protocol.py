@@ -76,6 +76,10 @@ class Backend(Protocol):
         """
         ...
 
+    def prepare(self, buffers: Buffers, q: Any, plan: Any, scoring: Scoring) -> None:
+        """What calls of `write` and `attend` with tokens and queries such as q would do before their kernels run."""
+        ...
+
     def attend(
         self,
         buffers: Buffers,

@@ -86,7 +86,6 @@ class TestDemo:
         [
             (["--prompt", "/no/such/file"], "No such file or directory"),
             (["--model", "/no/such/folder"], "expected a checkpoint folder with a config.json"),
-            (["--backend", "cuda"], "no CUDA kernels yet"),
             (["--bytes", "9000"], "together at most the model's 8192 positions; got 9000 and"),
             (["--bytes", "0"], "--bytes, --new: expected at least 1 and 0"),
             (["--new", "-1"], "--bytes, --new: expected at least 1 and 0"),

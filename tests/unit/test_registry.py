@@ -1,5 +1,6 @@
 """Which backend a cache gets."""
 
+import os
 import subprocess
 import sys
 
@@ -53,19 +54,35 @@ def test_unknown_names(monkeypatch):
         made()
 
 
+@pytest.mark.skipif("cuda" in kvnumba.available_backends(), reason="there is a GPU")
 def test_what_was_asked_for_and_cannot_run(monkeypatch):
-    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+    reason = "numba-cuda is not installed|no CUDA device answers"
+    with pytest.raises(kvnumba.BackendUnavailable, match=reason):
         made(backend="cuda")
-    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+    with pytest.raises(kvnumba.BackendUnavailable, match=reason):
         kvnumba.use_backend("cuda")
     monkeypatch.setenv("KVNUMBA_BACKEND", "cuda")
-    with pytest.raises(kvnumba.BackendUnavailable, match="no CUDA kernels yet"):
+    with pytest.raises(kvnumba.BackendUnavailable, match=reason):
         made()
+    assert "cuda" not in kvnumba.available_backends()
+
+
+def test_auto_passes_the_simulator_over():
+    script = (
+        "import kvnumba; assert kvnumba.KVCache(1, 4, 1, 8, backend='cuda').backend == 'cuda';"
+        "print(kvnumba.KVCache(1, 4, 1, 8).backend, 'cuda' in kvnumba.available_backends())"
+    )
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    environment.pop("KVNUMBA_BACKEND", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["cpu", "False"]
 
 
 def test_a_backend_whose_import_fails(monkeypatch):
     monkeypatch.setitem(registry.BACKENDS, "cpu", "kvnumba.backends.no_such_module:Backend")
-    registry._load.cache_clear()
+    registry._attempt.cache_clear()
     try:
         with pytest.raises(
             kvnumba.BackendUnavailable, match="the cpu backend cannot be imported: No module named"
@@ -74,7 +91,7 @@ def test_a_backend_whose_import_fails(monkeypatch):
         assert kvnumba.available_backends() == ("numpy",)
         assert made() == "numpy"
     finally:
-        registry._load.cache_clear()
+        registry._attempt.cache_clear()
 
 
 def test_a_new_backend_is_a_row(monkeypatch):

@@ -178,6 +178,9 @@ class CpuBackend:
             placed, layout.num_kv_heads, group, layout.head_dim, window_left, numba.get_num_threads()
         )
 
+    def prepare(self, buffers: CpuBuffers, q: np.ndarray, plan: Plan, scoring: Scoring) -> None:
+        pass
+
     def attend(
         self,
         buffers: CpuBuffers,

@@ -3,81 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.copy import copy_kernel
 from kvnumba.backends.cuda.intrinsics import width_of
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, device_name, why_unavailable
-from kvnumba.backends.cuda.memory import DeviceArray, Memory, Pool
-from kvnumba.backends.cuda.plan import AttentionPlan, Launch
+from kvnumba.backends.cuda.jit import (
+    SIMULATED,
+    THREADS,
+    WARP,
+    Kernel,
+    device_name,
+    num_multiprocessors,
+    why_unavailable,
+)
+from kvnumba.backends.cuda.memory import Pool
+from kvnumba.backends.cuda.plan import AttentionPlan, Family, Launch
 from kvnumba.backends.cuda.read import read_kernel
+from kvnumba.backends.cuda.storage import CudaBuffers, allocate
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.errors import BackendUnavailable
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
-from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
+from kvnumba.storage import Batch, Encoded, Layout, Scoring
 from kvnumba.views import DeviceView, contiguous_strides
 
 if not SIMULATED:
-    from kvnumba.backends.cuda import decode
+    from kvnumba.backends.cuda import decode, prefill
 
-ALIGNMENT = 16  # bytes that a thread reads at once
-OVERREAD = 16  # rows past the last that kernels may read (and never use)
+WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
+BLOCKS_PER_SM = 1 if SIMULATED else 16
 
 
 class _Call:
     """What one call takes from the pool of memory comes back when this is gone."""
 
 
-@dataclass(frozen=True)
-class CudaBuffers(Buffers):
-    """Arrays on the device, and the same memory as the kernels see it.
+class Prepared(NamedTuple):
+    """A kernel of attention, its grid, its blocks' bytes of shared memory, and what they work on."""
 
-    A KV head's part of a block is a slab: the keys' codes, scales and zero points, then the values'. What is read
-    together lies together; scattered pieces of 64 bytes cost the memory more than their size.
-
-    Attributes
-    ----------
-    addresses : tuple of tuple of int
-        Where in a layer's first slab its six parts begin.
-    slab_bytes : int
-        From one slab to the next.
-    """
-
-    addresses: tuple[tuple[int, ...], ...]
-    slab_bytes: int
-
-    @property
-    def block_bytes(self) -> int:
-        """Of a block of a layer, whose slabs lie together."""
-        return self.layout.num_kv_heads * self.slab_bytes
-
-    @property
-    def layer_bytes(self) -> int:
-        """From one layer to the next."""
-        return self.layout.num_blocks * self.block_bytes
-
-    def address(self, layer: int, block: int) -> int:
-        """Where a block of a layer begins."""
-        return self.addresses[layer][0] + block * self.block_bytes
-
-    def on_host(self, blocks: np.ndarray) -> tuple[np.ndarray, tuple[Encoded, Encoded]]:
-        """Room for the bytes (num_layers, N, block_bytes) of blocks, and their parts as views of it."""
-        layout = self.layout
-        raw = np.empty((layout.num_layers, len(blocks), self.block_bytes), np.uint8)
-        strides = (raw.strides[0], self.block_bytes, self.slab_bytes)
-        offsets = iter(at - self.addresses[0][0] for at in self.addresses[0])
-
-        def part(like: DeviceArray) -> np.ndarray:
-            shape = (layout.num_layers, len(blocks), *like.shape[2:])
-            return np.ndarray(shape, like.dtype, raw, next(offsets), (*strides, *like.strides[3:]))
-
-        keys, values = (Encoded(*(part(like) for like in kept)) for kept in (self.keys, self.values))
-        return raw, (keys, values)
+    kernel: Kernel
+    grid: tuple[int, int]
+    shared_bytes: int
+    launch: Launch
 
 
 class CudaBackend:
@@ -94,41 +64,7 @@ class CudaBackend:
         self._pool = Pool()
 
     def allocate(self, layout: Layout) -> CudaBuffers:
-        most = THREADS * width_of(layout.head_dim, layout.group_size)
-        if layout.head_dim > most:
-            raise ValueError(f"head_dim: expected at most {most} on the cuda backend; got {layout.head_dim}")
-        memory.enter()
-
-        formats = (layout.key_format, layout.value_format)
-        row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
-        scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
-        # the parts of a slab, each at a multiple of what a thread reads at once
-        sizes = [layout.block_size * n for n in (row[0], scale[0], scale[0], row[1], scale[1], scale[1])]
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        slab_bytes = offsets.pop()
-        block_bytes = layout.num_kv_heads * slab_bytes
-        layer_bytes = layout.num_blocks * block_bytes
-        storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
-
-        def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * dtype.itemsize, dtype.itemsize)
-            return DeviceArray(storage, offsets[n], shape, strides, dtype)
-
-        def encoded(n: int, fmt: Format) -> Encoded:
-            shape = layout.scales_shape(fmt)
-            return Encoded(
-                part(n, layout.codes_shape(fmt), fmt.code_dtype),
-                part(n + 1, shape, SCALE_DTYPE),
-                part(n + 2, shape, SCALE_DTYPE),
-            )
-
-        addresses = tuple(
-            tuple(storage.address + layer * layer_bytes + offset for offset in offsets)
-            for layer in range(layout.num_layers)
-        )
-        return CudaBuffers(layout, encoded(0, formats[0]), encoded(3, formats[1]), addresses, slab_bytes)
+        return allocate(layout)
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape
@@ -142,13 +78,17 @@ class CudaBackend:
             memory.enter()
             call = _Call()
             given = self._on_device(call, x[None, :, None], 0)
-            parts = [self._pool.take(call, part.nbytes, 0) for part in rows]
+            codes = self._pool.take(call, rows.codes.nbytes, 0)
+            pairs = self._pool.take(call, 2 * rows.scale.nbytes, 0)
+            parts = (codes, pairs, pairs + 4)
             # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
             self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
-            for host, address in zip(rows, parts, strict=True):
-                memory.download(host, address, 0)
+            memory.download(rows.codes, codes, 0)
+            scales = np.empty((count, groups, 2), SCALE_DTYPE)
+            memory.download(scales, pairs, 0)
+            rows.scale[...], rows.zero[...] = scales[..., 0], scales[..., 1]
         return rows
 
     def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
@@ -159,7 +99,9 @@ class CudaBackend:
         if out.size:
             memory.enter()
             call = _Call()
-            parts = [self._pool.put(call, part, 0) for part in rows]
+            codes = self._pool.put(call, rows.codes, 0)
+            pairs = self._pool.put(call, np.stack((rows.scale, rows.zero), axis=-1), 0)
+            parts = (codes, pairs, pairs + 4)
             layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
             self._read(layout, fmt, parts, 0, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
         return out[0, 0]
@@ -186,17 +128,10 @@ class CudaBackend:
         tables: Tables,
         stream: int,
     ) -> None:
-        sizes = [
-            layout.group_size if fmt.quantized else layout.head_dim
-            for fmt in (layout.key_format, layout.value_format)
-        ]
-        width = width_of(*sizes, *_alignment(keys), *_alignment(values))
-        kernel = write_kernel(
-            keys.dtype, values.dtype, layout.key_format.name, layout.value_format.name, width
-        )
+        kernel = _write_kernel(layout, keys, values)
         num_tokens = tables.num_tokens
         kernel.launch(
-            (-(-num_tokens * layout.num_kv_heads * WARP // THREADS), 2),
+            (_blocks(num_tokens * layout.num_kv_heads), 2),
             0,
             stream,
             tables.address(self._pool, stream),
@@ -246,7 +181,7 @@ class CudaBackend:
         num_rows = out.size // layout.head_dim
         width = width_of(layout.group_size if fmt.quantized else layout.head_dim)
         read_kernel(fmt.name, width).launch(
-            (-(-num_rows * WARP // THREADS), 1),
+            (_blocks(num_rows), 1),
             0,
             0,
             blocks,
@@ -288,9 +223,7 @@ class CudaBackend:
                 memory.download(raw[layer, n], buffers.address(layer, block), 0)
         return parts
 
-    def write_blocks(
-        self, buffers: CudaBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded
-    ) -> None:
+    def write_blocks(self, buffers: CudaBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         memory.enter()
         raw, parts = buffers.on_host(blocks)
         for kept, new in zip((*parts[0], *parts[1]), (*keys, *values), strict=True):
@@ -303,6 +236,18 @@ class CudaBackend:
     def plan(self, layout: Layout, placed: Tables, num_qo_heads: int, window_left: int) -> AttentionPlan:
         group = num_qo_heads // layout.num_kv_heads
         return AttentionPlan(placed, layout.num_kv_heads, group, layout.head_dim, window_left)
+
+    def prepare(self, buffers: CudaBuffers, q: Any, plan: AttentionPlan, scoring: Scoring) -> None:
+        memory.enter()
+        layout = buffers.layout
+        query = self._on_device(plan, q, 0)
+        for x in (scoring.sinks, scoring.alibi_slopes):
+            plan.per_head(x, self._pool, query.stream)
+        plan.tables.address(self._pool, query.stream)
+        _write_kernel(layout, query, query).compile()
+        for kernel, *_ in self._prepared(layout, query, plan, scoring):
+            kernel.compile()
+        memory.synchronize()  # the calls may be on another stream
 
     def attend(
         self,
@@ -321,16 +266,10 @@ class CudaBackend:
         if not isinstance(q, DeviceView):
             query = self._on_device(call, q, 0)
             result, result_lse = self._room(call, out), self._room(call, lse)
-        sinks, slopes = (
-            0 if x is None else self._pool.put(call, x, stream) for x in (scoring.sinks, scoring.alibi_slopes)
-        )
         layout, tables = buffers.layout, plan.tables
-        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
-        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
-        key = (query.dtype, alignment, extras)
-        if key not in plan.prepared:
-            plan.prepared[key] = self._prepare(layout, plan, *key, stream)
-        for kernel, grid, shared_bytes, launch in plan.prepared[key]:
+        sinks = plan.per_head(scoring.sinks, self._pool, stream)
+        slopes = plan.per_head(scoring.alibi_slopes, self._pool, stream)
+        for kernel, grid, shared_bytes, launch in self._prepared(layout, query, plan, scoring):
             kernel.launch(
                 grid,
                 shared_bytes,
@@ -357,7 +296,7 @@ class CudaBackend:
                 launch.heads,
                 layout.head_dim,
                 layout.group_size,
-                scoring.window_left,
+                min(scoring.window_left, WIDEST),
                 float(scoring.sm_scale),
                 float(scoring.logits_soft_cap),
             )
@@ -365,34 +304,39 @@ class CudaBackend:
             self._fetch(out, result)
             self._fetch(lse, result_lse)
 
-    def _prepare(
-        self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
-    ) -> list[tuple[Kernel, tuple[int, int], int, Launch]]:
-        """The kernels that serve a batch, with their grids, bytes of shared memory and shares of the work.
+    def _prepared(
+        self, layout: Layout, query: DeviceView, plan: AttentionPlan, scoring: Scoring
+    ) -> list[Prepared]:
+        """The kernels that serve a batch, each for some of its sequences."""
+        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
+        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
+        key = (query.dtype, alignment, extras)
+        if key not in plan.prepared:
+            plan.prepared[key] = self._choose(layout, plan, *key, query.stream)
+        return plan.prepared[key]
 
-        `alignment`: elements of a query that can be read together.
-        """
+    def _choose(
+        self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
+    ) -> list[Prepared]:
         key_format, value_format = layout.key_format, layout.value_format
-        few = plan.most_new_tokens * plan.group <= attend.FEW.rows
-        families = [attend.FEW if few else attend.MANY]
-        if not SIMULATED and decode.serves(layout, plan.tables.max_blocks, kind, alignment):
-            families.insert(0, decode.family(key_format.name, value_format.name, layout.head_dim))
         prepared = []
-        for launch in plan.launches(tuple(families), self._pool, stream):
-            family = launch.family
-            if family.name == "decode":
-                kernel = decode.decode_kernel(kind, key_format.name, value_format.name, layout.head_dim, extras)
-                shared_bytes = decode.shared_bytes(layout.head_dim)
-            else:
+        for family, sequences in _shares(layout, plan, kind, alignment):
+            launch = plan.launch(family, sequences, self._pool, stream)
+            if family.name == "attend":
                 sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
                 width = width_of(alignment, *sizes)
                 kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
                 shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+            else:
+                decoding = family.name == "decode"
+                make = decode.decode_kernel if decoding else prefill.prefill_kernel
+                kernel = make(kind, key_format.name, value_format.name, layout.head_dim, extras)
+                shared_bytes = decode.shared_bytes(layout.head_dim) if decoding else 0
             grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
-            prepared.append((kernel, grid, shared_bytes, launch))
+            prepared.append(Prepared(kernel, grid, shared_bytes, launch))
         return prepared
 
-    def _on_device(self, call: _Call, x: Any, stream: int) -> DeviceView:
+    def _on_device(self, call: object, x: Any, stream: int) -> DeviceView:
         """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
         if isinstance(x, DeviceView):
             return x
@@ -416,6 +360,37 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
+
+
+def _shares(
+    layout: Layout, plan: AttentionPlan, kind: str, alignment: int
+) -> list[tuple[Family, np.ndarray]]:
+    """Which kernels serve a batch, and the sequences of each."""
+    new = plan.new_tokens
+    everything = np.flatnonzero(new)
+    if SIMULATED or not decode.serves(layout, plan.tables.max_blocks, kind, alignment):
+        few = int(new.max()) * plan.group <= attend.FEW.rows
+        return [(attend.FEW if few else attend.MANY, everything)]
+    rows = new * plan.group
+    long = rows > decode.FAMILY.rows
+    blocks = int((-(-rows[long] // prefill.FAMILY.rows)).sum()) * layout.num_kv_heads
+    if 2 * blocks < num_multiprocessors():  # short prompts: what splits ranges of keys has more to do at once
+        return [(decode.FAMILY, everything)]
+    shares = [(prefill.FAMILY, np.flatnonzero(long)), (decode.FAMILY, np.flatnonzero((new > 0) & ~long))]
+    return [share for share in shares if len(share[1])]
+
+
+def _write_kernel(layout: Layout, keys: DeviceView, values: DeviceView) -> Kernel:
+    """The kernel that takes keys and values such as these."""
+    formats = (layout.key_format, layout.value_format)
+    sizes = [layout.group_size if fmt.quantized else layout.head_dim for fmt in formats]
+    width = width_of(*sizes, *_alignment(keys), *_alignment(values))
+    return write_kernel(keys.dtype, values.dtype, formats[0].name, formats[1].name, width)
+
+
+def _blocks(num_rows: int) -> int:
+    """Blocks for so many rows, each the work of a warp; no more than keep the device busy."""
+    return min(-(-num_rows * WARP // THREADS), num_multiprocessors() * BLOCKS_PER_SM)
 
 
 def _row_strides(x: DeviceView) -> tuple[int, int, int]:

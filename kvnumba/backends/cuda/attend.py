@@ -13,8 +13,19 @@ import math
 from numba import float32, int32, int64
 
 from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
-from kvnumba.backends.cuda.intrinsics import LEAST, barrier, load_float, load_int, loader, quotient, reader, remainder, vectors
-from kvnumba.backends.cuda.jit import THREADS, Kernel, cuda
+from kvnumba.backends.cuda.intrinsics import (
+    LEAST,
+    barrier,
+    index,
+    load_float,
+    load_int,
+    loader,
+    quotient,
+    reader,
+    remainder,
+    vectors,
+)
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda
 from kvnumba.backends.cuda.plan import (
     END_KEY,
     FIRST_KEY,
@@ -32,10 +43,10 @@ from kvnumba.backends.cuda.plan import (
 from kvnumba.backends.cuda.tables import blocks_of, find_slab
 from kvnumba.formats import FORMATS
 
-FEW, MANY = Family("attend", 4, 4), Family("attend", 16, 2)
-"""What the kernel is compiled for: decoding, and more rows than that."""
+FEW, MANY = Family("attend", 4, 4), Family("attend", 64 if SIMULATED else 16, 2)
+"""What the kernel is compiled for: decoding, and more rows than that; in the simulator blocks are dear."""
 
-KEYS = 64
+KEYS = 128 if SIMULATED else 64
 
 PARAMETERS = "q" * 22 + "i" * 10 + "f" * 2
 """Of every kernel of attention; see `attend`."""
@@ -50,7 +61,7 @@ def shared_bytes(rows: int, head_dim: int) -> int:
 def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_format: str) -> Kernel:
     """Queries and results of a precision `kind`, `width` neighbours of a head at a time."""
     read_key, read_value = reader(key_format, width), reader(value_format, width)
-    load_query, finish = loader(kind, width), finisher(rows, width, kind)
+    load_query, finish = loader(kind, width), finisher(rows, width, kind, THREADS)
     of, single, one_row = vectors(rows, width), vectors(rows, 1), vectors(1, width)
     itemsize = FORMATS[kind].bits // 8
     size, loaded_size = rows * width, TOGETHER * width
@@ -59,8 +70,8 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
     def attend(
         tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
         counters, q_batch, q_token, q_head, out_batch, out_token, out_head,
-        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim, group_size, window_left,
-        sm_scale, soft_cap,
+        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim, group_size,
+        window_left, sm_scale, soft_cap,
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
@@ -103,9 +114,9 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                 of.scale(values, sm_scale)
             of.put(shared, i * width, values)
         for i in range(thread, rows * KEYS, THREADS):
-            shared[at_scores + i] = zero
+            shared[index(at_scores + i)] = zero
         for r in range(thread, rows, THREADS):
-            shared[at_tops + r], shared[at_factors + r] = least, zero
+            shared[index(at_tops + r)], shared[index(at_factors + r)] = least, zero
         of.clear_all(weighted)
         of.clear(totals)
         barrier()
@@ -116,11 +127,12 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                 if j < count:
                     number = find_slab(blocks, first_key + j, block_size, num_heads, kv_head)
                     slab, offset = number * slab_bytes, remainder(first_key + j, block_size)
-                    shared_int[at_slabs + j], shared_int[at_slabs + KEYS + j] = number, offset
+                    shared_int[index(at_slabs + j)], shared_int[index(at_slabs + KEYS + j)] = number, offset
                     of.clear(scores)
                     for c in range(chunks):
                         read_key(
-                            k_codes + slab, k_scale + slab, k_zero + slab, offset, c * width, head_dim, group_size, values
+                            k_codes + slab, k_scale + slab, k_zero + slab, offset, c * width, head_dim, group_size,
+                            values,
                         )  # fmt: skip
                         of.dot_rows(scores, shared, c * width, head_dim, values)
                     for r in range(rows):
@@ -131,30 +143,36 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                             if soft_cap > zero:
                                 score = soft_cap * math.tanh(score / soft_cap)
                             if slopes != 0:
-                                score -= load_float(slopes + 4 * (first_head + r - token * heads_here)) * float32(distance)
+                                score -= load_float(
+                                    slopes + 4 * (first_head + r - token * heads_here)
+                                ) * float32(distance)
                             if distance < 0 or (window_left >= 0 and distance > window_left):
                                 score = hidden
-                            shared[at_scores + r * KEYS + j] = score
+                            shared[index(at_scores + r * KEYS + j)] = score
                 else:
                     for r in range(used):
-                        shared[at_scores + r * KEYS + j] = hidden
+                        shared[index(at_scores + r * KEYS + j)] = hidden
             barrier()
             for r in range(thread, used, THREADS):
-                top = of.maximum(shared, at_scores + r * KEYS, KEYS, shared[at_tops + r])
-                shared[at_factors + r] = math.exp(shared[at_tops + r] - top)
-                shared[at_tops + r] = top
+                top = of.maximum(shared, at_scores + r * KEYS, KEYS, shared[index(at_tops + r)])
+                shared[index(at_factors + r)] = math.exp(shared[index(at_tops + r)] - top)
+                shared[index(at_tops + r)] = top
             barrier()
             for r in range(used):
                 run = at_scores + r * KEYS
-                of.exponentiate(shared, run + thread, run + KEYS, THREADS, shared[at_tops + r])
+                of.exponentiate(shared, run + thread, run + KEYS, THREADS, shared[index(at_tops + r)])
             barrier()
             if share < shares:
                 of.scale_rows(weighted, shared, at_factors)
                 single.scale_rows(totals, shared, at_factors)
                 for j in range(share, count, shares):
-                    slab, offset = int64(shared_int[at_slabs + j]) * slab_bytes, int64(shared_int[at_slabs + KEYS + j])
+                    slab, offset = (
+                        int64(shared_int[index(at_slabs + j)]) * slab_bytes,
+                        int64(shared_int[index(at_slabs + KEYS + j)]),
+                    )
                     read_value(
-                        v_codes + slab, v_scale + slab, v_zero + slab, offset, chunk * width, head_dim, group_size, values
+                        v_codes + slab, v_scale + slab, v_zero + slab, offset, chunk * width, head_dim, group_size,
+                        values,
                     )  # fmt: skip
                     of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
                     if chunk == 0:
@@ -167,11 +185,11 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                     if r < used:
                         for e in range(width):
                             at = r * head_dim + chunk * width + e
-                            before = shared[at] if s > 0 else zero
-                            shared[at] = before + weighted[r * width + e]
+                            before = shared[index(at)] if s > 0 else zero
+                            shared[index(at)] = before + weighted[r * width + e]
                         if chunk == 0:
-                            before = shared[at_totals + r] if s > 0 else zero
-                            shared[at_totals + r] = before + totals[r]
+                            before = shared[index(at_totals + r)] if s > 0 else zero
+                            shared[index(at_totals + r)] = before + totals[r]
             barrier()
         finish(
             thread, shared, 1, at_tops, at_totals, sums, loaded, used, heads_here, first_token, first_head,

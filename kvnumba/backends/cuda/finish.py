@@ -16,6 +16,7 @@ from kvnumba.backends.cuda.intrinsics import (
     barrier,
     count_up,
     fresh_loader,
+    index,
     load_float,
     load_fresh,
     quotient,
@@ -26,11 +27,11 @@ from kvnumba.backends.cuda.intrinsics import (
     warp_max,
     warp_sum,
 )
-from kvnumba.backends.cuda.jit import THREADS, WARP, device
+from kvnumba.backends.cuda.jit import WARP, device
 from kvnumba.backends.cuda.plan import MAX_PARTS
 from kvnumba.formats import FORMATS
 
-TOGETHER = 8  # partial results that a thread has on their way at a time
+TOGETHER = 16  # partial results that a thread has on their way at a time
 
 
 def shared_floats(rows: int, head_dim: int, copies: int) -> int:
@@ -39,8 +40,8 @@ def shared_floats(rows: int, head_dim: int, copies: int) -> int:
 
 
 @functools.cache
-def finisher(rows: int, width: int, kind: str) -> Any:
-    """``finish(...)`` for up to so many rows, into results of a precision.
+def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
+    """``finish(...)`` for up to so many rows, by so many threads, into results of a precision.
 
     Row r is token ``first_token + r // heads``, query head ``first_head + r % heads``. In shared memory lie, from
     0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows' maxima, at `totals` their
@@ -71,63 +72,64 @@ def finisher(rows: int, width: int, kind: str) -> Any:
         first = partials + partial * size
         merging = int32(0)
         if parts > 1:
-            for i in range(thread, used * chunks, THREADS):
+            for i in range(thread, used * chunks, threads):
                 add_up(shared, i * width, copies, rows * head_dim, sums)
                 store_part(mine + 4 * i * width, sums)
-            for r in range(thread, used, THREADS):
-                store_float(mine + maxima + 4 * r, shared[tops + r])
-                store_float(mine + maxima + 4 * (rows + r), shared[totals + r])
+            for r in range(thread, used, threads):
+                store_float(mine + maxima + 4 * r, shared[index(tops + r)])
+                store_float(mine + maxima + 4 * (rows + r), shared[index(totals + r)])
             barrier()
             if thread == 0:
                 last = count_up(counter) == parts - 1
-                shared[tops] = one if last else zero
+                shared[index(tops)] = one if last else zero
                 if last:
                     store_int(counter, 0)  # for the next launch
             barrier()
-            merging = int32(shared[tops])
+            merging = int32(shared[index(tops)])
             barrier()
             if merging == 1:
-                if thread < used * chunks:  # these loads take as long as those of the maxima: let both be on their way
+                # these loads take as long as those of the maxima: let both be on their way
+                if thread < used * chunks:
                     for n in range(TOGETHER):
                         load(first + min(n, parts - 1) * size + 4 * thread * width, loaded, n * width)
                 lane = thread % WARP
-                for r in range(thread // WARP, used, THREADS // WARP):
+                for r in range(thread // WARP, used, threads // WARP):
                     top, total = least, zero
                     for p in range(lane, parts, WARP):
                         at = first + p * size + maxima + 4 * r
                         found = load_fresh(at)
-                        shared[rows * MAX_PARTS + p * used + r] = load_fresh(at + 4 * rows)
-                        shared[p * used + r] = found
+                        shared[index(rows * MAX_PARTS + p * used + r)] = load_fresh(at + 4 * rows)
+                        shared[index(p * used + r)] = found
                         top = found if found > top else top
                     top = warp_max(top)
                     for p in range(lane, parts, WARP):
-                        weight = math.exp(shared[p * used + r] - top)
-                        shared[p * used + r] = weight
-                        total += weight * shared[rows * MAX_PARTS + p * used + r]
-                    shared[tops + r], shared[totals + r] = top, warp_sum(total)
+                        weight = math.exp(shared[index(p * used + r)] - top)
+                        shared[index(p * used + r)] = weight
+                        total += weight * shared[index(rows * MAX_PARTS + p * used + r)]
+                    shared[index(tops + r)], shared[index(totals + r)] = top, warp_sum(total)
                 barrier()
         if parts == 1 or merging == 1:
             # all tokens of a piece lie in one row of the batch
             row = quotient(first_token, tokens_per_row)
             place = row * out_batch + (first_token - row * tokens_per_row) * out_token + first_head * out_head
-            for r in range(thread, used, THREADS):
+            for r in range(thread, used, threads):
                 token = quotient(r, heads)
                 head = r - token * heads
                 if sinks != 0:  # one more key, whose value is 0
                     sink = load_float(sinks + 4 * (first_head + head))
-                    top = shared[tops + r]
+                    top = shared[index(tops + r)]
                     both = sink if sink > top else top
                     factor = math.exp(top - both)
-                    shared[totals + r] = shared[totals + r] * factor + math.exp(sink - both)
-                    shared[tops + r] = both
-                    shared[tops - rows + r] = factor / shared[totals + r]
+                    shared[index(totals + r)] = shared[index(totals + r)] * factor + math.exp(sink - both)
+                    shared[index(tops + r)] = both
+                    shared[index(tops - rows + r)] = factor / shared[index(totals + r)]
                 else:
-                    shared[tops - rows + r] = one / shared[totals + r]
+                    shared[index(tops - rows + r)] = one / shared[index(totals + r)]
                 if lse != 0:
                     at = (place + token * out_token + head * out_head) // head_dim
-                    store_float(lse + 4 * at, shared[tops + r] + math.log(shared[totals + r]))
+                    store_float(lse + 4 * at, shared[index(tops + r)] + math.log(shared[index(totals + r)]))
             barrier()
-            for i in range(thread, used * chunks, THREADS):
+            for i in range(thread, used * chunks, threads):
                 r = quotient(i, chunks)
                 c = i - r * chunks
                 if parts == 1:
@@ -140,11 +142,12 @@ def finisher(rows: int, width: int, kind: str) -> Any:
                                 load(first + min(p + n, parts - 1) * size + 4 * i * width, loaded, n * width)
                         for n in range(TOGETHER):
                             if p + n < parts:
-                                of.add_scaled(sums, loaded, n * width, shared[(p + n) * used + r])
-                of.scale(sums, shared[tops - rows + r])
+                                of.add_scaled(sums, loaded, n * width, shared[index((p + n) * used + r)])
+                of.scale(sums, shared[index(tops - rows + r)])
                 token = quotient(r, heads)
                 store(
-                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize, sums
+                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize,
+                    sums,
                 )
 
     return finish

@@ -48,7 +48,9 @@ def _call(builder: Any, text: str, results: str, operands: str, args: Any, effec
 def _instruction(text: str, results: str, operands: str, effect: int = PURE) -> Any:
     """A function of Numba's that is one instruction."""
     kinds = [_TYPES[letter][0] for letter in results]
-    result = types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
+    result = (
+        types.void if not kinds else kinds[0] if len(kinds) == 1 else types.UniTuple(kinds[0], len(kinds))
+    )
     signature = result(*(_TYPES[letter][0] for letter in operands))
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
@@ -89,8 +91,6 @@ as_float = _instruction("mov.b32 $0, $1;", "f", "r")
 as_bits = _instruction("mov.b32 $0, $1;", "r", "f")
 permute = _instruction("prmt.b32 $0, $1, $2, $3;", "r", "rrr")
 """Four of the eight bytes of two words, as the digits of the third operand say, the lowest first."""
-mask_or = _instruction("lop3.b32 $0, $1, $2, $3, 0xEA;", "r", "rrr")
-"""(a & b) | c."""
 multiply_halves = _instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr")
 low_half = {
     "float16": _instruction("{.reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a;}", "f", "r"),
@@ -118,9 +118,12 @@ of 2c + 8 and 2c + 9; B's the same rows of column g; C's rows g and g + 8 of col
 
 
 @functools.cache
-def fetcher(count: int) -> Any:
-    """``fetch(address, words, at)``: 1, 2 or 4 words that are read once go into an array from `at` on."""
-    return _array_loader(_LOADS["nc.L1::no_allocate.L2::128B", count], count, READS)
+def fetcher(count: int, shared: bool = False) -> Any:
+    """``fetch(address, words, at)``: 1, 2 or 4 words go into an array from `at` on.
+
+    `shared`: other warps of the block read them too, about now.
+    """
+    return _array_loader(_LOADS["nc" if shared else "nc.L1::no_allocate.L2::128B", count], count, READS)
 
 
 @functools.cache
@@ -151,6 +154,7 @@ remainder = _instruction("rem.s32 $0, $1, $2;", "s", "ss")
 
 round_to_int = _instruction("cvt.rni.s32.f32 $0, $1;", "s", "f")
 exp2 = _instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
+
 
 def _element(builder: Any, fmt: str, word: Any, at: int) -> Any:
     """The float in the bits of a word from `at` on."""
@@ -210,7 +214,10 @@ def storer(fmt: str, width: int) -> Any:
                 words = [builder.bitcast(x, I32) for x in given]
             elif fmt in _PAIRS:
                 given += given[:1] if width == 1 else []
-                words = [_call(builder, _PAIRS[fmt], "r", "ff", given[i : i + 2])[0] for i in range(0, len(given), 2)]
+                words = [
+                    _call(builder, _PAIRS[fmt], "r", "ff", given[i : i + 2])[0]
+                    for i in range(0, len(given), 2)
+                ]
             else:
                 word = I32(0)
                 for i, x in enumerate(given):
@@ -221,13 +228,23 @@ def storer(fmt: str, width: int) -> Any:
                 text = f"st.global.u{bits} [$0], $1;"
             else:
                 places = ", ".join(f"${i + 1}" for i in range(len(words)))
-                text = f"st.global.v{len(words)}.u32 [$0], {{{places}}};" if len(words) > 1 else "st.global.u32 [$0], $1;"
+                text = (
+                    f"st.global.v{len(words)}.u32 [$0], {{{places}}};"
+                    if len(words) > 1
+                    else "st.global.u32 [$0], $1;"
+                )
             _call(builder, text, "", "l" + "r" * len(words), [args[0], *words], WRITES)
             return context.get_dummy_value()
 
         return types.void(types.int64, values), generate
 
     return store
+
+
+@device
+def index(i):
+    """An index that is not negative: Numba asks of every signed one whether it is."""
+    return uint32(i)
 
 
 @device

@@ -23,7 +23,7 @@ if SIMULATED:
 else:
     from kvnumba.backends.cuda import hardware as machine  # type: ignore[no-redef]
 
-barrier = machine.barrier
+barrier, index = machine.barrier, machine.index
 warp_min, warp_max, warp_sum = machine.warp_min, machine.warp_max, machine.warp_sum
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
@@ -54,7 +54,7 @@ def vectors(rows: int, width: int) -> ModuleType:
 
 
 def _plain_vectors(rows: int, width: int) -> list[Any]:
-    zero, one = float32(0), float32(1)
+    zero = float32(0)
     size = rows * width
 
     @device
@@ -70,7 +70,7 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
     @device
     def put(shared, at, values):
         for i in range(width):
-            shared[at + i] = values[i]
+            shared[index(at + i)] = values[i]
 
     @device
     def scale(values, factor):
@@ -80,7 +80,7 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
     @device
     def add_scaled(sums, values, at, factor):
         for i in range(width):
-            sums[i] += values[at + i] * factor
+            sums[i] += values[index(at + i)] * factor
 
     @device
     def dequantize(values, step, low):
@@ -110,38 +110,40 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
     @device
     def dot_rows(sums, shared, at, stride, values):
         for r in range(rows):
-            for i in range(width):
-                sums[r] += shared[at + r * stride + i] * values[i]
+            part = shared[index(at + r * stride)] * values[0]
+            for i in range(1, width):
+                part += shared[index(at + r * stride + i)] * values[i]
+            sums[r] += part
 
     @device
     def scale_rows(sums, shared, at):
         for r in range(rows):
             for i in range(width):
-                sums[r * width + i] *= shared[at + r]
+                sums[r * width + i] *= shared[index(at + r)]
 
     @device
     def outer_rows(sums, shared, at, stride, values):
         for r in range(rows):
-            weight = shared[at + r * stride]
+            weight = shared[index(at + r * stride)]
             for i in range(width):
                 sums[r * width + i] += weight * values[i]
 
     @device
     def add_rows(sums, shared, at, stride):
         for r in range(rows):
-            sums[r] += shared[at + r * stride]
+            sums[r] += shared[index(at + r * stride)]
 
     @device
     def maximum(shared, begin, count, found):
         for i in range(count):
-            if shared[begin + i] > found:
-                found = shared[begin + i]
+            if shared[index(begin + i)] > found:
+                found = shared[index(begin + i)]
         return found
 
     @device
     def exponentiate(shared, begin, end, step, top):
         for i in range(begin, end, step):
-            shared[i] = math.exp(shared[i] - top)
+            shared[index(i)] = math.exp(shared[index(i)] - top)
 
     return [
         clear, clear_all, put, scale, add_scaled, dequantize, quantize, smallest, largest, dot_rows, scale_rows,
@@ -220,7 +222,9 @@ def reader(name: str, width: int) -> Any:
     def read(codes, scale, zero, offset, at, head_dim, group_size, values):
         load(codes + (offset * head_dim + at) * bits // 8, values)
         if quantized:
-            group = 4 * (offset * (head_dim // group_size) + at // group_size)
+            group = 8 * (
+                offset * (head_dim // group_size) + at // group_size
+            )  # scale, zero, scale, zero, ...
             dequantize(values, load_float(scale + group), load_float(zero + group))
 
     return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import struct
 import sys
 import threading
@@ -12,10 +13,17 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import cuda
+from numba import cuda as cuda  # for the other files of this folder
+
+from kvnumba.errors import BackendUnavailable
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """Whether numba's simulator takes the place of a device; decided by NUMBA_ENABLE_CUDASIM before Numba's import."""
+
+if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:  # Numba alone has the simulator only
+    raise BackendUnavailable(
+        "numba-cuda is not installed: pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'"
+    )
 
 WARP = 1 if SIMULATED else 32
 """Threads that exchange values without shared memory; the simulator has no such exchange."""
@@ -25,6 +33,7 @@ THREADS = 2 if SIMULATED else 128
 
 _KINDS = {"q": numba.int64, "i": numba.int32, "f": numba.float32}
 _COMPILING = threading.RLock()
+_ONE_AT_A_TIME = threading.Lock()  # kernels in the simulator, which knows no other way
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -37,14 +46,10 @@ def why_unavailable() -> str | None:
     if SIMULATED:
         return None
     try:
-        import numba_cuda  # noqa: F401
-    except ImportError:
-        return "numba-cuda is not installed; pip install 'kvnumba[cuda13]' or 'kvnumba[cuda12]'"
-    try:
         cuda.current_context()
         capability = cuda.get_current_device().compute_capability
     except Exception as error:  # of many kinds, from the driver's absence to a device that is lost
-        return f"no CUDA device answers: {error}"
+        return f"no CUDA device answers: {' '.join(str(error).split())}"
     if capability < (8, 0):
         return f"a device of compute capability 8.0 or more is needed; this one has {capability}"
     return None
@@ -75,13 +80,18 @@ class Kernel:
     function : callable
     kinds : str
         A letter for each parameter, as in `struct`, the widest first.
+    threads : int
+        Of a block.
     blocks_per_sm : int
         Blocks that a multiprocessor is to have room for: bounds the registers of a thread.
     """
 
-    def __init__(self, function: Callable[..., Any], kinds: str, blocks_per_sm: int = 1) -> None:
+    def __init__(
+        self, function: Callable[..., Any], kinds: str, threads: int = THREADS, blocks_per_sm: int = 1
+    ) -> None:
         self.function = function
         self.kinds = tuple(_KINDS[letter] for letter in kinds)
+        self.threads = threads
         self.blocks_per_sm = blocks_per_sm
         self._format = "=" + kinds
         self._size = ctypes.c_size_t(struct.calcsize(self._format))
@@ -90,44 +100,56 @@ class Kernel:
     @property
     def options(self) -> dict[str, Any]:
         """What the kernel is compiled with."""
-        return {"launch_bounds": (THREADS, self.blocks_per_sm)}
+        return {"launch_bounds": (self.threads, self.blocks_per_sm)}
 
     def launch(self, grid: tuple[int, int], shared_bytes: int, stream: int, *arguments: Any) -> None:
-        """Run blocks of `THREADS` threads; returns before they have run, except in the simulator."""
+        """Run blocks; returns before they have run, except in the simulator."""
         if SIMULATED:
             _simulate(self.function, grid, shared_bytes, arguments)
             return
-        if self._handle is None:
-            self._handle = self._compile()
+        self.compile()
         packed = struct.pack(self._format, *arguments)
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
         extra = (ctypes.c_void_p * 5)(
-            1, ctypes.cast(packed, ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
+            1, ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
         )
         driver_call(
-            "cuLaunchKernel", self._handle, *grid, 1, THREADS, 1, 1, shared_bytes, stream, 0, ctypes.addressof(extra)
+            "cuLaunchKernel",
+            self._handle,
+            *grid,
+            1,
+            self.threads,
+            1,
+            1,
+            shared_bytes,
+            stream,
+            0,
+            ctypes.addressof(extra),
         )
 
-    def _compile(self) -> Any:
+    def compile(self) -> None:
+        """Compile and load, unless that is done."""
+        if self._handle is not None or SIMULATED:
+            return
         with _COMPILING:
             dispatcher = cuda.jit(numba.void(*self.kinds), **self.options)(self.function)
-            compiled = next(iter(dispatcher.overloads.values()))
-            self._compiled = compiled  # it owns the module
-            return int(compiled._codelibrary.get_cufunc().handle)
+            self._compiled = next(iter(dispatcher.overloads.values()))  # it owns the module
+            self._handle = int(self._compiled._codelibrary.get_cufunc().handle)
 
 
 def _simulate(
     function: Callable[..., Any], grid: tuple[int, int], shared_bytes: int, arguments: tuple[Any, ...]
 ) -> None:
     """The simulator waits for its threads in a busy loop: let them interrupt it often."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](
-            *(np.float32(x) if isinstance(x, float) else x for x in arguments)
-        )
-    finally:
-        sys.setswitchinterval(interval)
+    with _ONE_AT_A_TIME:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](
+                *(np.float32(x) if isinstance(x, float) else x for x in arguments)
+            )
+        finally:
+            sys.setswitchinterval(interval)
 
 
 class _Quiet:

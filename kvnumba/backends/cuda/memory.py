@@ -87,7 +87,10 @@ class Pool:
         """
         kind = (stream, (1 << max(nbytes - 1, 255).bit_length()) * (-1 if zeros else 1))
         free = self._free[kind]
-        memory = free.pop() if free else Memory(abs(kind[1]), zeros=zeros)
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = Memory(abs(kind[1]), zeros=zeros)
         weakref.finalize(user, free.append, memory)
         return memory.address
 
@@ -117,7 +120,12 @@ class DeviceArray:
     """
 
     def __init__(
-        self, memory: Memory, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        memory: Memory,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> None:
         self._memory = memory
         self._offset = offset

@@ -20,12 +20,17 @@ MIN_SPLIT = 128  # keys that are worth a piece of their own
 MAX_PARTS = 128  # pieces that one block merges
 
 # Columns of the table of pieces.
-SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, PART, NUM_PARTS, FIRST_PARTIAL, ITEM = range(10)
+SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, PART, NUM_PARTS, FIRST_PARTIAL, ITEM = range(
+    10
+)
 PIECE_COLUMNS = 10
 
 
 class Family(NamedTuple):
-    """A kernel of attention as the plan sees it: rows that a block takes, and blocks that fit a multiprocessor."""
+    """A kernel of attention as the plan sees it: rows that a block takes, and blocks that fit a multiprocessor.
+
+    0 of these: the kernel does not split ranges of keys.
+    """
 
     name: str
     rows: int
@@ -33,9 +38,8 @@ class Family(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The pieces of a batch that one kernel takes, and the memory where its blocks leave partial results."""
+    """The pieces of a batch, with so many query heads each, and the memory where blocks leave partial results."""
 
-    family: Family
     heads: int
     pieces: int
     num_pieces: int
@@ -46,49 +50,48 @@ class Launch(NamedTuple):
 class AttentionPlan:
     """What is the same for all layers of a batch; a kernel's share of it is made and uploaded when first asked for."""
 
-    def __init__(self, tables: Tables, num_kv_heads: int, group: int, head_dim: int, window_left: int) -> None:
+    def __init__(
+        self, tables: Tables, num_kv_heads: int, group: int, head_dim: int, window_left: int
+    ) -> None:
         self.tables = tables
         self.group = group
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._window_left = window_left
         self.prepared: dict[Any, Any] = {}  # kernels and launches, by what they are chosen by
-        self._launches: dict[tuple[Family, ...], list[Launch]] = {}
+        self._per_head: dict[bytes, int] = {}
+
+    def per_head(self, x: np.ndarray | None, pool: Pool, stream: int) -> int:
+        """The address of a number for each query head, uploaded once; 0 for none."""
+        if x is None:
+            return 0
+        key = x.tobytes()
+        if key not in self._per_head:
+            self._per_head[key] = pool.put(self, x, stream)
+        return self._per_head[key]
 
     @property
-    def most_new_tokens(self) -> int:
-        """Of any sequence."""
-        return int(np.diff(self.tables.batch.query_start_loc).max(initial=0))
+    def new_tokens(self) -> np.ndarray:
+        """Of each sequence."""
+        return np.diff(self.tables.batch.query_start_loc)
 
-    def launches(self, families: tuple[Family, ...], pool: Pool, stream: int) -> list[Launch]:
-        """Launches that serve the batch: each sequence by the first family whose rows hold its new tokens, or the last."""
-        if families not in self._launches:
-            new = np.diff(self.tables.batch.query_start_loc)
-            left = new > 0
-            made = []
-            for family in families:
-                heads = min(self.group, family.rows)
-                fits = left & (new <= family.rows // heads) if family is not families[-1] else left
-                left = left & ~fits
-                if fits.any():
-                    made.append(self._launch(family, heads, np.flatnonzero(fits), pool, stream))
-            self._launches[families] = made
-        return self._launches[families]
-
-    def _launch(self, family: Family, heads: int, sequences: np.ndarray, pool: Pool, stream: int) -> Launch:
+    def launch(self, family: Family, sequences: np.ndarray, pool: Pool, stream: int) -> Launch:
+        """Some sequences as the kernel of a family takes them, in memory that comes back with this plan."""
+        heads = min(self.group, family.rows)
         blocks_per_piece = self._num_kv_heads * -(-self.group // heads)
-        blocks = num_multiprocessors() * family.blocks_per_sm
+        blocks = max(1, num_multiprocessors() * family.blocks_per_sm)
         pieces = cut(
             self.tables.batch, sequences, family.rows // heads, blocks, blocks_per_piece, self._window_left
         )
         partial_bytes = 4 * pieces.num_partials * blocks_per_piece * family.rows * (self._head_dim + 2)
         return Launch(
-            family,
             heads,
             pool.put(self, pieces.table, stream),
             len(pieces.table),
             pool.take(self, partial_bytes, stream) if partial_bytes else 0,
-            pool.take(self, 4 * pieces.num_items * blocks_per_piece, stream, zeros=True) if partial_bytes else 0,
+            pool.take(self, 4 * pieces.num_items * blocks_per_piece, stream, zeros=True)
+            if partial_bytes
+            else 0,
         )
 
 
@@ -122,7 +125,8 @@ def cut(
     totals = (-(-keys[:, None] // splits)).sum(axis=0) * blocks_per_piece
     split = splits[np.argmax(totals <= blocks)] if (totals <= blocks).any() else splits[-1]
     parts = np.maximum(-(-keys // split), 1)
-    each = -(-(-(-keys // parts)) // TILE) * TILE  # as equal as tiles allow
+    each = -(-keys // parts)
+    each = -(-each // TILE) * TILE  # as equal as tiles allow
     parts = np.maximum(-(-keys // each), 1)
     part = _count(parts)
     partials = np.where(parts > 1, parts, 0)

@@ -48,6 +48,10 @@ def count_up(address):
     return before
 
 
+def round_to_int(x):
+    return int(np.rint(x))
+
+
 def quotient(a, b):
     return a // b
 
@@ -92,8 +96,12 @@ def storer(fmt, width):
     return store
 
 
+def index(i):
+    return i
+
+
 def barrier():
-    threading.current_thread().syncthreads()
+    threading.current_thread().syncthreads()  # type: ignore[attr-defined]
 
 
 def warp_min(x):

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvnumba.backends.cuda.intrinsics import load_int, quotient
 from kvnumba.backends.cuda.jit import device
-from kvnumba.backends.cuda.memory import Pool, upload
+from kvnumba.backends.cuda.memory import Pool
 from kvnumba.storage import Batch
 
 
@@ -27,7 +27,9 @@ class Tables:
         if self._address is None:
             batch = self.batch
             self._address = pool.put(
-                self, np.concatenate((batch.query_start_loc, batch.seq_lens, batch.block_table.reshape(-1))), stream
+                self,
+                np.concatenate((batch.query_start_loc, batch.seq_lens, batch.block_table.reshape(-1))),
+                stream,
             )
         return self._address
 

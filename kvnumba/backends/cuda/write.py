@@ -7,9 +7,18 @@ from typing import Any
 
 from numba import float32
 
-from kvnumba.backends.cuda.intrinsics import loader, store_float, storer, vectors, warp_max, warp_min
+from kvnumba.backends.cuda.intrinsics import (
+    loader,
+    quotient,
+    remainder,
+    store_float,
+    storer,
+    vectors,
+    warp_max,
+    warp_min,
+)
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda, device
-from kvnumba.backends.cuda.tables import blocks_of, find_slab, find_sequence, position_of
+from kvnumba.backends.cuda.tables import blocks_of, find_sequence, find_slab, position_of
 from kvnumba.formats import FORMATS
 
 
@@ -42,7 +51,7 @@ def row_writer(given: str, name: str, width: int) -> Any:
                     of.quantize(values, low, divisor, most)
                     store(codes + (place + at) * bits // 8, values)
                 if lane == 0:
-                    at = 4 * (offset * (head_dim // group_size) + group)
+                    at = 8 * (offset * (head_dim // group_size) + group)
                     store_float(scale + at, step)
                     store_float(zero + at, low)
         else:
@@ -57,7 +66,7 @@ def row_writer(given: str, name: str, width: int) -> Any:
 def write_kernel(
     given_keys: str, given_values: str, key_format: str, value_format: str, width: int
 ) -> Kernel:
-    """A warp for each new row; keys are written by blocks with y = 0, values by those with y = 1.
+    """A warp for each new row, the next when it is done; blocks with y = 0 write keys, those with y = 1 values.
 
     Row (token t, head h) of new keys begins at element ``t // n * batch + t % n * token + h * head``.
     """
@@ -72,21 +81,43 @@ def write_kernel(
     ):  # fmt: skip
         thread = cuda.threadIdx.x
         lane = thread % WARP
-        item = (cuda.blockIdx.x * THREADS + thread) // WARP
-        if item < num_tokens * num_heads:
-            values = cuda.local.array(width, float32)
-            token, head = item // num_heads, item % num_heads
+        values = cuda.local.array(width, float32)
+        first = (cuda.blockIdx.x * THREADS + thread) // WARP
+        for item in range(first, num_tokens * num_heads, cuda.gridDim.x * (THREADS // WARP)):
+            token = quotient(item, num_heads)
+            head = item - token * num_heads
             sequence = find_sequence(tables, num_seqs, token)
             position = position_of(tables, num_seqs, sequence, token)
             blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
             slab = find_slab(blocks, position, block_size, num_heads, head) * slab_bytes
-            offset = position % block_size
-            batch, token = token // tokens_per_row, token % tokens_per_row
+            offset = remainder(position, block_size)
+            batch = quotient(token, tokens_per_row)
+            token -= batch * tokens_per_row
             if cuda.blockIdx.y == 0:
                 x = k + (batch * k_batch + token * k_token + head * k_head) * key_bytes
-                write_key(lane, values, x, offset, head_dim, group_size, k_codes + slab, k_scale + slab, k_zero + slab)
+                write_key(
+                    lane,
+                    values,
+                    x,
+                    offset,
+                    head_dim,
+                    group_size,
+                    k_codes + slab,
+                    k_scale + slab,
+                    k_zero + slab,
+                )
             else:
                 x = v + (batch * v_batch + token * v_token + head * v_head) * value_bytes
-                write_value(lane, values, x, offset, head_dim, group_size, v_codes + slab, v_scale + slab, v_zero + slab)
+                write_value(
+                    lane,
+                    values,
+                    x,
+                    offset,
+                    head_dim,
+                    group_size,
+                    v_codes + slab,
+                    v_scale + slab,
+                    v_zero + slab,
+                )
 
     return Kernel(write, "q" * 16 + "i" * 8)
