@@ -28,7 +28,7 @@ if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:  # Numba al
 WARP = 1 if SIMULATED else 32
 """Threads that exchange values without shared memory; the simulator has no such exchange."""
 
-THREADS = 2 if SIMULATED else 128
+THREADS = 4 if SIMULATED else 128
 """Threads of a block. Each is a thread of the operating system in the simulator."""
 
 _KINDS = {"q": numba.int64, "i": numba.int32, "f": numba.float32}
