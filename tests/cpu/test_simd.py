@@ -120,7 +120,7 @@ def test_warmup_meets_every_size(group):
 
     def sizes(counts):
         lengths = np.full(1, 600, np.int32)
-        batches = [Batch.of(np.zeros((1, 1), np.int32), lengths, np.array([count])) for count in counts]
+        batches = [Batch.of(np.zeros((1, 1), np.int32), lengths, np.array([count]), 600) for count in counts]
         return {rows for b in batches for rows, _ in plan.plan_batch(b, 1, group, 8, -1, 2).pieces}
 
     assert sizes(range(1, 300)) == sizes(compilation.tile_counts(group))
@@ -132,7 +132,7 @@ def test_warmup_meets_every_size(group):
 def test_a_plan_covers_everything_once(window_left, group, num_threads):
     """Every new token, query head and key that it may see is in one piece; merges name every partial result."""
     seq_lens, new, num_kv_heads = np.array([5000, 3, 900, 40]), np.array([1, 3, 130, 0]), 2
-    batch = Batch.of(np.zeros((4, 1), np.int32), seq_lens.astype(np.int32), new)
+    batch = Batch.of(np.zeros((4, 1), np.int32), seq_lens.astype(np.int32), new, 600)
     made = plan.plan_batch(batch, num_kv_heads, group, 128, window_left, num_threads)
     seen = np.zeros((new.sum(), num_kv_heads * group, 5000), np.int8)
     partials = []
