@@ -123,8 +123,8 @@ def test_group_sizes(group, normal):
 def test_prompts(kind, group, fmt, head_dim, normal):
     """Enough new tokens to fill a device."""
     fmt = kind if fmt == "same" else fmt
-    new = [at_most(n, n // 16) for n in (1100, 700, 1, 640)]
-    lengths = [new[0], new[1] + 300, 77, new[3] + 5]
+    new = [at_most(n, n // 50) for n in (1100, 700, 50, 640)]
+    lengths = [new[0], new[1] + at_most(300, 30), 77, new[3] + 5]
     options = {"window_left": 200, "sinks": np.linspace(-1, 2, 2 * group)} if group == 5 else {}
     check(kind, fmt, fmt, normal, group=group, head_dim=head_dim, lengths=lengths, new=new, **options)
 
