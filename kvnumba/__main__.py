@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import platform
 import sys
@@ -99,10 +100,9 @@ def info() -> None:
         rows.append(("chosen backend", get_backend().name))
     except (ValueError, kvnumba.BackendUnavailable) as error:
         rows.append(("chosen backend", f"none: {error}"))
-    if unavailable_reason("cpu") is None:
-        from kvnumba.backends import cpu
-
-        rows += cpu.describe()
+    for name in ("cuda", "cpu"):
+        if unavailable_reason(name) is None:
+            rows += importlib.import_module(f"kvnumba.backends.{name}").describe()
     for name, value in rows:
         print(f"{name:<18} {value}")
 

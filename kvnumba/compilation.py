@@ -8,6 +8,7 @@ from kvnumba import arguments
 from kvnumba.contiguous import KVCache
 from kvnumba.paged import PagedKVCache
 from kvnumba.quantization import dequantize, quantize
+from kvnumba.registry import get_backend
 
 TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
 
@@ -38,11 +39,12 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
         )
     group = num_qo_heads // num_kv_heads
     # long rows: a short cache is then work enough for several threads, whose results are merged
-    cache = KVCache(1, 1500, 1, 2048, "int8", backend=backend)
-    k = np.zeros((1, 1, 1400, 2048), np.float32)
+    head_dim = 128 if get_backend(backend).takes_device_arrays else 2048
+    cache = KVCache(1, 1500, 1, head_dim, "int8", backend=backend)
+    k = np.zeros((1, 1, 1400, head_dim), np.float32)
     for new in (k, k[:, :, :1]):
         cache.update(new, new)
-    cache.attend(np.zeros((1, group, 1, 2048), np.float32))
+    cache.attend(np.zeros((1, group, 1, head_dim), np.float32))
     # every number of new tokens up to a whole tile and what may be left of a prompt
     short = KVCache(1, TILE, 1, 8, backend=backend)
     short.update(k[:, :, :TILE, :8], k[:, :, :TILE, :8])

@@ -122,9 +122,11 @@ def test_group_sizes(group, normal):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_prompts(kind, group, fmt, head_dim, normal):
     """Enough new tokens to fill a device."""
+    if SIMULATED and head_dim == 128:
+        pytest.skip("the simulator runs the kernel for all head_dims, and is slow")
     fmt = kind if fmt == "same" else fmt
-    new = [at_most(n, n // 16) for n in (1100, 700, 1, 640)]
-    lengths = [new[0], new[1] + 300, 77, new[3] + 5]
+    new = [at_most(1100, 22), at_most(700, 14), 1, at_most(640, 12)]
+    lengths = [new[0], new[1] + at_most(300, 30), 77, new[3] + 5]
     options = {"window_left": 200, "sinks": np.linspace(-1, 2, 2 * group)} if group == 5 else {}
     check(kind, fmt, fmt, normal, group=group, head_dim=head_dim, lengths=lengths, new=new, **options)
 

@@ -28,7 +28,7 @@ if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:  # Numba al
 WARP = 1 if SIMULATED else 32
 """Threads that exchange values without shared memory; the simulator has no such exchange."""
 
-THREADS = 2 if SIMULATED else 128
+THREADS = 4 if SIMULATED else 128
 """Threads of a block. Each is a thread of the operating system in the simulator."""
 
 _KINDS = {"q": numba.int64, "i": numba.int32, "f": numba.float32}
@@ -172,8 +172,24 @@ def _driver() -> Any:
 
 
 def driver_call(name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA driver; MemoryError or RuntimeError with the driver's own name of an error."""
+    """Call a function of the CUDA driver.
+
+    Raises
+    ------
+    MemoryError, BackendUnavailable, RuntimeError
+        The device has no memory left, is gone, or anything else, by the driver's own name of it.
+    """
     code, *values = getattr(_driver(), name)(*arguments)
     if code != 0:
-        raise (MemoryError if code.name.endswith("OUT_OF_MEMORY") else RuntimeError)(f"{name}: {code.name}")
+        error = ERRORS.get(code.name.removeprefix("CUDA_ERROR_"), RuntimeError)
+        raise error(f"{name}: {code.name}")
     return values[0] if values else None
+
+
+ERRORS: dict[str, type[Exception]] = {
+    "OUT_OF_MEMORY":       MemoryError,
+    "NO_DEVICE":           BackendUnavailable,
+    "DEVICE_UNAVAILABLE":  BackendUnavailable,
+    "ECC_UNCORRECTABLE":   BackendUnavailable,
+    "DEINITIALIZED":       BackendUnavailable,
+}  # fmt: skip

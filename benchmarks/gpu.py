@@ -1,7 +1,7 @@
 """The CUDA backend on one GPU, beside the read bandwidth of its memory and what peers reach.
 
-``python benchmarks/bench_cuda.py`` prints the README's tables. Needs torch. Times are medians over replays of CUDA
-graphs between events; data sets are larger than the L2 and rotated; every result is checked before it is timed.
+``PYTHONPATH=tests python benchmarks/gpu.py`` prints the README's tables. Needs torch. Times are medians over replays
+of CUDA graphs between events; data sets are larger than the L2 and rotated; results are checked before they are timed.
 """
 
 from __future__ import annotations
