@@ -323,8 +323,8 @@ def also_called(**aliases: str) -> Callable[[F], F]:
     return decorate
 
 
-def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    return dtype == np.uint16 or dtype.name == "bfloat16"
+def _is_bfloat16(dtype: Any) -> bool:
+    return dtype == np.uint16 or getattr(dtype, "name", "") == "bfloat16"
 
 
 def _real(argument: str, value: Any) -> float:

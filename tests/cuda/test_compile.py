@@ -12,7 +12,7 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, decode, prefill, read, write
+from kvnumba.backends.cuda import attend, copy, decode, prefill, read, write
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -28,6 +28,7 @@ def compile_kernel(request, monkeypatch):
         prefill.prefill_kernel,
         write.write_kernel,
         read.read_kernel,
+        copy.copy_kernel,
     ):
         factory.cache_clear()
 
@@ -63,6 +64,7 @@ def test_the_other_kernels_too(compile_kernel, kind, fmt, width):
         attend.attend_kernel(4, width, kind, fmt, fmt),
         write.write_kernel(kind, kind, fmt, fmt, width),
         read.read_kernel(fmt, width),
+        copy.copy_kernel(),
     ):
         ptx = compile_kernel(kernel)
         assert ".f64" not in ptx

@@ -199,6 +199,8 @@ class CudaBackend:
         memory.download(out, result, 0)
 
     def copy_blocks(self, buffers: CudaBuffers, pairs: np.ndarray) -> None:
+        if not len(pairs):
+            return
         memory.enter()
         memory.synchronize()  # what is copied may have been written on any stream, and will be read on any
         call = _Call()

@@ -52,13 +52,14 @@ class CudaBuffers(Buffers):
     def on_host(self, blocks: np.ndarray) -> tuple[np.ndarray, tuple[Encoded, Encoded]]:
         """Room for the bytes (num_layers, N, block_bytes) of blocks, and their parts as views of it."""
         layout = self.layout
-        raw = np.empty((layout.num_layers, len(blocks), self.block_bytes), np.uint8)
+        raw = np.empty((layout.num_layers, max(len(blocks), 1), self.block_bytes), np.uint8)
         strides = (raw.strides[0], self.block_bytes, self.slab_bytes)
         offsets = iter(at - self.addresses[0][0] for at in self.addresses[0])
 
         def part(like: DeviceArray) -> np.ndarray:
-            shape = (layout.num_layers, len(blocks), *like.shape[2:])
-            return np.ndarray(shape, like.dtype, raw, next(offsets), (*strides, *like.strides[3:]))
+            shape = (*raw.shape[:2], *like.shape[2:])
+            whole = np.ndarray(shape, like.dtype, raw, next(offsets), (*strides, *like.strides[3:]))
+            return whole[:, : len(blocks)]
 
         keys, values = (Encoded(*(part(like) for like in kept)) for kept in (self.keys, self.values))
         return raw, (keys, values)
