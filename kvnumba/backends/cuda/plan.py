@@ -15,7 +15,7 @@ from kvnumba.backends.cuda.memory import Pool
 from kvnumba.backends.cuda.tables import Tables
 from kvnumba.storage import Batch
 
-TILE = 16  # keys: ranges begin at multiples
+TILE = 16  # keys: ranges begin at multiples, where kernels read so many at once
 MIN_SPLIT = 128  # keys that are worth a piece of their own
 MAX_PARTS = 128  # pieces that one block merges
 
@@ -115,7 +115,12 @@ def cut(
     count = np.minimum(tokens, np.repeat(new, tiles) - first)
     position = seq_lens[sequence] - np.repeat(new, tiles) + first
     end = position + count
-    begin = np.maximum(position - window_left, 0) // TILE * TILE if window_left >= 0 else np.zeros_like(end)
+    begin = np.zeros_like(end)
+    if window_left >= 0:
+        # a tile is in one block where kernels read whole ones; elsewhere blocks before the window may be gone
+        whole = batch.block_size % TILE == 0 or batch.block_table.shape[1] == 1
+        step = TILE if whole else 1
+        begin = np.maximum(position - window_left, 0) // step * step
 
     keys = end - begin
     share = int(keys.sum()) * blocks_per_piece // blocks + 1
