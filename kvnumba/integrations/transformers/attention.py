@@ -87,7 +87,7 @@ def attention_forward(
             )
     else:
         _refuse_training(query, dropout)
-        if causal is not None and position_bias is None and appended.can_leave_out(causal):
+        if causal is not None and position_bias is None and appended.fits(causal):
             out = appended.attend(
                 query,
                 key,
