@@ -39,7 +39,7 @@ class Appended:
 
     def fits(self, mask: CausalMask) -> bool:
         """Whether `attend` can show what the mask shows; raises where nothing can."""
-        if self._group.step is None or self._group.length(self._index) != self._length:
+        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
             raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
         return self._group.fits(self._index, mask)
 
@@ -80,7 +80,7 @@ class KVNumbaLayer(CacheLayerMixin):
     @property
     def is_initialized(self) -> bool:
         """Whether there is a pool."""
-        return self.group.pool is not None
+        return self.group.started
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:  # the base class sets it
@@ -132,7 +132,9 @@ class KVNumbaLayer(CacheLayerMixin):
     def _refuse(self, *args: Any) -> None:
         raise NotImplementedError("call this of the KVNumbaCache: layers of a kind share their sequences")
 
-    crop = reset = reorder_cache = batch_select_indices = batch_repeat_interleave = offload = prefetch = _refuse
+    crop = reset = reorder_cache = batch_select_indices = batch_repeat_interleave = offload = prefetch = (
+        _refuse
+    )
 
     def __repr__(self) -> str:
         window = "" if self.sliding_window is None else f", sliding_window={self.sliding_window}"
@@ -254,10 +256,10 @@ class KVNumbaCache(Cache):
         token = uuid.uuid4().hex
         groups = []
         for n, group in enumerate(self._groups.values()):
-            if group._running():
+            if group.running:
                 raise ValueError("save: a forward pass did not reach the last layer; crop(0) forgets it")
             entry: dict[str, Any] = {"ids": group.ids, "length": group.committed}
-            if group.pool is not None:
+            if group.started:
                 entry.update(
                     file=f"{n}.{token}.kv",
                     num_kv_heads=group.pool.num_kv_heads,
@@ -301,7 +303,7 @@ class KVNumbaCache(Cache):
         ]
         for group, new in zip(self._groups.values(), loaded, strict=True):
             group.clear()
-            if new.pool is not None:
+            if new.started:
                 group.adopt(new.pool)
                 group.ids.extend(new.ids)
                 new.ids.clear()  # they are this group's to finish
@@ -345,9 +347,7 @@ def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprin
         return new
     dtype = getattr(torch, entry["dtypes"][0], torch.float32)
     new.adopt(
-        group.formats.allocate(
-            entry["num_kv_heads"], entry["head_dim"], dtype, group.num_layers, group.share
-        )
+        group.formats.allocate(entry["num_kv_heads"], entry["head_dim"], dtype, group.num_layers, group.share)
     )
     ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
     new.ids.extend(ids.pop(seq_id) for seq_id in entry["ids"])

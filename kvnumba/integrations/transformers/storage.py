@@ -91,18 +91,30 @@ class LayerGroup:
         self.share = share
         self.sliding_window = sliding_window
         self.record_past = False
-        self.pool: PagedKVCache | None = None
+        self._pool: PagedKVCache | None = None
         self.clear()
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a pool."""
+        return self._pool is not None
+
+    @property
+    def pool(self) -> PagedKVCache:
+        """The pool of a group that has started."""
+        if self._pool is None:
+            raise ValueError("KVNumbaCache: it holds no tokens yet")
+        return self._pool
 
     def clear(self) -> None:
         """Forget everything and give memory back."""
-        if self.pool is not None:
-            _finish(self.pool, self.ids)
-        self.pool = None
+        if self._pool is not None:
+            _finish(self._pool, self.ids)
+        self._pool = None
         self.ids: list[int] = []  # the sequences' ids in the pool; this list is changed in place
         self.committed = 0  # tokens of every sequence in all layers, padding included
         self.padding = np.zeros(0, np.int64)  # tokens of each that were left out
-        self.step: Step | None = None  # the latest forward pass
+        self._step: Step | None = None  # the latest forward pass
         self.count = 0  # its tokens
         self.real = np.zeros((0, 0), bool)  # and those that are not padding, (B, count)
 
@@ -126,21 +138,29 @@ class LayerGroup:
 
     def adopt(self, pool: PagedKVCache) -> None:
         """Use a pool, and give back what this group holds of it when nobody uses the group any more."""
-        self.pool = pool
+        self._pool = pool
         self.ids = []
         weakref.finalize(self, _finish, pool, self.ids).atexit = False
 
+    @property
+    def running(self) -> bool:
+        """Whether the latest forward pass has layers to go."""
+        return self._step is not None and not self._step.covers(self.num_layers - 1)
+
+    @property
+    def step(self) -> Step:
+        """The latest forward pass; after it the sequences have not changed."""
+        if self._step is None:
+            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+        return self._step
+
     def length(self, index: int) -> int:
         """Tokens of every sequence in a layer, padding and those of the running forward pass included."""
-        return self.committed + (self.count if self._running() and self.step.covers(index) else 0)
-
-    def _running(self) -> bool:
-        """Whether the latest forward pass has layers to go."""
-        return self.step is not None and not self.step.covers(self.num_layers - 1)
+        return self.committed + (self.count if self.running and self.step.covers(index) else 0)
 
     def append(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write new tokens (B, H, q, D) to a layer."""
-        if self.pool is None:
+        if not self.started:
             self.start(k, v)
         if len(k) != len(self.ids):
             raise ValueError(
@@ -148,18 +168,20 @@ class LayerGroup:
                 f"Call reset() first, or batch_repeat_interleave(n) to continue each n times"
             )
         if index == 0:
-            if self._running():
+            if self.running:
                 raise ValueError(
                     "key_states: the forward pass before this one did not reach the last layer; "
                     "crop(0) forgets it, or use transformers.DynamicCache to skip layers"
                 )
             self._book(k.shape[2], np.ones((len(k), k.shape[2]), bool))
-        elif not self._running() or k.shape[2] != self.count:
-            raise ValueError(f"key_states: layer {index} of its kind was updated without the layers before it")
+        elif not self.running or k.shape[2] != self.count:
+            raise ValueError(
+                f"key_states: layer {index} of its kind was updated without the layers before it"
+            )
         self._write(index, k, v)
 
     def _book(self, count: int, real: np.ndarray) -> None:
-        self.step = self.pool.step(self.ids, real.sum(axis=1))
+        self._step = self.pool.step(self.ids, real.sum(axis=1))
         self.count, self.real = count, real
 
     def _write(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -171,7 +193,9 @@ class LayerGroup:
         """Whether what is stored, less padding among the new tokens, is what the mask shows to a layer."""
         length = self.length(index)
         if mask.length is not None and mask.length != length:
-            raise ValueError(f"attention_mask: expected {length} tokens, all that are cached; got {mask.length}")
+            raise ValueError(
+                f"attention_mask: expected {length} tokens, all that are cached; got {mask.length}"
+            )
         padding = np.zeros_like(self.padding) if mask.padding is None else mask.padding
         if (padding < self.padding).any():
             raise ValueError(
@@ -197,9 +221,7 @@ class LayerGroup:
 
     def attend(self, index: int, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """Attention of the new tokens' queries (B, Hq, q, D): (B, q, Hq, D), 0 where the query is padding."""
-        out = to_torch(
-            self.step.attend(_pack(query, self.real), layer=index, **options), query.dtype
-        )
+        out = to_torch(self.step.attend(_pack(query, self.real), layer=index, **options), query.dtype)
         if self.real.all():
             return out.view(*self.real.shape, *out.shape[1:])
         unpacked = out.new_zeros(*self.real.shape, *out.shape[1:])
@@ -218,17 +240,17 @@ class LayerGroup:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, and a forward pass that did not reach the last layer."""
-        if self.pool is None:
+        if not self.started:
             return
         length = max(self.committed - tokens_to_remove, 0)
         padding = np.minimum(self.padding, length)
         for seq_id, kept in zip(self.ids, (length - padding).tolist(), strict=True):
             self.pool.truncate(seq_id, kept)
-        self.committed, self.padding, self.step = length, padding, None
+        self.committed, self.padding, self._step = length, padding, None
 
     def select(self, parents: torch.Tensor) -> None:
         """Let sequence n become what sequence ``parents[n]`` is; blocks are shared, nothing is copied."""
-        if self.pool is None:
+        if not self.started:
             return
         rows = np.arange(len(self.ids))[to_numpy(parents.cpu())].tolist()
         _require_rows(len(rows))
@@ -241,13 +263,13 @@ class LayerGroup:
         for row in rows:
             self.ids.append(self.pool.fork(before[row]) if row in kept else before[row])
             kept.add(row)
-        self.padding, self.step = self.padding[rows], None
+        self.padding, self._step = self.padding[rows], None
 
     def fork(self) -> LayerGroup:
         """A group that goes its own way from here; blocks are shared until one of the two writes to them."""
         twin = LayerGroup(self.formats, self.num_layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
-        if self.pool is not None:
+        if self.started:
             twin.adopt(self.pool)
             twin.ids.extend(self.pool.fork(seq_id) for seq_id in self.ids)
             twin.committed, twin.padding = self.committed, self.padding.copy()
@@ -255,7 +277,7 @@ class LayerGroup:
 
     def memory_bytes(self) -> int:
         """Bytes of the blocks that are in use, scales and zero points included."""
-        if self.pool is None:
+        if not self.started:
             return 0
         blocks = self.pool.num_blocks - self.pool.num_free_blocks
         return blocks * self.pool.block_size * self.pool.bytes_per_token()
