@@ -245,6 +245,23 @@ class Step:
         self._attention.attend(layer, query[None], out[None], lse[None], options, q)
         return arguments.returned(q, out, lse, options)
 
+    def get_kv(self, *, layer: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Copies of a layer's keys and values, the new tokens included: (H, T, D) float32 twice a sequence.
+
+        As `PagedKVCache.get_kv`, also before the later layers are written.
+        """
+        layer = arguments.layer_index(layer, self._buffers.layout.num_layers)
+        if not self.covers(layer):
+            raise ValueError(f"layer: layer {layer} of this step has not been written yet")
+        pairs = []
+        for row, seq_id in enumerate(self.seq_ids):
+            first = self._pool.first_position(seq_id)
+            table = self.batch.block_table[row : row + 1, first // self._pool.block_size :]
+            length = int(self.batch.seq_lens[row]) - first
+            k, v = self._backend.read(self._buffers, layer, np.ascontiguousarray(table), length)
+            pairs.append((k[0], v[0]))
+        return pairs
+
     def __repr__(self) -> str:
         return (
             f"Step(sequences={len(self.seq_ids)}, new_tokens={self.num_tokens}, "

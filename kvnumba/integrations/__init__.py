@@ -1,0 +1,1 @@
+"""kvnumba as a part of other libraries; each module needs its library installed."""

@@ -1,0 +1,166 @@
+"""The attention function: out of the cache where a `KVNumbaCache` holds the keys, dense otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvnumba.integrations.transformers import masks
+from kvnumba.integrations.transformers.cache import NAME, Appended
+from kvnumba.integrations.transformers.masks import CausalMask
+from kvnumba.integrations.transformers.tensors import to_numpy
+
+REFUSED = {
+    "output_attentions": "weights are never computed as a whole",
+    "indices": "sparse attention is not supported",
+    "block_indices": "sparse attention is not supported",
+    "sinks": "sinks that differ from token to token are not supported",
+}
+"""Keywords that some models pass and that would change the result, if they are not None or False."""
+
+
+def register() -> None:
+    """Make the name "kvnumba" known to `set_attn_implementation`. Twice: without its mask function there is none."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, masks.attention_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' models ask for it.
+
+    Parameters
+    ----------
+    module : Module
+        The attention layer; its `is_causal` counts where there is neither a mask nor the argument.
+    query : (B, Hq, q, D)
+    key, value : (B, H, q, D), or (B, H, k, D)
+        What `KVNumbaCache.update` returned: the new ones, which carry a handle to the cache. Without the handle
+        they are all there are.
+    attention_mask : (B, k) or (B, 1, q, k), optional
+        What `masks.attention_mask` returned, or a 4-D mask, bool or additive, which is honoured by a dense path.
+    dropout, scaling, is_causal
+        As everywhere in transformers.
+    sliding_window : int, optional
+        Used where there is no mask; a mask knows its own.
+    softcap : float, optional
+    s_aux : (Hq,), optional
+        Learned sinks: one more logit a head.
+    position_bias : optional
+        Added to the scores, by the dense path.
+
+    Returns
+    -------
+    out : (B, q, Hq, D), in the dtype of the query
+    weights : None
+
+    Raises
+    ------
+    ValueError
+        Something cannot be honoured; the message says what to do.
+    """
+    for name, reason in REFUSED.items():
+        if options.get(name) not in (None, False):
+            raise ValueError(f'{name}: {reason} by "{NAME}"; model.set_attn_implementation("eager") instead')
+    appended: Appended | None = getattr(key, NAME, None)
+    causal = _causal(module, query, key, attention_mask, is_causal, sliding_window)
+    if appended is None:
+        if causal is not None and causal.length not in (None, key.shape[2]):
+            raise ValueError(
+                f"key: expected {causal.length} tokens, or the very tensor that KVNumbaCache.update returned; got "
+                f"{key.shape[2]}. The model changes keys between the two: use another attention implementation"
+            )
+    else:
+        _refuse_training(query, dropout)
+        if causal is not None and position_bias is None and appended.fits(causal):
+            out = appended.attend(
+                query,
+                key,
+                value,
+                causal.padding,
+                sm_scale=scaling,
+                window_left=causal.window_left,
+                logits_soft_cap=softcap or 0.0,
+                sinks=None if s_aux is None else to_numpy(s_aux.float()),
+            )
+            return out, None
+        key, value = appended.dense(query.dtype)
+    mask = attention_mask if causal is None else causal.dense(query.shape[2], key.shape[2]).to(query.device)
+    dropout = dropout if module.training else 0.0
+    return dense_attention(query, key, value, mask, scaling, softcap, s_aux, position_bias, dropout), None
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention in torch over keys (B, H, k, D), with a mask (B, 1 or Hq, q, k), bool or additive: (B, q, Hq, D)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask[..., : key.shape[2]]
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = torch.nn.functional.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _causal(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> CausalMask | None:
+    """The causal mask that is meant; None where a 4-D mask, or the lack of any, says what is seen."""
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return CausalMask(None, (sliding_window or 0) - 1, None) if causal else None
+    if mask.ndim == 2:
+        plan: CausalMask | None = getattr(mask, NAME, None)
+        if plan is None:
+            raise ValueError(
+                f"attention_mask: expected the very tensor that the mask function returned, or a 4-D mask; got another "
+                f"of shape {tuple(mask.shape)}. The model changes masks: use another attention implementation"
+            )
+        return plan
+    return None
+
+
+def _refuse_training(query: torch.Tensor, dropout: float) -> None:
+    if dropout:
+        raise ValueError(f"dropout: expected 0 with a KVNumbaCache; got {dropout}. Call model.eval() first")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("query: a KVNumbaCache keeps no gradients; call the model under torch.no_grad()")

@@ -1,0 +1,357 @@
+"""A `transformers.Cache` of kvnumba's paged storage."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+
+from kvnumba import arguments
+from kvnumba.formats import resolve_format
+from kvnumba.integrations.transformers.masks import CausalMask
+from kvnumba.integrations.transformers.storage import Formats, LayerGroup
+from kvnumba.registry import get_backend
+
+NAME = "kvnumba"
+"""Of the attention implementation, and of the attribute by which keys carry the handle to their layer."""
+
+MANIFEST = "cache.json"
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class Appended:
+    """The tokens that one `update` of a layer appended: what their keys carry to the attention function."""
+
+    def __init__(self, group: LayerGroup, index: int, visible: int) -> None:
+        self._group = group
+        self._index = index
+        self._visible = visible
+        self._length = group.length(index)
+
+    def fits(self, mask: CausalMask) -> bool:
+        """Whether `attend` can show what the mask shows; raises where nothing can."""
+        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
+            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+        return self._group.fits(self._index, mask)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: np.ndarray | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, D); 0 where the query is padding."""
+        if padding is not None:
+            self._group.leave_out(self._index, padding, key, value)
+        return self._group.attend(self._index, query, **options)
+
+    def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that the new tokens may see, (B, H, k, D); 0 where padding was left out."""
+        return self._group.dense(self._index, self._visible, dtype)
+
+
+class KVNumbaLayer(CacheLayerMixin):
+    """The keys and values of one model layer, in a group with those of its kind.
+
+    What concerns whole sequences (crop, reorder, reset) is done for the group, by `KVNumbaCache`.
+    """
+
+    is_croppable = True
+
+    def __init__(self, config: PreTrainedConfig, group: LayerGroup, index: int) -> None:
+        super().__init__()
+        self._config = config
+        self.group = group
+        self.index = index
+        self.sliding_window = group.sliding_window
+        self.is_sliding = group.sliding_window is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is a pool."""
+        return self.group.started
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:  # the base class sets it
+        pass
+
+    @property
+    def record_past(self) -> bool:
+        """Whether sequences that begin from here on keep what falls out of their window."""
+        return self.group.record_past
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the pool, for tensors of this shape (B, H, any, D), dtype and device."""
+        if not self.is_initialized:
+            self.group.start(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens (B, H, q, D).
+
+        Returns
+        -------
+        keys, values : (B, H, q, D), or (B, H, k, D)
+            With the attention implementation "kvnumba" the tensors as they came, with a handle for the attention
+            function. With any other all that the new tokens may see, dense, in the dtype of the new ones.
+        """
+        visible, _ = self.get_mask_sizes(key_states.shape[2])
+        self.group.append(self.index, key_states, value_states)
+        appended = Appended(self.group, self.index, visible)
+        if self._config._attn_implementation == NAME:
+            setattr(key_states, NAME, appended)
+            return key_states, value_states
+        return appended.dense(key_states.dtype)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that `update` is going to return where it returns dense ones, and the position of the first."""
+        length = self.get_seq_length()
+        earlier = length if self.sliding_window is None else min(length, self.sliding_window - 1)
+        return earlier + query_length, length - earlier
+
+    def get_seq_length(self) -> int:
+        """Tokens of every sequence, padding included."""
+        return self.group.length(self.index)
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum; of a sliding layer, its window."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def _refuse(self, *args: Any) -> None:
+        raise NotImplementedError("call this of the KVNumbaCache: layers of a kind share their sequences")
+
+    crop = reset = reorder_cache = batch_select_indices = batch_repeat_interleave = offload = prefetch = (
+        _refuse
+    )
+
+    def __repr__(self) -> str:
+        window = "" if self.sliding_window is None else f", sliding_window={self.sliding_window}"
+        return f"KVNumbaLayer(tokens={self.get_seq_length()}{window})"
+
+
+class KVNumbaCache(Cache):
+    """The cache of a Hugging Face model, in kvnumba's formats and on its backends.
+
+    With ``model.set_attn_implementation("kvnumba")`` attention is computed straight out of the storage. With any
+    other implementation the cache works too, and gives back dense keys and values at each step. ``copy.deepcopy``
+    shares all blocks with the copy until one of the two writes to them.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        ``model.config`` itself: the cache reads which attention implementation is set.
+    key_format, value_format : {"float32", "float16", "bfloat16", "int8", "int4"}, optional
+        Default: the model's dtype.
+    group_size : int, optional
+        Elements along head_dim that share a scale in int8 and int4. Default: all.
+    backend : {"numpy", "cpu", "auto"}, optional
+        Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto".
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above, or the model has layers that cannot be cached here.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        key_format: str | None = None,
+        value_format: str | None = None,
+        group_size: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config: expected model.config; got a {type(config).__name__}")
+        for argument, fmt in (("key_format", key_format), ("value_format", value_format)):
+            if fmt is not None:
+                resolve_format(argument, fmt)
+        if group_size is not None:
+            arguments.integer("group_size", group_size, minimum=1)
+        self._formats = Formats(key_format, value_format, group_size, get_backend(backend).name)
+        self._config = config.get_text_config(decoder=True)
+        kinds = list(_kinds(self._config))
+        stored = [kind for kind in kinds if kind is not None]
+        self._groups = {
+            kind: LayerGroup(self._formats, stored.count(kind), stored.count(kind) / len(stored), kind[0])
+            for kind in dict.fromkeys(stored)
+        }
+        super().__init__(layers=self._make_layers(kinds))
+
+    def _make_layers(self, kinds: list[tuple[Any, ...] | None]) -> list[KVNumbaLayer | DummyLayer]:
+        layers: list[KVNumbaLayer | DummyLayer] = []
+        for n, kind in enumerate(kinds):
+            if kind is None:
+                layers.append(DummyLayer())
+            else:
+                layers.append(KVNumbaLayer(self._config, self._groups[kind], kinds[:n].count(kind)))
+        return layers
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every sequence, given as a number of 0 or less.
+
+        Sliding layers find what falls out of their windows again if `activate_past_recording` was called before
+        the first token; what the latest forward pass appended can be cropped in any case. A pass that did not
+        reach the last layer is forgotten first.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected 0 or less; got {tokens_to_remove}")
+        for group in self._groups.values():
+            group.crop(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Let sequences that begin from here on keep what falls out of a sliding window, for `crop`."""
+        for group in self._groups.values():
+            group.record_past = True
+
+    def reset(self) -> None:
+        """Empty the cache and give its memory back."""
+        for group in self._groups.values():
+            group.clear()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence b become what sequence ``beam_idx[b]`` is; no token is copied."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences only, in this order; one may be named several times."""
+        for group in self._groups.values():
+            group.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Continue each sequence `repeats` times."""
+        for group in self._groups.values():
+            group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
+
+    def memory_bytes(self) -> int:
+        """Bytes of the blocks that are in use, scales and zero points included."""
+        return sum(group.memory_bytes() for group in self._groups.values())
+
+    def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
+        """Write the cache to a folder, which is made where it does not exist.
+
+        The file ``cache.json`` names the others and is replaced last: whatever happens before leaves what was there.
+
+        Parameters
+        ----------
+        folder : path
+        fingerprint : str
+            Says what computed the keys and values: the model's name and revision, say. `load` compares it.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex
+        groups = []
+        for n, group in enumerate(self._groups.values()):
+            if group.running:
+                raise ValueError("save: a forward pass did not reach the last layer; crop(0) forgets it")
+            entry: dict[str, Any] = {"ids": group.ids, "length": group.committed}
+            if group.started:
+                entry.update(
+                    file=f"{n}.{token}.kv",
+                    num_kv_heads=group.pool.num_kv_heads,
+                    head_dim=group.pool.head_dim,
+                    dtypes=[group.pool.key_format, group.pool.value_format],
+                    padding=group.padding.tolist(),
+                )
+                group.pool.save(path / entry["file"], fingerprint=fingerprint)
+            groups.append(entry)
+        with tempfile.NamedTemporaryFile("w", dir=path, prefix=".cache.", delete=False) as file:
+            json.dump({"version": 1, "groups": groups}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path / MANIFEST)
+        named = {entry.get("file") for entry in groups}
+        for old in path.glob("*.kv"):
+            if old.name not in named:
+                old.unlink()
+
+    def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
+        """Take what `save` wrote in the place of what the cache holds; if it fails, that stays.
+
+        Raises
+        ------
+        ValueError
+            The folder is not one of `save`, a file is damaged, or it was made with another model shape, format or
+            fingerprint.
+        OSError
+            A file cannot be read.
+        """
+        path = Path(folder)
+        try:
+            groups = json.loads((path / MANIFEST).read_text())["groups"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path / MANIFEST}: damaged, or not written by KVNumbaCache.save") from error
+        if len(groups) != len(self._groups):
+            raise ValueError(f"{path}: expected {len(self._groups)} kinds of layers; it has {len(groups)}")
+        loaded = [
+            _load_group(path, entry, group, fingerprint)
+            for entry, group in zip(groups, self._groups.values(), strict=True)
+        ]
+        for group, new in zip(self._groups.values(), loaded, strict=True):
+            group.clear()
+            if new.started:
+                group.adopt(new.pool)
+                group.ids.extend(new.ids)
+                new.ids.clear()  # they are this group's to finish
+                group.committed, group.padding = new.committed, new.padding
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
+        twin = KVNumbaCache.__new__(KVNumbaCache)
+        twin._formats, twin._config = self._formats, self._config
+        twin._groups = {kind: group.fork() for kind, group in self._groups.items()}
+        Cache.__init__(twin, layers=twin._make_layers(list(_kinds(self._config))))
+        return twin
+
+    def __repr__(self) -> str:
+        formats = self._formats
+        return (
+            f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
+            f"keys {formats.key_format or 'as given'}, values {formats.value_format or 'as given'}, "
+            f"{formats.backend}, {self.memory_bytes() / 1e6:.1f} MB)"
+        )
+
+
+def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
+    """What layers must have in common to share a pool, their window first; None for a layer without keys."""
+    types, options = get_layer_types_and_kwargs(config)
+    for kind, kwargs, layer in zip(types, options, config.per_layer_config, strict=True):
+        if kind == "dummy":
+            yield None
+        elif kind in KINDS:
+            heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
+            yield kwargs.get("sliding_window"), kind, *heads
+        else:
+            raise ValueError(
+                f"config: layers of type {kind!r} cannot be kept in a KVNumbaCache; use transformers.DynamicCache"
+            )
+
+
+def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
+    """A group like this one with what a folder says of it."""
+    new = LayerGroup(group.formats, group.num_layers, group.share, group.sliding_window)
+    if "file" not in entry:
+        return new
+    dtype = getattr(torch, entry["dtypes"][0], torch.float32)
+    new.adopt(
+        group.formats.allocate(entry["num_kv_heads"], entry["head_dim"], dtype, group.num_layers, group.share)
+    )
+    ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
+    new.ids.extend(ids.pop(seq_id) for seq_id in entry["ids"])
+    for seq_id in ids.values():  # of copies of the cache
+        new.pool.finish_sequence(seq_id)
+    new.committed, new.padding = entry["length"], np.array(entry["padding"], np.int64)
+    return new

@@ -1,0 +1,109 @@
+"""The mask function: plain causal and sliding masks stay 2-D, everything else becomes a 4-D bool mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """What a 2-D mask says: a query at position i sees keys j with ``max(i - window_left, padding) <= j <= i``.
+
+    Attributes
+    ----------
+    length : int or None
+        Keys in all, from position 0 on; None where no mask says it.
+    window_left : int
+        -1: no window.
+    padding : (B,) int64, or None
+        Padding tokens on the left of each sequence. None: there is no padding.
+    """
+
+    length: int | None
+    window_left: int
+    padding: np.ndarray | None
+
+    def dense(self, num_queries: int, num_keys: int) -> torch.Tensor:
+        """The same as a bool mask (B or 1, 1, num_queries, num_keys) of the last queries and keys."""
+        length = num_keys if self.length is None else self.length
+        query = np.arange(length - num_queries, length)[:, None]
+        key = np.arange(length - num_keys, length)
+        seen = key <= query
+        if self.window_left >= 0:
+            seen &= key >= query - self.window_left
+        seen = seen[None, None]
+        if self.padding is not None:
+            seen = seen & (key >= self.padding[:, None])[:, None, None]
+        return torch.from_numpy(seen)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The mask of a forward pass, as transformers asks for it.
+
+    Returns
+    -------
+    mask : (B, kv_offset + kv_length) bool, or (B, 1, q_length, kv_length) bool
+        2-D, with a `CausalMask` as its attribute ``kvnumba``, where queries see all keys before them, or those
+        in a sliding window, but for padding on the left. 4-D for any other pattern.
+    """
+    length = kv_offset + kv_length
+    window_left = _window_left(mask_function)
+    if window_left is not None and not options.get("use_vmap") and q_offset + q_length == length:
+        padding, known = _left_padding(attention_mask, length)
+        if known:
+            device = options.get("device", "cpu")
+            mask = torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch_size, length)
+            if attention_mask is not None:
+                mask = attention_mask[:, :length]
+            mask.kvnumba = CausalMask(length, window_left, padding)
+            return mask
+    options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options
+    )
+
+
+def _window_left(mask_function: Any) -> int | None:
+    """-1 for transformers' causal function, the window of its sliding one, None for any other."""
+    if mask_function is causal_mask_function:
+        return -1
+    # The sliding one is a closure over a closure: the same code, over an overlay with a window and the causal one.
+    if getattr(mask_function, "__code__", None) is not sliding_window_causal_mask_function(1).__code__:
+        return None
+    parts = mask_function.__closure__[0].cell_contents
+    overlay = sliding_window_overlay(1).__code__
+    if len(parts) != 2 or parts[1] is not causal_mask_function or parts[0].__code__ is not overlay:
+        return None
+    return int(parts[0].__closure__[0].cell_contents) - 1
+
+
+def _left_padding(mask: torch.Tensor | None, length: int) -> tuple[np.ndarray | None, bool]:
+    """Padding on the left of each sequence, and whether the mask says nothing else."""
+    if mask is None:
+        return None, True
+    if mask.ndim != 2 or mask.shape[1] < length:
+        return None, False
+    real = mask[:, :length].to(torch.bool)
+    if real.all():
+        return None, True
+    contiguous = bool((real[:, 1:] >= real[:, :-1]).all())
+    return (~real).sum(dim=1).cpu().numpy(), contiguous

@@ -1,0 +1,473 @@
+"""Hugging Face models on a `KVNumbaCache`: every way of generating gives the tokens that DynamicCache gives."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
+
+from kvnumba.decoder import BUNDLED_MODEL  # noqa: E402
+from kvnumba.integrations.transformers import KVNumbaCache, versions  # noqa: E402
+from kvnumba.integrations.transformers.masks import attention_mask  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MODELS = {
+    "Llama": {},
+    "Llama, MHA": {"num_key_value_heads": 4},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": 7},
+    "Gemma2": {"sliding_window": 7, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0},
+    "Gemma3": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
+    "GptOss": {
+        "sliding_window": 7,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "Phi3": {"hidden_size": 64},
+}  # fmt: skip
+"""What differs from SMALL. Gemma 2 and GPT-OSS have no SDPA path: all are compared with eager attention."""
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "several samples": {"do_sample": True, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 5},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def make_model():
+    made = {}
+
+    def make(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            family = name.split(",")[0]
+            config_class = getattr(
+                transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+            )
+            model_class = getattr(transformers, f"{family}ForCausalLM")
+            torch.manual_seed(0)
+            model = model_class(config_class(**{**SMALL, **MODELS[name], **options})).eval()
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("sinks"):
+                    torch.nn.init.normal_(parameter)
+            made[key] = model
+        return made[key]
+
+    return make
+
+
+def prompts(batch_size=2, length=19, padding=6):
+    """Token ids, and a mask with padding on the left of the first."""
+    ids = torch.randint(1, 60, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    ids[:, 10:] = ids[:, :9]  # something to look up
+    mask = torch.ones_like(ids)
+    if batch_size > 1:
+        mask[0, :padding] = 0
+        ids[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, implementation, cache, inputs, **options):
+    model.set_attn_implementation(implementation)
+    torch.manual_seed(2)
+    settings = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0, **options}
+    with torch.no_grad():
+        return model.generate(**inputs, past_key_values=cache, **settings)
+
+
+def dynamic(model):
+    return transformers.DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_dynamic_cache(make_model, backend, name, mode):
+    model = make_model(name)
+    inputs = prompts(1 if mode == "prompt lookup" else 2)
+    want = generate(model, "eager", dynamic(model), inputs, **MODES[mode])
+    got = generate(model, "kvnumba", KVNumbaCache(model.config, backend=backend), inputs, **MODES[mode])
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_dynamic_cache(make_model, backend, name):
+    model = make_model(name)
+    inputs = prompts()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+
+    def logits(implementation, cache):
+        model.set_attn_implementation(implementation)
+        parts = []
+        with torch.no_grad():
+            for first, last in ((0, 4), (4, 15), (15, 16), (16, 19)):  # padding reaches into the second
+                out = model(
+                    input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache
+                )
+                parts.append(out.logits)
+        return torch.cat(parts, dim=1)[mask.bool()].numpy()
+
+    want = logits("eager", dynamic(model))
+    for implementation in ("kvnumba", "eager"):  # out of the storage, and dense
+        got = logits(implementation, KVNumbaCache(model.config, backend=backend))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_masks_are_not_made_dense(make_model, name, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("dense attention")
+
+    monkeypatch.setattr("kvnumba.integrations.transformers.attention.dense_attention", fail)
+    model = make_model(name)
+    generate(model, "kvnumba", KVNumbaCache(model.config), prompts(), prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_a_4d_mask_is_honoured(make_model, backend, name):
+    model = make_model(name)
+    ids = prompts()["input_ids"]
+    seen = torch.ones(19, 19, dtype=torch.bool).tril()
+    seen[12:, 3] = False
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(2, 1, 19, 19)
+    results = []
+    for implementation, cache in (
+        ("eager", dynamic(model)),
+        ("kvnumba", KVNumbaCache(model.config, backend=backend)),
+    ):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits.numpy())
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
+
+
+def test_holes_in_a_2d_mask_are_honoured(make_model, backend):
+    model = make_model("Llama")
+    inputs = prompts()
+    inputs["attention_mask"][1, 9] = 0
+    inputs["attention_mask"][1, 17:] = 0
+    real = inputs["attention_mask"].bool()
+    results = []
+    for implementation, cache in (
+        ("eager", dynamic(model)),
+        ("kvnumba", KVNumbaCache(model.config, backend=backend)),
+    ):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(**inputs, past_key_values=cache).logits[real].numpy())
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_without_a_cache(make_model, name):
+    model = make_model(name)
+    inputs = prompts()
+    results = []
+    for implementation in ("eager", "kvnumba"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            out = model(**inputs, use_cache=False).logits
+        results.append(out[inputs["attention_mask"].bool()].numpy())
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2"])
+def test_assisted_decoding(make_model, name):
+    model, assistant = make_model(name), make_model("Llama", num_hidden_layers=1)
+    assistant.set_attn_implementation("eager")
+    want = generate(model, "eager", dynamic(model), prompts(1), assistant_model=assistant)
+    got = generate(model, "kvnumba", KVNumbaCache(model.config), prompts(1), assistant_model=assistant)
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_a_chat_over_several_calls(make_model, name):
+    model = make_model(name)
+    turns = [torch.tensor([[5, 9, 12, 33]]), torch.tensor([[7, 7, 21]]), torch.tensor([[40]])]
+    results = []
+    for implementation, cache in (("eager", dynamic(model)), ("kvnumba", KVNumbaCache(model.config))):
+        ids = torch.zeros((1, 0), dtype=torch.long)
+        for turn in turns:
+            ids = torch.cat((ids, turn), dim=1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            ids = generate(model, implementation, cache, inputs, max_new_tokens=9)
+        results.append(ids.tolist())
+    assert results[0] == results[1]
+    assert cache.get_seq_length() == len(results[1][0]) - 1
+
+
+def test_streaming(make_model):
+    class Streamer:
+        tokens = ()
+
+        def put(self, value):
+            self.tokens += tuple(value.reshape(-1).tolist())
+
+        def end(self):
+            pass
+
+    model, streamer = make_model("Llama"), Streamer()
+    out = generate(model, "kvnumba", KVNumbaCache(model.config), prompts(1), streamer=streamer)
+    assert streamer.tokens == tuple(out[0].tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["Llama", "GptOss"])
+def test_models_in_16_bits(make_model, backend, name, dtype):
+    """They err, against float32, at most three times as much as on DynamicCache; the cache is in their dtype."""
+    inputs, real = prompts(), prompts()["attention_mask"].bool()
+    exact = make_model(name)
+    model = copy.deepcopy(exact).to(getattr(torch, dtype))
+    cache = KVNumbaCache(model.config, backend=backend)
+    logits = {}
+    for key, m, implementation, c in (
+        ("exact", exact, "eager", dynamic(exact)),
+        ("peer", model, "eager", dynamic(model)),
+        ("ours", model, "kvnumba", cache),
+    ):
+        m.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits[key] = m(**inputs, past_key_values=c).logits[real].float()
+    error, allowed = ((logits[key] - logits["exact"]).abs().mean() for key in ("ours", "peer"))
+    assert error <= 3 * allowed
+    assert cache._groups
+    assert {group.pool.key_format for group in cache._groups.values()} == {dtype}
+
+
+def divergence(want, got):
+    """Mean KL divergence of next-token distributions, in nats."""
+    want, got = torch.log_softmax(want.double(), dim=-1), torch.log_softmax(got.double(), dim=-1)
+    return float((want.exp() * (want - got)).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize(("fmt", "bound"), [("float16", 1e-5), ("int8", 1e-3), ("int4", 0.2)])
+def test_quantised_formats_on_a_trained_model(backend, fmt, bound):
+    model = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
+    ids = torch.tensor(list(Path(copy.__file__).read_bytes()[:400]))[None]
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits
+        model.set_attn_implementation("kvnumba")
+        cache = KVNumbaCache(model.config, key_format=fmt, value_format=fmt, backend=backend)
+        got = torch.cat(
+            [model(input_ids=part, past_key_values=cache).logits for part in ids.split(100, dim=1)], dim=1
+        )
+    assert 0 < divergence(want, got) < bound
+
+
+@pytest.mark.parametrize(("fmt", "bound"), [("int8", 2e-2), ("int4", 2.0)])
+@pytest.mark.parametrize("name", MODELS)
+def test_quantised_formats_on_random_models(make_model, name, fmt, bound):
+    model = make_model(name)
+    inputs = prompts(1)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        want = model(**inputs).logits
+        model.set_attn_implementation("kvnumba")
+        got = model(
+            **inputs, past_key_values=KVNumbaCache(model.config, key_format=fmt, value_format=fmt)
+        ).logits
+    assert 0 < divergence(want, got) < bound
+
+
+def test_operations_on_the_batch(make_model, backend):
+    """After each operation the next logits are those of DynamicCache after the same."""
+    model = make_model("Gemma2")
+    inputs = prompts()
+    caches = {"eager": dynamic(model), "kvnumba": KVNumbaCache(model.config, backend=backend)}
+    mask = inputs["attention_mask"]
+
+    def feed(ids, mask):
+        logits = []
+        for implementation, cache in caches.items():
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                out = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            logits.append(out.logits[mask[:, -ids.shape[1] :].bool()].numpy())
+        np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
+
+    def apply(operation, *args):
+        for cache in caches.values():
+            getattr(cache, operation)(*args)
+
+    apply("activate_past_recording")
+    feed(inputs["input_ids"], mask)
+    apply("batch_repeat_interleave", 2)
+    mask = torch.nn.functional.pad(mask.repeat_interleave(2, dim=0), (0, 1), value=1)
+    feed(torch.tensor([[3], [4], [5], [6]]), mask)
+    order = torch.tensor([2, 2, 0, 3])
+    apply("reorder_cache", order)
+    mask = torch.nn.functional.pad(mask[order], (0, 3), value=1)
+    feed(torch.tensor([[3, 8, 1], [4, 4, 4], [5, 2, 9], [6, 1, 6]]), mask)
+    apply("crop", -2)
+    mask = mask[:, :-2]
+    apply("batch_select_indices", torch.tensor([3, 1]))
+    mask = torch.nn.functional.pad(mask[[3, 1]], (0, 1), value=1)
+    feed(torch.tensor([[11], [12]]), mask)
+    assert caches["kvnumba"].get_seq_length() == caches["eager"].get_seq_length()
+    apply("reset")
+    assert caches["kvnumba"].get_seq_length() == caches["kvnumba"].memory_bytes() == 0
+    feed(torch.tensor([[3, 4, 5]]), torch.ones((1, 3), dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("how", ["save", "deepcopy"])
+def test_a_copy_goes_on_by_itself(make_model, backend, tmp_path, name, how):
+    model = make_model(name)
+    inputs = prompts()
+    model.set_attn_implementation("kvnumba")
+    cache = KVNumbaCache(model.config, key_format="int8", value_format="int4", backend=backend)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    if how == "deepcopy":
+        other = copy.deepcopy(cache)
+        assert other.memory_bytes() == cache.memory_bytes()
+    else:
+        cache.save(tmp_path / "chat", fingerprint="this")
+        cache.save(tmp_path / "chat", fingerprint="this")
+        other = KVNumbaCache(model.config, key_format="int8", value_format="int4", backend=backend)
+        with pytest.raises(ValueError, match="fingerprint: expected 'that'"):
+            other.load(tmp_path / "chat", fingerprint="that")
+        other.load(tmp_path / "chat", fingerprint="this")
+    assert other.get_seq_length() == 19
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+
+    def following(cache, tokens):
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor(tokens), attention_mask=mask, past_key_values=cache)
+        return out.logits.numpy()
+
+    different = following(other, [[30], [31]])
+    first = following(cache, [[3], [4]])
+    other.crop(-1)
+    np.testing.assert_array_equal(following(other, [[3], [4]]), first)
+    assert not np.array_equal(different, first)
+
+
+def test_sliding_layers_give_memory_back(make_model, monkeypatch):
+    monkeypatch.setattr("kvnumba.integrations.transformers.storage.BLOCK_SIZE", 4)
+    model = make_model("Mistral")
+    cache = KVNumbaCache(model.config)
+    generate(model, "kvnumba", cache, prompts(1), max_new_tokens=200)
+    full = KVNumbaCache(make_model("Llama").config)
+    generate(make_model("Llama"), "kvnumba", full, prompts(1), max_new_tokens=200)
+    assert cache.get_seq_length() == full.get_seq_length() == 218
+    assert cache.memory_bytes() < full.memory_bytes() / 10
+
+
+def test_many_small_blocks(make_model, backend, monkeypatch):
+    monkeypatch.setattr("kvnumba.integrations.transformers.storage.BLOCK_SIZE", 2)
+    for name in ("Gemma2", "Llama"):
+        model = make_model(name)
+        want = generate(model, "eager", dynamic(model), prompts(), num_beams=3, max_new_tokens=25)
+        cache = KVNumbaCache(model.config, backend=backend)
+        got = generate(model, "kvnumba", cache, prompts(), num_beams=3, max_new_tokens=25)
+        assert got.tolist() == want.tolist()
+        for group in cache._groups.values():
+            group.pool.check_integrity()
+
+
+def forward(model, cache, **options):
+    model.set_attn_implementation("kvnumba")
+    with torch.no_grad():
+        return model(**{**prompts(), **options}, past_key_values=cache)
+
+
+def test_what_cannot_be_honoured_is_refused(make_model):
+    model = make_model("Llama")
+    cache = KVNumbaCache(model.config)
+    forward(model, cache)
+    with pytest.raises(ValueError, match="expected the 2 sequences that the cache holds; got 1"):
+        forward(model, cache, input_ids=torch.ones((1, 1), dtype=torch.long), attention_mask=None)
+    with pytest.raises(ValueError, match=r"the padding that earlier calls had, \[6, 0\] tokens"):
+        forward(model, cache, input_ids=torch.ones((2, 1), dtype=torch.long), attention_mask=None)
+    cache.reset()
+    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
+        model(**prompts(), past_key_values=cache)
+    with pytest.raises(ValueError, match="tokens_to_remove: expected 0 or less; got 1"):
+        cache.crop(1)
+    with pytest.raises(TypeError, match=r"config: expected model\.config; got a dict"):
+        KVNumbaCache({})
+    with pytest.raises(ValueError, match="key_format: expected one of float32"):
+        KVNumbaCache(model.config, key_format="int5")
+    with pytest.raises(ValueError, match="layers of type 'linear_attention' cannot be kept"):
+        KVNumbaCache(transformers.Qwen3NextConfig(num_hidden_layers=4))
+
+
+def test_keys_that_the_model_changed_are_refused(make_model, monkeypatch):
+    model = make_model("Llama")
+    cache = KVNumbaCache(model.config)
+    forward(model, cache)
+    update = KVNumbaCache.update
+    monkeypatch.setattr(
+        KVNumbaCache, "update", lambda *args, **kwargs: tuple(x + 0 for x in update(*args, **kwargs))
+    )
+    mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, 1), value=1)
+    with pytest.raises(ValueError, match="the very tensor that KVNumbaCache.update returned"):
+        forward(model, cache, input_ids=torch.ones((2, 1), dtype=torch.long), attention_mask=mask)
+
+
+def test_a_pass_that_stopped_on_its_way(make_model, monkeypatch):
+    model = make_model("Llama")
+    cache = KVNumbaCache(model.config)
+    forward(model, cache)
+    mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, 1), value=1)
+    new = {"input_ids": torch.ones((2, 1), dtype=torch.long), "attention_mask": mask}
+
+    def stop(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[2], "forward", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            forward(model, cache, **new)
+    with pytest.raises(ValueError, match="did not reach the last layer"):
+        cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
+    cache.crop(0)
+    got = forward(model, cache, **new).logits
+    undisturbed = KVNumbaCache(model.config)
+    forward(model, undisturbed)
+    want = forward(model, undisturbed, **new).logits
+    np.testing.assert_array_equal(got.numpy(), want.numpy())
+
+
+@pytest.mark.parametrize(("version", "problem"), [("4.57.1", "too old"), ("6.0.0", "too new")])
+def test_other_versions_are_one_clear_line(monkeypatch, version, problem):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=f"transformers {version} is {problem}") as caught:
+        versions.check_versions()
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_say_what_transformers_says():
+    masking = transformers.masking_utils
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]).bool()
+    for function in (masking.causal_mask_function, masking.sliding_window_causal_mask_function(3)):
+        plain = attention_mask(2, 4, 6, 2, 0, function, mask)
+        assert plain.ndim == 2
+        want = masking.sdpa_mask(2, 4, 6, 2, 0, function, mask, allow_is_causal_skip=False)
+        np.testing.assert_array_equal(plain.kvnumba.dense(4, 6).expand_as(want), want)
+    other = masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
+    assert attention_mask(2, 4, 6, 2, 0, other, mask).shape == (2, 1, 4, 6)
