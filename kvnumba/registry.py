@@ -61,8 +61,10 @@ class use_backend:  # noqa: N801 (read as a verb: ``with use_backend("cpu"):``)
         _chosen.reset(self._token)
 
 
-def get_backend(name: str | None = None) -> Backend:
+def get_backend(name: str | None = None, *, on_host: bool = False) -> Backend:
     """The backend called `name`, or the one that is chosen where None is given.
+
+    With `on_host`, ``auto`` passes over those that keep their storage on a device.
 
     Raises
     ------
@@ -78,7 +80,8 @@ def get_backend(name: str | None = None) -> Backend:
             ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         )
     if name == "auto":
-        name = available_backends()[0]
+        suited = (each for each in available_backends() if not (on_host and _load(each).takes_device_arrays))
+        name = next(suited)
     return _load(name)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,3 +108,15 @@ def test_importing_the_package_loads_numpy_only():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_auto_on_the_host(monkeypatch):
+    """A GPU that answers is not for whoever keeps arrays in host memory."""
+    backends = {
+        name: SimpleNamespace(name=name, takes_device_arrays=name == "cuda") for name in ("cuda", "cpu")
+    }
+    monkeypatch.setattr(registry, "available_backends", lambda: tuple(backends))
+    monkeypatch.setattr(registry, "_load", backends.__getitem__)
+    assert registry.get_backend("auto").name == "cuda"
+    assert registry.get_backend("auto", on_host=True).name == "cpu"
+    assert registry.get_backend("cuda", on_host=True).name == "cuda"

@@ -181,7 +181,12 @@ class KVNumbaCache(Cache):
                 resolve_format(argument, fmt)
         if group_size is not None:
             arguments.integer("group_size", group_size, minimum=1)
-        self._formats = Formats(key_format, value_format, group_size, get_backend(backend).name)
+        chosen = get_backend(backend, on_host=True)
+        if chosen.takes_device_arrays:
+            raise ValueError(
+                f"backend: expected cpu, numpy or auto, models on GPUs are not served; got {chosen.name}"
+            )
+        self._formats = Formats(key_format, value_format, group_size, chosen.name)
         self._config = config.get_text_config(decoder=True)
         kinds = list(_kinds(self._config))
         stored = [kind for kind in kinds if kind is not None]
