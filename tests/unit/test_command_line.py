@@ -23,7 +23,7 @@ def test_info_says_why(capsys):
     out = capsys.readouterr().out
     for pattern in (
         r"^numpy +\d",
-        r"^backend cuda +no: .*CUDA",
+        r"^backend cuda +(yes|no: .*(numba-cuda|CUDA))",
         r"^backend numpy +yes",
         r"^threads +\d+ of",
         r"^threading layer +\w",
