@@ -119,7 +119,8 @@ def bench_common_prefix(benchmark, fmt, cascaded, monkeypatch):
     for n in (0, 15):
         k, v = cache.get_kv(ids[n])
         want, _ = oracle.attention(q[n : n + 1], k, v)
-        assert np.abs(out[n] - want[0]).max() <= 2e-6
+        rounded = oracle.rounding_of(cache)  # queries and weights, to 16 bits
+        assert np.abs(out[n] - want[0]).max() <= (2e-6 if rounded is None else 5e-5)
     time.sleep(0.3)  # threads of the oracle's matrix products go on spinning for a while
     benchmark.group = "decode 16 continuations of 8,192 common tokens"
     benchmark.extra_info.update(implementation="cascade" if cascaded else "each for itself", format=fmt)
