@@ -61,6 +61,14 @@ class Encoded(NamedTuple):
     zero: Any
 
 
+def empty_rows(count: int, head_dim: int, fmt: Format, group_size: int) -> Encoded:
+    """Room on the host for rows (count, ...) of a format, to be written."""
+    groups = fmt.scales_per_row(head_dim, group_size)
+    codes = np.empty((count, fmt.row_length(head_dim)), fmt.code_dtype)
+    scale, zero = (np.empty((count, groups), SCALE_DTYPE) for _ in range(2))
+    return Encoded(codes, scale, zero)
+
+
 @dataclass(frozen=True)
 class Buffers:
     """The arrays of one cache, shaped as its layout says, on the backend's own device."""

@@ -19,7 +19,7 @@ from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import Plan, plan_batch
 from kvnumba.backends.cpu.queries import padded
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, LANES, target_features
-from kvnumba.formats import SCALE_DTYPE, Format
+from kvnumba.formats import Format
 from kvnumba.storage import (
     Batch,
     Buffers,
@@ -27,6 +27,7 @@ from kvnumba.storage import (
     Layout,
     Scoring,
     allocate_on_host,
+    empty_rows,
     read_blocks_on_host,
     write_blocks_on_host,
 )
@@ -80,12 +81,7 @@ class CpuBackend:
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape
-        groups = fmt.scales_per_row(head_dim, group_size)
-        rows = Encoded(
-            np.empty((count, fmt.row_length(head_dim)), fmt.code_dtype),
-            np.empty((count, groups), SCALE_DTYPE),
-            np.empty((count, groups), SCALE_DTYPE),
-        )
+        rows = empty_rows(count, head_dim, fmt, group_size)
         if x.size:
             flat = _writable(np.ascontiguousarray(x)).reshape(-1)
             with _ONE_AT_A_TIME:

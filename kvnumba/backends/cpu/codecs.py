@@ -128,7 +128,7 @@ def _float_to_half(e: Emitter, x: ir.Value) -> ir.Value:
     return b.trunc(b.or_(half, sign), vector(I16))
 
 
-def _float_to_bfloat16(e: Emitter, x: ir.Value) -> ir.Value:
+def float_to_bfloat16(e: Emitter, x: ir.Value) -> ir.Value:
     """bfloat16 bits, rounded to nearest even."""
     b = e.builder
     bits = b.bitcast(x, vector(I32))
@@ -245,7 +245,7 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
             return _load_some(e, e.at(source, b.mul(full, index(4 * LANES))), left, rest)
 
         def floats(fmt: int) -> None:
-            convert = {FLOAT32: lambda e, v: v, FLOAT16: _float_to_half, BFLOAT16: _float_to_bfloat16}[fmt]
+            convert = {FLOAT32: lambda e, v: v, FLOAT16: _float_to_half, BFLOAT16: float_to_bfloat16}[fmt]
 
             def whole(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 e.store(convert(e, chunk(i)), e.at(target, b.mul(i, index(CHUNK_BYTES[fmt]))))
@@ -319,6 +319,13 @@ def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
     return signature, generate
 
 
+def side_by_side(e: Emitter, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Two vectors of 16 bits as one of 32."""
+    b = e.builder
+    low, high = (b.zext(x, vector(I32)) for x in (low, high))
+    return b.or_(low, b.shl(high, constant(16, I32)))
+
+
 @intrinsic
 def interleave_rows(typing, codes, first, second, count, out, to):
     """Two rows of 16 bits an element, from bytes `first` and `second` of codes, side by side from byte `to` of out."""
@@ -329,20 +336,16 @@ def interleave_rows(typing, codes, first, second, count, out, to):
         rows = [e.at(source, first) for first in args[1:3]]
         full, left = b.sdiv(args[3], index(LANES)), b.srem(args[3], index(LANES))
 
-        def side_by_side(low: ir.Value, high: ir.Value) -> ir.Value:
-            low, high = (b.zext(x, vector(I32)) for x in (low, high))
-            return b.or_(low, b.shl(high, constant(16, I32)))
-
         def whole(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             pair = (e.load(e.at(row, b.mul(i, index(2 * LANES))), vector(I16)) for row in rows)
-            e.store(side_by_side(*pair), e.at(target, b.mul(i, index(4 * LANES))))
+            e.store(side_by_side(e, *pair), e.at(target, b.mul(i, index(4 * LANES))))
             return []
 
         e.loop(full, [], whole)
         with b.if_then(b.icmp_signed(">", left, index(0)), likely=False):
             empty = ir.Constant(vector(I16), None)
             pair = (_load_some(e, e.at(row, b.mul(full, index(2 * LANES))), left, empty) for row in rows)
-            _store_some(e, side_by_side(*pair), e.at(target, b.mul(full, index(4 * LANES))), left)
+            _store_some(e, side_by_side(e, *pair), e.at(target, b.mul(full, index(4 * LANES))), left)
         return context.get_dummy_value()
 
     return types.void(codes, types.intp, types.intp, types.intp, out, types.intp), generate

@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvnumba.backends.cpu.codecs import float_to_bfloat16, side_by_side
 from kvnumba.backends.cpu.simd import F32, I1, I16, I32, LANES, Emitter, constant, index, vector
 from kvnumba.backends.cpu.tiles import (
     FEW,
@@ -211,21 +212,16 @@ def _round_many(rows, context, builder, signature, args):
     memory = e.at(e.pointer(signature.args[2], args[2]), b.mul(to, index(4)))
     row_bytes = 4 * shape.columns
 
-    def top_half(x: ir.Value) -> ir.Value:
-        bits = b.bitcast(x, vector(I32))
-        odd = b.and_(b.lshr(bits, constant(16, I32)), constant(1, I32))
-        return b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, I32))), constant(16, I32))
-
-    def pair(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+    def two_tokens(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         source, target = (e.at(memory, b.mul(i, index(size))) for size in (2 * row_bytes, row_bytes))
         both = e.splat(b.icmp_signed("<", b.add(b.mul(i, index(2)), index(1)), count))
         for part in range(shape.vectors):
             offset = 4 * part * LANES
             first, second = (e.load(e.at(source, offset + n), vector(F32)) for n in (0, row_bytes))
             second = b.select(both, second, constant(0.0))
-            word = b.or_(top_half(first), b.shl(top_half(second), constant(16, I32)))
-            e.store(word, e.at(target, offset))
+            pair = (float_to_bfloat16(e, x) for x in (first, second))
+            e.store(side_by_side(e, *pair), e.at(target, offset))
         return []
 
-    e.loop(b.sdiv(b.add(count, index(1)), index(2)), [], pair)
+    e.loop(b.sdiv(b.add(count, index(1)), index(2)), [], two_tokens)
     return context.get_dummy_value()

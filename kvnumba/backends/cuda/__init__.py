@@ -27,7 +27,7 @@ from kvnumba.backends.cuda.tables import Tables
 from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.errors import BackendUnavailable
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
-from kvnumba.storage import Batch, Encoded, Layout, Scoring
+from kvnumba.storage import Batch, Encoded, Layout, Scoring, empty_rows
 from kvnumba.views import DeviceView, contiguous_strides
 
 if not SIMULATED:
@@ -68,12 +68,7 @@ class CudaBackend:
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape
-        groups = fmt.scales_per_row(head_dim, group_size)
-        rows = Encoded(
-            np.empty((count, fmt.row_length(head_dim)), fmt.code_dtype),
-            np.empty((count, groups), SCALE_DTYPE),
-            np.empty((count, groups), SCALE_DTYPE),
-        )
+        rows = empty_rows(count, head_dim, fmt, group_size)
         if x.size:
             memory.enter()
             call = _Call()
@@ -86,7 +81,7 @@ class CudaBackend:
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
             self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
             memory.download(rows.codes, codes, 0)
-            scales = np.empty((count, groups, 2), SCALE_DTYPE)
+            scales = np.empty((*rows.scale.shape, 2), SCALE_DTYPE)
             memory.download(scales, pairs, 0)
             rows.scale[...], rows.zero[...] = scales[..., 0], scales[..., 1]
         return rows
