@@ -52,7 +52,7 @@ class BlockAllocator:
                 f"{available} of {len(self._stack)} are free"
             )
 
-    def take(self, count: int, fill: Fill) -> np.ndarray:
+    def take(self, count: int, fill: Fill | None = None) -> np.ndarray:
         """Blocks that are held once from here on, filled: free ones, then idle ones, which are evicted."""
         from_stack = min(count, self._height)
         taken = np.empty(count, np.int32)
@@ -62,11 +62,12 @@ class BlockAllocator:
             taken[n] = self._prefixes.evict()
         if from_stack < count:
             logger.debug("%d cached blocks evicted", count - from_stack)
-        try:
-            fill(taken)
-        except BaseException:
-            self._push(taken[::-1])
-            raise
+        if fill is not None:
+            try:
+                fill(taken)
+            except BaseException:
+                self._push(taken[::-1])
+                raise
         self.references[taken] = 1
         return taken
 

@@ -285,24 +285,25 @@ class BlockPool:
             missing = np.maximum(-(-total // self.block_size) - self.end[rows], 0)
             writers, sources, copied = self._written_to(rows, lens, new)
             outside = self._outside_windows(rows, lens, new)
-            num_copies = int(copied.sum())
-            needed = int(missing.sum()) + num_copies
-            if needed:
-                self.allocator.require(needed, self.num_free_blocks + self._freed_by(outside))
-            for row, first in outside:
-                self._give_back(row, first)
-            if needed:
+            num_copies, num_missing = int(copied.sum()), int(missing.sum())
+            if num_copies or num_missing:
+                self.allocator.require(num_copies, self.num_free_blocks)
+                self.allocator.require(
+                    num_copies + num_missing, self.num_free_blocks + self._freed_by(outside)
+                )
+                self._widen(int((self.end[rows] + missing).max()))
+            if num_copies:  # before a window gives back anything: a copy that fails has changed nothing
 
                 def fill(taken: np.ndarray) -> None:
-                    if num_copies and copy is not None:
-                        copy(np.stack((sources[copied], taken[:num_copies]), axis=1).astype(np.int64))
+                    if copy is not None:
+                        copy(np.stack((sources[copied], taken), axis=1).astype(np.int64))
 
-                self._widen(int((self.end[rows] + missing).max()))
-                taken = self.allocator.take(needed, fill)
-                if num_copies:
-                    columns = lens[writers[copied]] // self.block_size
-                    self._replace(rows[writers[copied]], columns, taken[:num_copies])
-                self._append(rows, missing, taken[num_copies:])
+                columns = lens[writers[copied]] // self.block_size
+                self._replace(rows[writers[copied]], columns, self.allocator.take(num_copies, fill))
+            for row, first in outside:
+                self._give_back(row, first)
+            if num_missing:
+                self._append(rows, missing, self.allocator.take(num_missing))
             if len(self.prefixes):
                 for block in sources[~copied & self.prefixes.findable[sources]].tolist():
                     self.prefixes.forget(block)

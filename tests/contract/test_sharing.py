@@ -225,6 +225,23 @@ class TestWindow:
             cache.truncate(a, 19)
         np.testing.assert_array_equal(cache.get_kv(a)[0], k[:, 16:])
 
+    def test_gives_nothing_back_when_a_copy_fails(self, backend, normal, monkeypatch):
+        cache = make(backend)
+        a = cache.add_sequence(window_left=4)
+        k = normal(H, 18, D)
+        cache.update(a, k, k)
+        cache.fork(a)
+
+        def failing(*args):
+            raise RuntimeError("no copy today")
+
+        monkeypatch.setattr(cache._backend, "copy_blocks", failing)
+        with pytest.raises(RuntimeError, match="no copy today"):
+            cache.update(a, k[:, :1], k[:, :1])  # into a block that two hold, as the window leaves three
+        cache.check_integrity()
+        np.testing.assert_array_equal(cache.get_kv(a)[0], k)
+        cache.truncate(a, 0)
+
 
 class TestPrefixes:
     def test_a_finished_sequence_is_found(self, backend):
