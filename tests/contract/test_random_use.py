@@ -120,17 +120,17 @@ class CacheMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(self.ids(swapped)))
 
     def attempt(self, call, needed):
-        """Whether a call succeeded; where the cache is full, that it had to be, and that nothing changed."""
+        """Whether a call succeeded, and what it returned or raised; a full cache had to be, and is as it was."""
         before = self.seen()
         try:
             return True, call()
-        except kvnumba.CacheFull:
+        except kvnumba.CacheFull as error:
             assert needed > self.cache.num_free_blocks or len(self.models) == MAX_SEQS
             assert self.seen() == before
-            return False, None
-        except BackendError:
+            return False, error
+        except BackendError as error:
             assert self.cache.seq_lens == before[0]
-            return False, None
+            return False, error
 
     def seen(self):
         tables = [self.cache.block_table(i).tolist() for i in self.ids()]
@@ -261,9 +261,12 @@ class CacheMachine(RuleBasedStateMachine):
                 told = {"token_ids": new} if tell and layer == 0 else {}
                 self.cache.update(seq_id, k, v, layer=layer, **told)
 
-        if self.attempt(call, self.bound([seq_id], [new]))[0]:
+        done, error = self.attempt(call, self.bound([seq_id], [new]))
+        if done:
             self.advance([seq_id], [new])
         else:
+            if str(error) == "write" and new:
+                model.kept_from = len(model.tokens)  # it had its blocks: what fell out of the window is gone
             self.cache.truncate(seq_id, len(model.tokens))  # a pass that has come to its second layer shows
 
     def draw_new(self, data, seq_id):
