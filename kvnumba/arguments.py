@@ -259,10 +259,15 @@ def _on_device(argument: str, x: Any, backend: Backend) -> DeviceView | None:
     view = device_view(x)
     if view is None:
         return None
-    if not backend.takes_device_arrays:
+    if backend.device is None:
         raise TypeError(
             f"{argument}: expected an array in host memory for the {backend.name} backend; "
             f"got a {type(x).__name__} on a GPU"
+        )
+    if view.device not in (None, backend.device):
+        raise ValueError(
+            f"{argument}: expected an array on GPU {backend.device}, where the {backend.name} backend works; "
+            f"got one on GPU {view.device}"
         )
     if view.dtype not in DEVICE_DTYPES:
         raise TypeError(f"{argument}: expected {', '.join(DEVICE_DTYPES)} on a GPU; got {view.dtype}")

@@ -39,7 +39,7 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
         )
     group = num_qo_heads // num_kv_heads
     # long rows: a short cache is then work enough for several threads, whose results are merged
-    head_dim = 128 if get_backend(backend).takes_device_arrays else 2048
+    head_dim = 2048 if get_backend(backend).device is None else 128
     cache = KVCache(1, 1500, 1, head_dim, "int8", backend=backend)
     k = np.zeros((1, 1, 1400, head_dim), np.float32)
     for new in (k, k[:, :, :1]):

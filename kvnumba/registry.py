@@ -73,16 +73,24 @@ def get_backend(name: str | None = None, *, on_host: bool = False) -> Backend:
     BackendUnavailable
         It was named and cannot run here. ``auto`` goes on to the next one instead.
     """
-    if name is not None:
-        name = _check_name("backend", name)
-    else:
-        name = _chosen.get() or _check_name(
-            ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        )
+    name = chosen_name(name)
     if name == "auto":
-        suited = (each for each in available_backends() if not (on_host and _load(each).takes_device_arrays))
+        suited = (each for each in available_backends() if not on_host or _load(each).device is None)
         name = next(suited)
     return _load(name)
+
+
+def chosen_name(name: str | None = None) -> str:
+    """`name`, or where None is given that of `use_backend` or ``KVNUMBA_BACKEND``; "auto" stays what it is.
+
+    Raises
+    ------
+    ValueError
+        The name is not known.
+    """
+    if name is not None:
+        return _check_name("backend", name)
+    return _chosen.get() or _check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
 
 
 def available_backends() -> tuple[str, ...]:

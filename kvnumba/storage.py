@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,6 +93,14 @@ def allocate_on_host(
         )
 
     return Buffers(layout, encoded(layout.key_format), encoded(layout.value_format))
+
+
+def host_memory_bytes() -> int:
+    """The machine's memory; 16 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 34
 
 
 def part_shapes(layout: Layout, num_blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:

@@ -32,9 +32,11 @@ class DeviceView:
         The array of the other library.
     stream : int
         The stream that the library works on now, as the driver knows it; 0 where it has none.
+    device : int or None
+        Number of the GPU; None where the library does not say.
     """
 
-    __slots__ = ("address", "dtype", "owner", "shape", "stream", "strides")
+    __slots__ = ("address", "device", "dtype", "owner", "shape", "stream", "strides")
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class DeviceView:
         dtype: str,
         owner: Any,
         stream: int,
+        device: int | None,
     ) -> None:
         self.address = address
         self.shape = shape
@@ -51,6 +54,7 @@ class DeviceView:
         self.dtype = dtype
         self.owner = owner
         self.stream = stream
+        self.device = device
 
     @property
     def ndim(self) -> int:
@@ -74,7 +78,7 @@ class DeviceView:
         return self._reshaped((1, *self.shape), (0, *self.strides))
 
     def _reshaped(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceView:
-        return DeviceView(self.address, shape, strides, self.dtype, self.owner, self.stream)
+        return DeviceView(self.address, shape, strides, self.dtype, self.owner, self.stream, self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
         """A new C-contiguous array of the same library, on the same device."""
@@ -86,11 +90,11 @@ class DeviceView:
         else:
             made = _empty(kind, shape, dtype)
             address = made.__cuda_array_interface__["data"][0]
-        return DeviceView(address, shape, contiguous_strides(shape), dtype, made, self.stream)
+        return DeviceView(address, shape, contiguous_strides(shape), dtype, made, self.stream, self.device)
 
     def nowhere(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
         """An array that is not there, at address 0."""
-        return DeviceView(0, shape, contiguous_strides(shape), dtype, None, self.stream)
+        return DeviceView(0, shape, contiguous_strides(shape), dtype, None, self.stream, self.device)
 
 
 def device_view(x: Any) -> DeviceView | None:
@@ -119,8 +123,9 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _of_torch(x: Any) -> DeviceView:
     stream_of = sys.modules["torch"]._C._cuda_getCurrentRawStream
+    device = x.get_device()
     return DeviceView(
-        x.data_ptr(), tuple(x.shape), x.stride(), _torch_name(x.dtype), x, stream_of(x.get_device())
+        x.data_ptr(), tuple(x.shape), x.stride(), _torch_name(x.dtype), x, stream_of(device), device
     )
 
 
@@ -136,11 +141,11 @@ def _of_interface(x: Any, kind: str, interface: dict[str, Any]) -> DeviceView:
     if interface.get("strides") is not None and dtype in FORMATS:
         itemsize = FORMATS[dtype].bits // 8
         strides = tuple(stride // itemsize for stride in interface["strides"])
-    stream = interface.get("stream") or 0
+    stream, device = interface.get("stream") or 0, None
     if kind == "cupy":
-        stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        stream, device = sys.modules["cupy"].cuda.get_current_stream().ptr, x.device.id
     # the interface's own names of the two default streams are the driver's
-    return DeviceView(interface["data"][0], shape, strides, dtype, x, stream)
+    return DeviceView(interface["data"][0], shape, strides, dtype, x, stream, device)
 
 
 def _empty(kind: str, shape: tuple[int, ...], dtype: str) -> Any:
@@ -184,4 +189,4 @@ def _of_dlpack(x: Any) -> DeviceView:
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous_strides(shape)
     dtype = _DLPACK_NAMES.get((tensor.code, tensor.bits), f"DLPack type {tensor.code} of {tensor.bits} bits")
     # the capsule is not consumed: it frees what it holds when it goes, and `x` owns the memory
-    return DeviceView((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, x, 0)
+    return DeviceView((tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, x, 0, tensor.device_id)

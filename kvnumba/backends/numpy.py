@@ -24,6 +24,7 @@ from kvnumba.storage import (
     Scoring,
     allocate_on_host,
     copy_blocks_on_host,
+    host_memory_bytes,
     read_blocks_on_host,
     write_blocks_on_host,
 )
@@ -37,10 +38,13 @@ class NumpyBackend:
 
     name = "numpy"
     simulated = False
-    takes_device_arrays = False
+    device: int | None = None
 
     def allocate(self, layout: Layout) -> Buffers:
         return allocate_on_host(layout)
+
+    def memory_bytes(self) -> int:
+        return host_memory_bytes()
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         no_scales = np.empty((len(x), 0), SCALE_DTYPE)

@@ -21,11 +21,15 @@ class Backend(Protocol):
     name: str
     simulated: bool
     """Whether it imitates a device that is not there: ``auto`` passes it over."""
-    takes_device_arrays: bool
-    """Whether new tokens and queries may lie on its device."""
+    device: int | None
+    """The GPU with its storage, by number, where new tokens and queries may lie too. None: it is the host's."""
 
     def allocate(self, layout: Layout) -> Buffers:
         """Zeroed storage. Raises MemoryError where there is no room for it."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes that storage may take: what is free on a GPU, all that a host has, which gives it page by page."""
         ...
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:

@@ -8,6 +8,8 @@ import pytest
 from conftest import SIMULATED, TESTED, at_most
 
 import kvnumba
+from kvnumba import arguments, views
+from kvnumba.registry import get_backend
 
 if "cuda" not in TESTED:
     pytest.skip("the cuda backend is not among the tested ones", allow_module_level=True)
@@ -233,6 +235,18 @@ class TestArguments:
             cache.update(strided, k)
         assert cache.seq_lens == [0]
 
+    def test_another_gpu(self, normal, monkeypatch):
+        cache, k = self.cache(), DeviceArray.of(normal(1, 2, 3, 8))
+        view = views.device_view(k)
+        view.device = other = get_backend("cuda").device + 1
+        monkeypatch.setattr(arguments, "device_view", lambda x: view)
+        with pytest.raises(
+            ValueError,
+            match=f"new_k: expected an array on GPU {other - 1}, .*; got one on GPU {other}",
+        ):
+            cache.update(k, k)
+        assert cache.seq_lens == [0]
+
     @pytest.mark.parametrize("backend", ["numpy", "cpu"])
     def test_other_backends_refuse_them(self, backend, normal):
         k = DeviceArray.of(normal(1, 2, 3, 8))
@@ -382,10 +396,10 @@ def test_the_simulator_computes_as_hardware_does(rows, width, normal):
         "exponentiate": (shared, 2, 17, 3, np.float32(0.5)),
     }
     assert calls.keys() == plain.keys()
-    for name, arguments in calls.items():
+    for name, numbers in calls.items():
         results = []
         for functions in (plain, short):
-            given = [x.copy() if isinstance(x, np.ndarray) else x for x in arguments]
+            given = [x.copy() if isinstance(x, np.ndarray) else x for x in numbers]
             returned = functions[name](*given)
             results.append([*(x for x in given if isinstance(x, np.ndarray)), np.float32(returned or 0)])
         for a, b in zip(*results, strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ON_GPU
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 from kvnumba.decoder import BUNDLED_MODEL  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, versions  # noqa: E402
 from kvnumba.integrations.transformers.masks import attention_mask  # noqa: E402
+from kvnumba.step import Step  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
 
@@ -57,6 +59,15 @@ MODES = {
 }
 
 
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def models_and_tensors_are_on_the_device():
+    with torch.device(DEVICE):
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_model():
     made = {}
@@ -82,7 +93,7 @@ def make_model():
 
 def prompts(batch_size=2, length=19, padding=6):
     """Token ids, and a mask with padding on the left of the first."""
-    ids = torch.randint(1, 60, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 60, (batch_size, length), generator=torch.Generator(DEVICE).manual_seed(1))
     ids[:, 10:] = ids[:, :9]  # something to look up
     mask = torch.ones_like(ids)
     if batch_size > 1:
@@ -128,7 +139,7 @@ def test_logits_are_those_of_dynamic_cache(make_model, backend, name):
                     input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache
                 )
                 parts.append(out.logits)
-        return torch.cat(parts, dim=1)[mask.bool()].numpy()
+        return torch.cat(parts, dim=1)[mask.bool()].numpy(force=True)
 
     want = logits("eager", dynamic(model))
     for implementation in ("kvnumba", "eager"):  # out of the storage, and dense
@@ -160,7 +171,9 @@ def test_a_4d_mask_is_honoured(make_model, backend, name):
     ):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            results.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits.numpy())
+            results.append(
+                model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits.numpy(force=True)
+            )
     np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
 
 
@@ -177,7 +190,7 @@ def test_holes_in_a_2d_mask_are_honoured(make_model, backend):
     ):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            results.append(model(**inputs, past_key_values=cache).logits[real].numpy())
+            results.append(model(**inputs, past_key_values=cache).logits[real].numpy(force=True))
     np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
 
 
@@ -190,7 +203,7 @@ def test_without_a_cache(make_model, name):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             out = model(**inputs, use_cache=False).logits
-        results.append(out[inputs["attention_mask"].bool()].numpy())
+        results.append(out[inputs["attention_mask"].bool()].numpy(force=True))
     np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
 
 
@@ -263,18 +276,37 @@ def divergence(want, got):
     return float((want.exp() * (want - got)).sum(dim=-1).mean())
 
 
-@pytest.mark.parametrize(("fmt", "bound"), [("float16", 1e-5), ("int8", 1e-3), ("int4", 0.2)])
-def test_quantised_formats_on_a_trained_model(backend, fmt, bound):
+@pytest.mark.parametrize(
+    ("fmt", "arithmetic", "bound"),
+    [("float16", None, 1e-5), ("int8", None, 1e-3), ("int8", "bfloat16", 1e-3), ("int4", None, 0.2)],
+)
+def test_quantised_formats_on_a_trained_model(backend, fmt, arithmetic, bound):
     model = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
     ids = torch.tensor(list(Path(copy.__file__).read_bytes()[:400]))[None]
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False).logits
         model.set_attn_implementation("kvnumba")
-        cache = KVNumbaCache(model.config, key_format=fmt, value_format=fmt, backend=backend)
+        cache = KVNumbaCache(
+            model.config, key_format=fmt, value_format=fmt, arithmetic=arithmetic, backend=backend
+        )
         got = torch.cat(
             [model(input_ids=part, past_key_values=cache).logits for part in ids.split(100, dim=1)], dim=1
         )
     assert 0 < divergence(want, got) < bound
+
+
+def test_arithmetic_is_what_was_asked_for(make_model, monkeypatch):
+    asked, attend = set(), Step.attend
+
+    def recording(self, *args, **options):
+        asked.add(options["arithmetic"])
+        return attend(self, *args, **options)
+
+    monkeypatch.setattr(Step, "attend", recording)
+    for arithmetic in (None, "bfloat16"):
+        asked.clear()
+        forward(make_model("Llama"), KVNumbaCache(make_model("Llama").config, arithmetic=arithmetic))
+        assert asked == {arithmetic}
 
 
 @pytest.mark.parametrize(("fmt", "bound"), [("int8", 2e-2), ("int4", 2.0)])
@@ -305,7 +337,7 @@ def test_operations_on_the_batch(make_model, backend):
             model.set_attn_implementation(implementation)
             with torch.no_grad():
                 out = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-            logits.append(out.logits[mask[:, -ids.shape[1] :].bool()].numpy())
+            logits.append(out.logits[mask[:, -ids.shape[1] :].bool()].numpy(force=True))
         np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4)
 
     def apply(operation, *args):
@@ -357,7 +389,7 @@ def test_a_copy_goes_on_by_itself(make_model, backend, tmp_path, name, how):
     def following(cache, tokens):
         with torch.no_grad():
             out = model(input_ids=torch.tensor(tokens), attention_mask=mask, past_key_values=cache)
-        return out.logits.numpy()
+        return out.logits.numpy(force=True)
 
     different = following(other, [[30], [31]])
     first = following(cache, [[3], [4]])
@@ -412,6 +444,8 @@ def test_what_cannot_be_honoured_is_refused(make_model):
         KVNumbaCache({})
     with pytest.raises(ValueError, match="key_format: expected one of float32"):
         KVNumbaCache(model.config, key_format="int5")
+    with pytest.raises(ValueError, match="arithmetic: expected one of float32, bfloat16; got .int8."):
+        KVNumbaCache(model.config, arithmetic="int8")
     with pytest.raises(ValueError, match="layers of type 'linear_attention' cannot be kept"):
         KVNumbaCache(transformers.Qwen3NextConfig(num_hidden_layers=4))
 
@@ -450,7 +484,7 @@ def test_a_pass_that_stopped_on_its_way(make_model, monkeypatch):
     undisturbed = KVNumbaCache(model.config)
     forward(model, undisturbed)
     want = forward(model, undisturbed, **new).logits
-    np.testing.assert_array_equal(got.numpy(), want.numpy())
+    np.testing.assert_array_equal(got.numpy(force=True), want.numpy(force=True))
 
 
 @pytest.mark.parametrize(("version", "problem"), [("4.57.1", "too old"), ("6.0.0", "too new")])
@@ -463,11 +497,11 @@ def test_other_versions_are_one_clear_line(monkeypatch, version, problem):
 
 def test_masks_say_what_transformers_says():
     masking = transformers.masking_utils
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]).bool()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device="cpu").bool()
     for function in (masking.causal_mask_function, masking.sliding_window_causal_mask_function(3)):
         plain = attention_mask(2, 4, 6, 2, 0, function, mask)
         assert plain.ndim == 2
         want = masking.sdpa_mask(2, 4, 6, 2, 0, function, mask, allow_is_causal_skip=False)
         np.testing.assert_array_equal(plain.kvnumba.dense(4, 6).expand_as(want), want)
-    other = masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
+    other = masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long, device="cpu"))
     assert attention_mask(2, 4, 6, 2, 0, other, mask).shape == (2, 1, 4, 6)

@@ -113,7 +113,7 @@ def test_importing_the_package_loads_numpy_only():
 def test_auto_on_the_host(monkeypatch):
     """A GPU that answers is not for whoever keeps arrays in host memory."""
     backends = {
-        name: SimpleNamespace(name=name, takes_device_arrays=name == "cuda") for name in ("cuda", "cpu")
+        name: SimpleNamespace(name=name, device=device) for name, device in (("cuda", 0), ("cpu", None))
     }
     monkeypatch.setattr(registry, "available_backends", lambda: tuple(backends))
     monkeypatch.setattr(registry, "_load", backends.__getitem__)

@@ -17,13 +17,13 @@ class WithInterface:
 class WithDLPack:
     """A capsule over made-up memory of a GPU; nobody owns it, so nothing is freed."""
 
-    def __init__(self, code, bits, shape, strides, device=2):
+    def __init__(self, code, bits, shape, strides, device=2, number=0):
         self.device = device
         self.dims = (ctypes.c_int64 * len(shape))(*shape)
         self.steps = (ctypes.c_int64 * len(shape))(*strides) if strides else None
         pointer = ctypes.POINTER(ctypes.c_int64)
         self.tensor = views._DLTensor(
-            4096, device, 0, len(shape), code, bits, 1,
+            4096, device, number, len(shape), code, bits, 1,
             ctypes.cast(self.dims, pointer), ctypes.cast(self.steps, pointer), 64,
         )  # fmt: skip
 
@@ -66,3 +66,5 @@ def test_dlpack(code, bits, dtype):
     view = device_view(WithDLPack(code, bits, (2, 3, 8), None))
     assert (view.address, view.shape, view.strides, view.dtype) == (4096 + 64, (2, 3, 8), (24, 8, 1), dtype)
     assert device_view(WithDLPack(code, bits, (2, 3, 8), (1, 2, 6))).strides == (1, 2, 6)
+    assert view.device == 0
+    assert device_view(WithDLPack(code, bits, (2, 3, 8), None, number=3)).swapaxes(0, 1).device == 3

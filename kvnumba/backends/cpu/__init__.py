@@ -28,6 +28,7 @@ from kvnumba.storage import (
     Scoring,
     allocate_on_host,
     empty_rows,
+    host_memory_bytes,
     read_blocks_on_host,
     write_blocks_on_host,
 )
@@ -69,7 +70,7 @@ class CpuBackend:
 
     name = "cpu"
     simulated = False
-    takes_device_arrays = False
+    device: int | None = None
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
@@ -78,6 +79,9 @@ class CpuBackend:
     def allocate(self, layout: Layout) -> CpuBuffers:
         host = allocate_on_host(layout, _storage)
         return CpuBuffers(layout, host.keys, host.values, _rows(host.keys), _rows(host.values))
+
+    def memory_bytes(self) -> int:
+        return host_memory_bytes()
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape

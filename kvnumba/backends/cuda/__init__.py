@@ -16,6 +16,7 @@ from kvnumba.backends.cuda.jit import (
     WARP,
     Kernel,
     device_name,
+    device_number,
     num_multiprocessors,
     why_unavailable,
 )
@@ -55,16 +56,19 @@ class CudaBackend:
 
     name = "cuda"
     simulated = SIMULATED
-    takes_device_arrays = True
 
     def __init__(self) -> None:
         reason = why_unavailable()
         if reason:
             raise BackendUnavailable(reason)
+        self.device = device_number()
         self._pool = Pool()
 
     def allocate(self, layout: Layout) -> CudaBuffers:
         return allocate(layout)
+
+    def memory_bytes(self) -> int:
+        return memory.free_bytes()
 
     def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
         count, head_dim = x.shape
@@ -339,12 +343,12 @@ class CudaBackend:
             return x
         x = np.ascontiguousarray(x, np.float32)
         address = self._pool.put(call, x, stream)
-        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, stream)
+        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, stream, self.device)
 
     def _room(self, call: _Call, x: np.ndarray) -> DeviceView:
         """Memory for the contents of a host array, in C order."""
         address = self._pool.take(call, x.nbytes, 0)
-        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, 0)
+        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, 0, self.device)
 
     def _fetch(self, x: np.ndarray, view: DeviceView) -> None:
         """Copy what `_room` made room for into the host array."""

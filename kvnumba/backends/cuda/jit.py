@@ -63,6 +63,11 @@ def device_name() -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
+def device_number() -> int:
+    """Of the device that kernels run on, as the driver counts them."""
+    return 0 if SIMULATED else int(cuda.get_current_device().id)
+
+
 @functools.cache
 def num_multiprocessors() -> int:
     """Of the device; the simulator has a few, so that work is split."""

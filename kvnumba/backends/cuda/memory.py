@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvnumba.backends.cuda.jit import SIMULATED, cuda, driver_call
+from kvnumba.storage import host_memory_bytes
 from kvnumba.views import contiguous_strides
 
 _thread = threading.local()
@@ -36,7 +37,7 @@ class Memory:
         try:
             self.address = int(driver_call("cuMemAlloc", max(nbytes, 1)))
         except MemoryError:
-            free, total = cuda.current_context().get_memory_info()
+            free, total = _free_and_total_bytes()
             raise MemoryError(
                 f"{nbytes:,} bytes are needed on the device, {free:,} of {total:,} are free"
             ) from None
@@ -44,6 +45,19 @@ class Memory:
         if zeros:
             driver_call("cuMemsetD8", self.address, 0, nbytes)
             synchronize()
+
+
+def free_bytes() -> int:
+    """Memory of the device that nobody has taken; in the simulator, of the host."""
+    if SIMULATED:
+        return host_memory_bytes()
+    enter()
+    return _free_and_total_bytes()[0]
+
+
+def _free_and_total_bytes() -> tuple[int, int]:
+    free, total = cuda.current_context().get_memory_info()
+    return int(free), int(total)
 
 
 def _free(address: int) -> None:

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kvnumba.integrations.transformers import masks
 from kvnumba.integrations.transformers.cache import NAME, Appended
 from kvnumba.integrations.transformers.masks import CausalMask
-from kvnumba.integrations.transformers.tensors import to_numpy
+from kvnumba.integrations.transformers.tensors import to_array
 
 REFUSED = {
     "output_attentions": "weights are never computed as a whole",
@@ -96,10 +96,10 @@ def attention_forward(
                 sm_scale=scaling,
                 window_left=causal.window_left,
                 logits_soft_cap=softcap or 0.0,
-                sinks=None if s_aux is None else to_numpy(s_aux.float()),
+                sinks=None if s_aux is None else to_array(s_aux.float().cpu()),
             )
             return out, None
-        key, value = appended.dense(query.dtype)
+        key, value = appended.dense(query)
     mask = attention_mask if causal is None else causal.dense(query.shape[2], key.shape[2]).to(query.device)
     dropout = dropout if module.training else 0.0
     return dense_attention(query, key, value, mask, scaling, softcap, s_aux, position_bias, dropout), None

@@ -18,8 +18,8 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_type
 from kvnumba import arguments
 from kvnumba.formats import resolve_format
 from kvnumba.integrations.transformers.masks import CausalMask
-from kvnumba.integrations.transformers.storage import Formats, LayerGroup
-from kvnumba.registry import get_backend
+from kvnumba.integrations.transformers.storage import LayerGroup, Settings
+from kvnumba.registry import chosen_name, get_backend
 
 NAME = "kvnumba"
 """Of the attention implementation, and of the attribute by which keys carry the handle to their layer."""
@@ -56,9 +56,9 @@ class Appended:
             self._group.leave_out(self._index, padding, key, value)
         return self._group.attend(self._index, query, **options)
 
-    def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that the new tokens may see, (B, H, k, D); 0 where padding was left out."""
-        return self._group.dense(self._index, self._visible, dtype)
+    def dense(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that the new tokens may see, (B, H, k, D) like a tensor; 0 where padding was left out."""
+        return self._group.dense(self._index, self._visible, like)
 
 
 class KVNumbaLayer(CacheLayerMixin):
@@ -113,7 +113,7 @@ class KVNumbaLayer(CacheLayerMixin):
         if self._config._attn_implementation == NAME:
             setattr(key_states, NAME, appended)
             return key_states, value_states
-        return appended.dense(key_states.dtype)
+        return appended.dense(key_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that `update` is going to return where it returns dense ones, and the position of the first."""
@@ -156,8 +156,10 @@ class KVNumbaCache(Cache):
         Default: the model's dtype.
     group_size : int, optional
         Elements along head_dim that share a scale in int8 and int4. Default: all.
-    backend : {"numpy", "cpu", "auto"}, optional
-        Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto".
+    arithmetic : {"float32", "bfloat16"}, optional
+        In which the tokens of a prompt are multiplied, where the processor does that faster. Default: the model's.
+    backend : {"numpy", "cpu", "cuda", "auto"}, optional
+        Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto": "cuda" for tensors on a GPU, else "cpu".
 
     Raises
     ------
@@ -172,6 +174,7 @@ class KVNumbaCache(Cache):
         key_format: str | None = None,
         value_format: str | None = None,
         group_size: int | None = None,
+        arithmetic: str | None = None,
         backend: str | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -181,17 +184,17 @@ class KVNumbaCache(Cache):
                 resolve_format(argument, fmt)
         if group_size is not None:
             arguments.integer("group_size", group_size, minimum=1)
-        chosen = get_backend(backend, on_host=True)
-        if chosen.takes_device_arrays:
+        if arithmetic not in (None, *arguments.ARITHMETICS):
             raise ValueError(
-                f"backend: expected cpu, numpy or auto, models on GPUs are not served; got {chosen.name}"
+                f"arithmetic: expected one of {', '.join(arguments.ARITHMETICS)}; got {arithmetic!r}"
             )
-        self._formats = Formats(key_format, value_format, group_size, chosen.name)
+        get_backend(backend, on_host=True)  # raises where there is none
+        self._settings = Settings(key_format, value_format, group_size, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)
         kinds = list(_kinds(self._config))
         stored = [kind for kind in kinds if kind is not None]
         self._groups = {
-            kind: LayerGroup(self._formats, stored.count(kind), stored.count(kind) / len(stored), kind[0])
+            kind: LayerGroup(self._settings, stored.count(kind), stored.count(kind) / len(stored), kind[0])
             for kind in dict.fromkeys(stored)
         }
         super().__init__(layers=self._make_layers(kinds))
@@ -316,17 +319,17 @@ class KVNumbaCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
         twin = KVNumbaCache.__new__(KVNumbaCache)
-        twin._formats, twin._config = self._formats, self._config
+        twin._settings, twin._config = self._settings, self._config
         twin._groups = {kind: group.fork() for kind, group in self._groups.items()}
         Cache.__init__(twin, layers=twin._make_layers(list(_kinds(self._config))))
         return twin
 
     def __repr__(self) -> str:
-        formats = self._formats
+        settings = self._settings
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
-            f"keys {formats.key_format or 'as given'}, values {formats.value_format or 'as given'}, "
-            f"{formats.backend}, {self.memory_bytes() / 1e6:.1f} MB)"
+            f"keys {settings.key_format or 'as given'}, values {settings.value_format or 'as given'}, "
+            f"{settings.backend}, {self.memory_bytes() / 1e6:.1f} MB)"
         )
 
 
@@ -347,13 +350,15 @@ def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
 
 def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
     """A group like this one with what a folder says of it."""
-    new = LayerGroup(group.formats, group.num_layers, group.share, group.sliding_window)
+    new = LayerGroup(group.settings, group.num_layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
     dtype = getattr(torch, entry["dtypes"][0], torch.float32)
-    new.adopt(
-        group.formats.allocate(entry["num_kv_heads"], entry["head_dim"], dtype, group.num_layers, group.share)
+    shape, backend = (
+        (entry["num_kv_heads"], entry["head_dim"]),
+        get_backend(group.settings.backend, on_host=True),
     )
+    new.adopt(group.settings.allocate(*shape, dtype, group.num_layers, group.share, backend))
     ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
     new.ids.extend(ids.pop(seq_id) for seq_id in entry["ids"])
     for seq_id in ids.values():  # of copies of the cache

@@ -4,12 +4,12 @@ The cache grows as it fills. A pool's arrays are as long as if the whole machine
 which costs address space only: the operating system gives memory to the pages that are written. So there is no
 maximum to declare, nothing is ever moved, and attention finds all tokens of a sequence in one array. Segments
 that are added one by one and merged by lse would need a kernel for queries that are not causal, and a position
-in every segment for windows.
+in every segment for windows. A GPU's memory is taken when it is reserved: there the pools begin with half of what is
+free, and the other half is left to the model.
 """
 
 from __future__ import annotations
 
-import os
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +17,40 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvnumba.backends.protocol import Backend
 from kvnumba.integrations.transformers.masks import CausalMask
-from kvnumba.integrations.transformers.tensors import to_numpy, to_torch
+from kvnumba.integrations.transformers.tensors import to_array, to_torch
 from kvnumba.paged import PagedKVCache
+from kvnumba.registry import get_backend
 from kvnumba.step import Step
 
 BLOCK_SIZE = 128
 MAX_NUM_SEQS = 1024
 """Rows of a pool's tables: sequences of a batch, beams among them, and of copies of the cache."""
+RESERVED_ON_GPU = 0.5
+"""Of the memory that is free when the first token comes."""
 
 
 @dataclass(frozen=True)
-class Formats:
-    """How tokens are stored; formats of None follow the model's dtype."""
+class Settings:
+    """What the user chose; formats and arithmetic of None follow the model's dtype, the backend "auto" its device."""
 
     key_format: str | None
     value_format: str | None
     group_size: int | None
+    arithmetic: str | None
     backend: str
 
     def allocate(
-        self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_layers: int, share: float
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        num_layers: int,
+        share: float,
+        backend: Backend,
     ) -> PagedKVCache:
-        """A pool of blocks of several layers: address space for a share of the machine's memory."""
+        """A pool of blocks of several layers: address space for a share of the memory there is."""
         default = str(dtype).removeprefix("torch.")
 
         def pool(num_blocks: int, block_size: int, max_num_seqs: int) -> PagedKVCache:
@@ -54,14 +65,18 @@ class Formats:
                 value_format=self.value_format,
                 group_size=self.group_size,
                 num_layers=num_layers,
-                backend=self.backend,
+                backend=backend.name,
             )
 
         block_bytes = BLOCK_SIZE * pool(1, 1, 1).bytes_per_token()
-        num_blocks = max(1, int(_machine_memory() * share) // block_bytes)
+        if backend.device is not None:
+            share *= RESERVED_ON_GPU
+        num_blocks = max(1, int(backend.memory_bytes() * share) // block_bytes)
         try:
             return pool(num_blocks, BLOCK_SIZE, MAX_NUM_SEQS)
         except MemoryError as error:
+            if backend.device is not None:
+                raise
             raise MemoryError(
                 f"the system does not reserve {num_blocks * block_bytes:,} bytes of address space, which would take "
                 f"up memory as they are written only: allow it (vm.overcommit_memory, ulimit -v)"
@@ -75,7 +90,7 @@ class LayerGroup:
 
     Parameters
     ----------
-    formats : Formats
+    settings : Settings
     num_layers : int
     share : float
         Of the machine's memory that the group may fill.
@@ -84,9 +99,9 @@ class LayerGroup:
     """
 
     def __init__(
-        self, formats: Formats, num_layers: int, share: float, sliding_window: int | None = None
+        self, settings: Settings, num_layers: int, share: float, sliding_window: int | None = None
     ) -> None:
-        self.formats = formats
+        self.settings = settings
         self.num_layers = num_layers
         self.share = share
         self.sliding_window = sliding_window
@@ -120,18 +135,16 @@ class LayerGroup:
 
     def start(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Make a pool and sequences for tensors of these shapes (B, H, any, D), dtype and device."""
-        if k.device.type != "cpu":
-            raise ValueError(
-                f"key_states: expected tensors on the CPU; got {k.device}. "
-                f"Use transformers.DynamicCache there, or model.to('cpu')"
-            )
         if v.shape[:2] != k.shape[:2] or v.shape[3] != k.shape[3]:
             raise ValueError(
                 f"value_states: expected heads as the keys', {tuple(k.shape)}; got {tuple(v.shape)}. "
                 f"Use transformers.DynamicCache for this model"
             )
+        backend = get_backend(self.settings.backend, on_host=k.is_cpu)
+        _require_device(k, backend)
         _require_rows(len(k))
-        self.adopt(self.formats.allocate(k.shape[1], k.shape[3], k.dtype, self.num_layers, self.share))
+        shape = (k.shape[1], k.shape[3])
+        self.adopt(self.settings.allocate(*shape, k.dtype, self.num_layers, self.share, backend))
         window_left = -1 if self.sliding_window is None or self.record_past else self.sliding_window - 1
         self.ids.extend(self.pool.add_sequence(window_left=window_left) for _ in range(len(k)))
         self.padding = np.zeros(len(k), np.int64)
@@ -162,6 +175,7 @@ class LayerGroup:
         """Write new tokens (B, H, q, D) to a layer."""
         if not self.started:
             self.start(k, v)
+        _require_device(k, get_backend(self.pool.backend))
         if len(k) != len(self.ids):
             raise ValueError(
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
@@ -221,22 +235,23 @@ class LayerGroup:
 
     def attend(self, index: int, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """Attention of the new tokens' queries (B, Hq, q, D): (B, q, Hq, D), 0 where the query is padding."""
-        out = to_torch(self.step.attend(_pack(query, self.real), layer=index, **options), query.dtype)
+        options["arithmetic"] = self.settings.arithmetic
+        out = to_torch(self.step.attend(_pack(query, self.real), layer=index, **options), query)
         if self.real.all():
             return out.view(*self.real.shape, *out.shape[1:])
         unpacked = out.new_zeros(*self.real.shape, *out.shape[1:])
         unpacked[torch.from_numpy(self.real)] = out
         return unpacked
 
-    def dense(self, index: int, visible: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `visible` keys and values of a layer, (B, H, visible, D); 0 where padding was left out."""
+    def dense(self, index: int, visible: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `visible` keys and values of a layer, (B, H, visible, D) like a tensor; 0 where padding was."""
         shape = (len(self.ids), self.pool.num_kv_heads, visible, self.pool.head_dim)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         for row, (k, v) in enumerate(self.step.get_kv(layer=index)):
             count = min(visible, k.shape[1])
             keys[row, :, visible - count :] = k[:, k.shape[1] - count :]
             values[row, :, visible - count :] = v[:, v.shape[1] - count :]
-        return to_torch(keys, dtype), to_torch(values, dtype)
+        return to_torch(keys, like), to_torch(values, like)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, and a forward pass that did not reach the last layer."""
@@ -252,7 +267,7 @@ class LayerGroup:
         """Let sequence n become what sequence ``parents[n]`` is; blocks are shared, nothing is copied."""
         if not self.started:
             return
-        rows = np.arange(len(self.ids))[to_numpy(parents.cpu())].tolist()
+        rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
         _require_rows(len(rows))
         before = self.ids.copy()
         for row, seq_id in enumerate(before):
@@ -267,7 +282,7 @@ class LayerGroup:
 
     def fork(self) -> LayerGroup:
         """A group that goes its own way from here; blocks are shared until one of the two writes to them."""
-        twin = LayerGroup(self.formats, self.num_layers, self.share, self.sliding_window)
+        twin = LayerGroup(self.settings, self.num_layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
         if self.started:
             twin.adopt(self.pool)
@@ -283,9 +298,9 @@ class LayerGroup:
         return blocks * self.pool.block_size * self.pool.bytes_per_token()
 
 
-def _pack(x: torch.Tensor, real: np.ndarray) -> np.ndarray:
+def _pack(x: torch.Tensor, real: np.ndarray) -> Any:
     """The real tokens of (B, heads, q, D), sequence by sequence: (tokens, heads, D)."""
-    by_token = to_numpy(x).swapaxes(1, 2)
+    by_token = to_array(x).swapaxes(1, 2)
     return by_token.reshape(-1, *by_token.shape[2:]) if real.all() else by_token[real]
 
 
@@ -294,14 +309,15 @@ def _finish(pool: PagedKVCache, ids: list[int]) -> None:
         pool.finish_sequence(ids.pop())
 
 
+def _require_device(k: torch.Tensor, backend: Backend) -> None:
+    if not (k.is_cpu or (k.is_cuda and k.get_device() == backend.device)):
+        place = "the CPU" if backend.device is None else f"the CPU or cuda:{backend.device}"
+        raise ValueError(
+            f"key_states: expected tensors on {place} for the {backend.name} backend; got {k.device}. "
+            f"Use transformers.DynamicCache there, or move the model"
+        )
+
+
 def _require_rows(count: int) -> None:
     if count > MAX_NUM_SEQS:
         raise ValueError(f"batch: expected at most {MAX_NUM_SEQS} sequences; got {count}")
-
-
-def _machine_memory() -> int:
-    """Bytes of the machine's memory; 16 GiB where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 34
