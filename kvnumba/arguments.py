@@ -328,6 +328,7 @@ def also_called(**aliases: str) -> Callable[[F], F]:
     return decorate
 
 
+@functools.lru_cache(64)  # NumPy takes microseconds to name a dtype
 def _is_bfloat16(dtype: Any) -> bool:
     return dtype == np.uint16 or getattr(dtype, "name", "") == "bfloat16"
 
