@@ -156,7 +156,7 @@ def attend_piece(
     scores = floats[used : used + score_floats]
     used += score_floats
     tile = floats[used : used + (phase + tile_tokens(static)) * head_dim]
-    tile_bytes = tile.view(np.uint8)
+    tile_words, tile_bytes = tile.view(np.uint16), tile.view(np.uint8)
     k_tile = tile_bytes.reshape(-1, 2 * head_dim if pairs else 4 * head_dim)
     v_tile = tile_bytes.reshape(-1, 4 * head_dim)
 
@@ -191,7 +191,7 @@ def attend_piece(
             codes, following = k_codes, runs[n + later, RUN_ROW]
             if not k_direct:
                 prefetch_rows(k_codes, following, count)
-                stage_keys(k_codes, row, count, k_format, k_scale, k_zero, pairs, head_dim, tile, tile_bytes)
+                stage_keys(k_codes, row, count, k_format, k_scale, k_zero, pairs, head_dim, tile, tile_words)
                 codes, row, following = k_tile, 0, 0
             score_run(
                 static, k_read, codes, k_scale, k_zero, row, count, following, ahead,
@@ -214,7 +214,17 @@ def attend_piece(
             if not v_direct:
                 prefetch_rows(v_codes, following, count)
                 stage_values(
-                    v_codes, row, count, v_format, v_scale, v_zero, pairs, head_dim, tile, tile_bytes
+                    v_codes,
+                    row,
+                    count,
+                    v_format,
+                    v_scale,
+                    v_zero,
+                    pairs,
+                    head_dim,
+                    tile,
+                    tile_words,
+                    tile_bytes,
                 )
                 codes, row, following = v_tile, 0, 0
             if pairs:

@@ -139,6 +139,11 @@ def float_to_bfloat16(e: Emitter, x: ir.Value) -> ir.Value:
     return b.trunc(b.select(b.fcmp_unordered("uno", x, x), nan, rounded), vector(I16))
 
 
+def nearest_bfloat16(e: Emitter, x: ir.Value) -> ir.Value:
+    """bfloat16 bits of what is going to be multiplied: the processor's own rounding takes subnormals for 0."""
+    return e.round_bfloat16(x) if HAS_BFLOAT16_DOT else float_to_bfloat16(e, x)
+
+
 def _quantize(e: Emitter, x: ir.Value, zero: ir.Value, divisor: ir.Value, largest: int) -> ir.Value:
     """Codes (32 bits wide): the same operations as the reference's, none of them fused or reordered."""
     b = e.builder
@@ -172,7 +177,10 @@ def _store_some(e: Emitter, x: ir.Value, pointer: ir.Value, count: ir.Value) -> 
 
 @intrinsic
 def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to):
-    """Read `count` values that share a scale: from byte `start` of codes into out[to:], in their own order."""
+    """Read `count` values that share a scale: from byte `start` of codes into out[to:], in their own order.
+
+    `out` is of float32; or of uint16 for bfloat16 that is going to be multiplied.
+    """
     signature = types.void(
         codes, types.intp, types.intp, types.intp, scale, zero, types.intp, out, types.intp
     )
@@ -181,7 +189,9 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
         e, b = Emitter(context, builder), builder
         _, start, count, number, _, _, group, _, to = args
         source = e.at(e.pointer(codes, args[0]), start)
-        target = e.at(e.pointer(out, args[7]), b.mul(to, index(4)))
+        short = out.dtype == types.uint16
+        item = 2 if short else 4
+        target = e.at(e.pointer(out, args[7]), b.mul(to, index(item)))
 
         def case(fmt: int) -> None:
             size = chunk_values(fmt)
@@ -191,6 +201,10 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
                 low = e.broadcast(e.at(e.pointer(zero, args[5]), offset))
 
             def values(stored: ir.Value) -> list[ir.Value]:
+                chunk = in_order(stored)
+                return [nearest_bfloat16(e, x) for x in chunk] if short else chunk
+
+            def in_order(stored: ir.Value) -> list[ir.Value]:
                 chunk = _floats(e, fmt, stored)
                 if fmt in QUANTIZED:
                     chunk = [b.fadd(b.fmul(x, step), low) for x in chunk]
@@ -204,7 +218,7 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
             def whole(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 stored = e.load(e.at(source, b.mul(i, index(CHUNK_BYTES[fmt]))), vector(STORED[fmt]))
                 for part, x in enumerate(values(stored)):
-                    e.store(x, e.at(target, b.add(b.mul(i, index(4 * size)), index(4 * part * LANES))))
+                    e.store(x, e.at(target, b.add(b.mul(i, index(item * size)), index(item * part * LANES))))
                 return []
 
             full = b.sdiv(count, index(size))
@@ -217,7 +231,7 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
                 for part, x in enumerate(values(_load_some(e, at, rest_of_codes, empty))):
                     rest = b.sub(left, index(part * LANES))
                     rest = b.select(b.icmp_signed("<", rest, index(LANES)), rest, index(LANES))
-                    place = b.add(b.mul(full, index(4 * size)), index(4 * part * LANES))
+                    place = b.add(b.mul(full, index(item * size)), index(item * part * LANES))
                     _store_some(e, x, e.at(target, place), rest)
 
         e.switch(number, ALL_FORMATS, case)
@@ -353,8 +367,11 @@ def interleave_rows(typing, codes, first, second, count, out, to):
 
 @plain
 def decode_row(codes, row, fmt, scale, zero, out, to, head_dim):
-    """Read a row of the storage into out[to : to + head_dim]; out is flat."""
-    groups = max(1, scale.shape[1])
+    """Read a row of the storage into out[to : to + head_dim]; out is flat, as for `decode_values`."""
+    if scale.shape[1] <= 1:  # a row of codes is decoded in the time of two divisions
+        decode_values(codes, row * codes.shape[1], head_dim, fmt, scale, zero, row, out, to)
+        return
+    groups = scale.shape[1]
     size, step = head_dim // groups, codes.shape[1] // groups
     for group in range(groups):
         start = row * codes.shape[1] + group * step

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import float_to_bfloat16, side_by_side
+from kvnumba.backends.cpu.codecs import nearest_bfloat16, side_by_side
 from kvnumba.backends.cpu.simd import F32, I1, I16, I32, LANES, Emitter, constant, index, vector
 from kvnumba.backends.cpu.tiles import (
     FEW,
@@ -219,7 +219,7 @@ def _round_many(rows, context, builder, signature, args):
             offset = 4 * part * LANES
             first, second = (e.load(e.at(source, offset + n), vector(F32)) for n in (0, row_bytes))
             second = b.select(both, second, constant(0.0))
-            pair = (float_to_bfloat16(e, x) for x in (first, second))
+            pair = (nearest_bfloat16(e, x) for x in (first, second))
             e.store(side_by_side(e, *pair), e.at(target, offset))
         return []
 
