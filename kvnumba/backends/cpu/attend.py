@@ -214,17 +214,7 @@ def attend_piece(
             if not v_direct:
                 prefetch_rows(v_codes, following, count)
                 stage_values(
-                    v_codes,
-                    row,
-                    count,
-                    v_format,
-                    v_scale,
-                    v_zero,
-                    pairs,
-                    head_dim,
-                    tile,
-                    tile_words,
-                    tile_bytes,
+                    v_codes, row, count, v_format, v_scale, v_zero, pairs, head_dim, tile, tile_words
                 )
                 codes, row, following = v_tile, 0, 0
             if pairs:

@@ -23,7 +23,7 @@ def stage_keys(codes, row, count, fmt, scale, zero, pairs, head_dim, tile, tile_
 
 
 @plain
-def stage_values(codes, row, count, fmt, scale, zero, pairs, head_dim, tile, tile_words, tile_bytes):
+def stage_values(codes, row, count, fmt, scale, zero, pairs, head_dim, tile, tile_words):
     """Rows of the storage into a tile of float32, or if `pairs` of bfloat16, two tokens side by side.
 
     The partner of an odd last token is itself: its weight is 0.
@@ -37,8 +37,8 @@ def stage_values(codes, row, count, fmt, scale, zero, pairs, head_dim, tile, til
         partner = min(t + 1, count - 1)
         if fmt == BFLOAT16:
             first, second = (row + t) * row_bytes, (row + partner) * row_bytes
-            interleave_rows(codes, first, second, head_dim, tile_bytes, t * row_bytes)
+            interleave_rows(codes, first, second, head_dim, tile_words, t * row_bytes)
         else:
             decode_row(codes, row + t, fmt, scale, zero, tile_words, spare, head_dim)
             decode_row(codes, row + partner, fmt, scale, zero, tile_words, spare + head_dim, head_dim)
-            interleave_rows(tile_bytes, 2 * spare, 2 * spare + row_bytes, head_dim, tile_bytes, t * row_bytes)
+            interleave_rows(tile_words, 2 * spare, 2 * spare + row_bytes, head_dim, tile_words, t * row_bytes)
