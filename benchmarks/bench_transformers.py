@@ -112,7 +112,7 @@ def peak_memory(name: str) -> None:
 def memory() -> dict[str, float]:
     """Megabytes, each cache in a process of its own."""
     found = {}
-    for name in CACHES:
+    for name in (*CACHES[:2], *CACHES[3:6]):  # hqq takes many minutes
         result = subprocess.run(
             [sys.executable, __file__, "peak", name], stdout=subprocess.PIPE, text=True, check=True
         )

@@ -234,6 +234,25 @@ class TestStep:
             step.write(k, k, layer=1)
         assert np.isfinite(step.attend(q, layer=1)).all()
 
+    def test_gives_the_keys_of_a_pass_that_runs(self, backend, normal):
+        cache = kvnumba.PagedKVCache(12, 4, 2, 8, 3, num_layers=2, backend=backend)
+        ids = [cache.add_sequence(), cache.add_sequence(window_left=5)]
+        k, v = normal(2, 20, 2, 8), normal(2, 20, 2, 8)  # of either sequence
+        for first, last in ((0, 13), (13, 15)):
+            step = cache.step(ids, [last - first] * 2)
+            with pytest.raises(ValueError, match="layer: layer 0 of this step has not been written yet"):
+                step.get_kv()
+            new_k, new_v = (x[:, first:last].reshape(-1, 2, 8) for x in (k, v))
+            for layer in range(2):
+                step.write(new_k + layer, new_v - layer, layer=layer)
+                held = step.get_kv(layer=layer)
+                for row, begin in (
+                    (0, 0),
+                    (1, 0 if first == 0 else 8),
+                ):  # what fell out of the window is gone
+                    np.testing.assert_array_equal(held[row][0].swapaxes(0, 1), k[row, begin:last] + layer)
+                    np.testing.assert_array_equal(held[row][1].swapaxes(0, 1), v[row, begin:last] - layer)
+
     def test_a_dropped_step_leaves_no_trace(self, backend, normal):
         cache = kvnumba.PagedKVCache(4, 4, 1, 8, 2, backend=backend)
         seq_id = cache.add_sequence()
