@@ -309,6 +309,15 @@ def test_arithmetic_is_what_was_asked_for(make_model, monkeypatch):
         assert asked == {arithmetic}
 
 
+def test_repr_says_what_is_used(make_model):
+    model = make_model("Llama")
+    cache = KVNumbaCache(model.config, key_format="int8", backend="auto")
+    assert repr(cache) == "KVNumbaCache(layers=3, tokens=0, keys int8, values as given, auto, 0.0 MB)"
+    forward(model, cache)
+    assert repr(cache).startswith("KVNumbaCache(layers=3, tokens=19, keys int8, values as given, c")
+    assert " auto," not in repr(cache)
+
+
 @pytest.mark.parametrize(("fmt", "bound"), [("int8", 2e-2), ("int4", 2.0)])
 @pytest.mark.parametrize("name", MODELS)
 def test_quantised_formats_on_random_models(make_model, name, fmt, bound):

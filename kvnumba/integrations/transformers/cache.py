@@ -326,10 +326,11 @@ class KVNumbaCache(Cache):
 
     def __repr__(self) -> str:
         settings = self._settings
+        used = [group.pool.backend for group in self._groups.values() if group.started]
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
             f"keys {settings.key_format or 'as given'}, values {settings.value_format or 'as given'}, "
-            f"{settings.backend}, {self.memory_bytes() / 1e6:.1f} MB)"
+            f"{(used or [settings.backend])[0]}, {self.memory_bytes() / 1e6:.1f} MB)"
         )
 
 
