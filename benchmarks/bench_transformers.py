@@ -12,18 +12,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-CACHES = (
-    "DynamicCache",
-    "QuantizedCache, quanto int4",
-    "QuantizedCache, hqq int4",
-    "kvnumba float32",
-    "kvnumba int8",
-    "kvnumba int4",
-    "kvnumba int8, prompts in bfloat16",
-)
+CACHES = {
+    "DynamicCache":                      ("DynamicCache", "", None),
+    "QuantizedCache, quanto int4":       ("QuantizedCache", "quanto", None),
+    "QuantizedCache, hqq int4":          ("QuantizedCache", "hqq", None),
+    "kvnumba float32":                   ("KVNumbaCache", "float32", None),
+    "kvnumba int8":                      ("KVNumbaCache", "int8", None),
+    "kvnumba int4":                      ("KVNumbaCache", "int4", None),
+    "kvnumba int8, prompts in bfloat16": ("KVNumbaCache", "int8", "bfloat16"),
+}  # fmt: skip
+"""Name -> class, its quantiser or format, arithmetic of prompts. Ratios are to the first."""
+
+PEER = next(iter(CACHES))
+PROMPTED = [name for name, (kind, _, _) in CACHES.items() if kind != "QuantizedCache"]
+WEIGHED = [name for name, (_, what, arithmetic) in CACHES.items() if what != "hqq" and arithmetic is None]
+"""Those whose memory is measured: hqq takes half an hour, arithmetic takes none."""
+
 LONG, SHORT, CHUNK = 16384, 256, 512
 PROMPT, NEW = 32768 - 16, 16
 
@@ -47,29 +54,33 @@ def make_cache(model: Any, name: str) -> Any:
 
     from kvnumba.integrations.transformers import KVNumbaCache
 
-    family, fmt = name.replace(",", "").split(" ")[:2] if " " in name else (name, "")
-    model.set_attn_implementation("kvnumba" if family == "kvnumba" else "sdpa")
-    if family == "kvnumba":
-        arithmetic = "bfloat16" if name.endswith("prompts in bfloat16") else None
-        return KVNumbaCache(model.config, key_format=fmt, value_format=fmt, arithmetic=arithmetic)
-    if family == "DynamicCache":
+    kind, what, arithmetic = CACHES[name]
+    set_attention(model, name)
+    if kind == "KVNumbaCache":
+        return KVNumbaCache(model.config, key_format=what, value_format=what, arithmetic=arithmetic)
+    if kind == "DynamicCache":
         return DynamicCache(config=model.config)
-    axis = 0 if fmt == "quanto" else 1  # the only one that each takes in transformers
-    return QuantizedCache(fmt, model.config, nbits=4, axis_key=axis, axis_value=axis)
+    axis = 0 if what == "quanto" else 1  # the only one that each takes in transformers
+    return QuantizedCache(what, model.config, nbits=4, axis_key=axis, axis_value=axis)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """The attention implementation that goes with a cache."""
+    model.set_attn_implementation("kvnumba" if CACHES[name][0] == "KVNumbaCache" else "sdpa")
 
 
 def run(model: Any, name: str, cache: Any, tokens: int) -> float:
     """Seconds of a forward pass."""
     import torch
 
-    model.set_attn_implementation("kvnumba" if name.startswith("kvnumba") else "sdpa")
+    set_attention(model, name)
     ids = torch.arange(tokens)[None] % 256
     start = time.perf_counter()
     model(input_ids=ids, past_key_values=cache)
     return time.perf_counter() - start
 
 
-def times(length: int, tokens: int, rounds: int, names: tuple[str, ...] = CACHES) -> dict[str, float]:
+def times(length: int, tokens: int, rounds: int, names: Iterable[str] = CACHES) -> dict[str, float]:
     """Milliseconds of a pass of new tokens on `length` cached ones, by cache."""
     import torch
 
@@ -112,7 +123,7 @@ def peak_memory(name: str) -> None:
 def memory() -> dict[str, float]:
     """Megabytes, each cache in a process of its own."""
     found = {}
-    for name in (*CACHES[:2], *CACHES[3:6]):  # hqq takes many minutes
+    for name in WEIGHED:
         result = subprocess.run(
             [sys.executable, __file__, "peak", name], stdout=subprocess.PIPE, text=True, check=True
         )
@@ -123,7 +134,7 @@ def memory() -> dict[str, float]:
 COLUMNS: dict[str, tuple[str, Callable[[], dict[str, float]]]] = {
     "decode":  (f"a token at {LONG:,}, ms", lambda: times(LONG, 1, 7)),
     "short":   (f"a token at {SHORT}, ms", lambda: times(SHORT, 1, 60)),
-    "prefill": (f"{CHUNK} tokens at {LONG:,}, ms", lambda: times(LONG, CHUNK, 3, CACHES[:1] + CACHES[3:])),
+    "prefill": (f"{CHUNK} tokens at {LONG:,}, ms", lambda: times(LONG, CHUNK, 3, PROMPTED)),
     "memory":  ("peak memory of 32,768 tokens, MB", memory),
 }  # fmt: skip
 
@@ -142,7 +153,7 @@ def cell(name: str, column: dict[str, float]) -> str:
     """A figure, and how many times less it is than DynamicCache's."""
     if name not in column:
         return "-"
-    ratio = "" if name == CACHES[0] else f" ({column[CACHES[0]] / column[name]:.2f}x)"
+    ratio = "" if name == PEER else f" ({column[PEER] / column[name]:.2f}x)"
     return f"{column[name]:,.3g}{ratio}" if column[name] < 1000 else f"{column[name]:,.0f}{ratio}"
 
 

@@ -79,10 +79,15 @@ def scoring(options: AttentionOptions, num_qo_heads: int, head_dim: int, q: Any 
         name: None if options.get(name) is None else _per_head(name, options.get(name), num_qo_heads)
         for name in ("sinks", "alibi_slopes")
     }
-    asked = options.get("arithmetic")
-    if asked not in (None, *ARITHMETICS):
-        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {asked!r}")
+    asked = arithmetic_name(options.get("arithmetic"))
     return Scoring(sm_scale, window_left, soft_cap, **per_head, arithmetic=asked or arithmetic)
+
+
+def arithmetic_name(value: Any) -> str | None:
+    """`value` as one of ARITHMETICS, or None for that of the queries."""
+    if value not in (None, *ARITHMETICS):
+        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {value!r}")
+    return value
 
 
 @functools.lru_cache(64)

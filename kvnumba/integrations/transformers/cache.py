@@ -184,10 +184,7 @@ class KVNumbaCache(Cache):
                 resolve_format(argument, fmt)
         if group_size is not None:
             arguments.integer("group_size", group_size, minimum=1)
-        if arithmetic not in (None, *arguments.ARITHMETICS):
-            raise ValueError(
-                f"arithmetic: expected one of {', '.join(arguments.ARITHMETICS)}; got {arithmetic!r}"
-            )
+        arithmetic = arguments.arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
         self._settings = Settings(key_format, value_format, group_size, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)

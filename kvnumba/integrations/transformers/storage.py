@@ -175,7 +175,8 @@ class LayerGroup:
         """Write new tokens (B, H, q, D) to a layer."""
         if not self.started:
             self.start(k, v)
-        _require_device(k, get_backend(self.pool.backend))
+        elif not k.is_cpu:
+            _require_device(k, get_backend(self.pool.backend))
         if len(k) != len(self.ids):
             raise ValueError(
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
