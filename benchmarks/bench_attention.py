@@ -12,8 +12,8 @@ import peers
 import pytest
 from shapes import problem
 
+from kvnumba.backends.registry import available_backends
 from kvnumba.formats import FORMATS
-from kvnumba.registry import available_backends
 
 LONG = 16_384  # tokens of all sequences together, from which a problem is marked `long`
 

@@ -10,10 +10,10 @@ import oracle
 import pytest
 
 import kvnumba
-from kvnumba import cascade
-from kvnumba.blocks import BlockPool
+from kvnumba.attention import cascade
+from kvnumba.backends.registry import available_backends
+from kvnumba.blocks.pool import BlockPool
 from kvnumba.formats import FORMATS
-from kvnumba.registry import available_backends
 
 BLOCK_SIZE = 16
 SEQUENCES = 64

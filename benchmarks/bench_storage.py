@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import kvnumba
+from kvnumba.backends.registry import available_backends
 from kvnumba.formats import FORMATS
-from kvnumba.registry import available_backends
 
 H, D = 8, 128
 BACKENDS = available_backends()

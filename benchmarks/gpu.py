@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 import kvnumba
 from kvnumba.backends.cuda import hardware
 from kvnumba.backends.cuda.jit import Kernel, cuda, device_name, num_multiprocessors
-from kvnumba.bench import shuffle
+from kvnumba.commands.bench import shuffle
 
 HQ, H, D, BLOCK = 32, 8, 128, 16
 DECODE = ((1, 32_768), (16, 4_096), (1, 131_072))

@@ -8,7 +8,7 @@ import numpy as np
 from shapes import Problem
 
 import kvnumba
-from kvnumba.bench import shuffle
+from kvnumba.commands.bench import shuffle
 
 
 def paged(

@@ -6,20 +6,20 @@ Importing this module loads NumPy only; a backend is loaded when the first cache
 import logging
 
 from kvnumba.arguments import AttentionOptions
-from kvnumba.attention import ChunkedPrefillCache, multi_head_attention_with_cache
-from kvnumba.batching import ContinuousBatcher, Request
-from kvnumba.compilation import warmup
-from kvnumba.contiguous import KVCache, QuantizedKVCache
-from kvnumba.decoder import IncrementalDecoder
+from kvnumba.attention.merging import merge_states
+from kvnumba.backends.quantization import dequantize, quantize
+from kvnumba.backends.registry import available_backends, use_backend
+from kvnumba.blocks.stats import CacheStats
+from kvnumba.caches.contiguous import KVCache, QuantizedKVCache
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_with_cache
+from kvnumba.caches.step import Step
+from kvnumba.caches.warmup import warmup
+from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
-from kvnumba.memory import memory_analysis, memory_growth_table
-from kvnumba.merging import merge_states
-from kvnumba.paged import PagedKVCache
-from kvnumba.quantization import dequantize, quantize
-from kvnumba.registry import available_backends, use_backend
-from kvnumba.stats import CacheStats
-from kvnumba.step import Step
+from kvnumba.models.batching import ContinuousBatcher, Request
+from kvnumba.models.decoder import IncrementalDecoder
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import kvnumba
-from kvnumba.decoder import BUNDLED_MODEL
-from kvnumba.memory import PRESETS, memory_growth_table
-from kvnumba.registry import BACKENDS, get_backend, unavailable_reason
+from kvnumba.backends.registry import BACKENDS, get_backend, unavailable_reason
+from kvnumba.commands.memory import PRESETS, memory_growth_table
+from kvnumba.models.decoder import BUNDLED_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print(memory_growth_table(layers, heads, dim, args.batch))
         elif args.command == "bench":
-            from kvnumba import bench as benchmark
+            from kvnumba.commands import bench as benchmark
 
             if args.plot:
                 require_extra("bench", "matplotlib")
             benchmark.run(args.backend, args.plot)
         else:
             require_extra("demo", "tqdm", *(["matplotlib"] if args.plot else []))
-            from kvnumba import demo as demonstration
+            from kvnumba.commands import demo as demonstration
 
             demonstration.run(args.model, args.prompt, args.bytes, args.new, args.backend, args.plot)
     except (OSError, ValueError, kvnumba.BackendUnavailable, kvnumba.CacheFull) as error:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 
+from kvnumba.arrays import DeviceView, device_view
 from kvnumba.formats import Format, bfloat16_to_float, float_to_bfloat16
 from kvnumba.storage import Layout, Scoring
-from kvnumba.views import DeviceView, device_view
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # noqa: F401 (for the annotations of those who take AttentionOptions)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from kvnumba.backends.registry import BACKENDS, ENVIRONMENT_VARIABLE, available_backends, unavailable_reason
 from kvnumba.formats import FORMATS
-from kvnumba.registry import BACKENDS, ENVIRONMENT_VARIABLE, available_backends, unavailable_reason
 
 settings.register_profile("long", max_examples=4000)  # pytest --hypothesis-profile=long
 

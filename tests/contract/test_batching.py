@@ -6,7 +6,7 @@ import pytest
 import kvnumba
 from kvnumba import ContinuousBatcher
 
-SOURCE = kvnumba.batching.__file__
+SOURCE = kvnumba.models.batching.__file__
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kvnumba.backends.registry import get_backend
 from kvnumba.formats import FORMATS
-from kvnumba.registry import get_backend
 from kvnumba.storage import Encoded, Layout, part_shapes
 
 

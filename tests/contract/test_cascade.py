@@ -5,7 +5,7 @@ import oracle
 import pytest
 
 import kvnumba
-from kvnumba import cascade
+from kvnumba.attention import cascade
 from kvnumba.storage import Batch
 
 
@@ -14,7 +14,7 @@ def always(monkeypatch):
     """Let every common prefix be worth a call of its own, and count the calls."""
     calls = []
     monkeypatch.setattr(cascade, "worthwhile", lambda *args: True)
-    monkeypatch.setattr("kvnumba.step.worthwhile", lambda *args: True)
+    monkeypatch.setattr("kvnumba.caches.step.worthwhile", lambda *args: True)
     attend = cascade.Cascade.attend
     monkeypatch.setattr(
         cascade.Cascade,

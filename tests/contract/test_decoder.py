@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba.decoder import LlamaConfig, sample, softmax
+from kvnumba.models.decoder import LlamaConfig, sample, softmax
 
 TEXT = inspect.getsource(argparse).encode()[:600]  # held out of the model's training
 

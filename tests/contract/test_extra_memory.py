@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba.registry import get_backend
+from kvnumba.backends.registry import get_backend
 
 H, HQ, D = 2, 4, 32
 

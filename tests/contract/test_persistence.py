@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba import snapshot, swap
+from kvnumba.caches import snapshot, swap
 
 H, D = 2, 8
 FORMATS = [("float32", "float32"), ("float16", "bfloat16"), ("int8", "int4")]

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import kvnumba
-from kvnumba.prefix import Key
+from kvnumba.blocks.prefix import Key
 
 H, D = 2, 8
 

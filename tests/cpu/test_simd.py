@@ -12,10 +12,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 from oracle import bfloat16
 
-from kvnumba import compilation
 from kvnumba.backends.cpu import plan
 from kvnumba.backends.cpu.codecs import CODE_BYTES, FORMAT_ID, interleave_rows, load_codes
 from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I16, I32, LANES, Emitter, constant, vector
+from kvnumba.caches import warmup as compilation
 from kvnumba.storage import Batch
 
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import SIMULATED, TESTED, at_most
 
 import kvnumba
-from kvnumba import arguments, views
-from kvnumba.registry import get_backend
+from kvnumba import arguments
+from kvnumba import arrays as views
+from kvnumba.backends.registry import get_backend
 
 if "cuda" not in TESTED:
     pytest.skip("the cuda backend is not among the tested ones", allow_module_level=True)

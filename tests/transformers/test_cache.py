@@ -10,10 +10,10 @@ from conftest import ON_GPU
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
-from kvnumba.decoder import BUNDLED_MODEL  # noqa: E402
+from kvnumba.caches.step import Step  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, versions  # noqa: E402
 from kvnumba.integrations.transformers.masks import attention_mask  # noqa: E402
-from kvnumba.step import Step  # noqa: E402
+from kvnumba.models.decoder import BUNDLED_MODEL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from kvnumba import CacheFull
-from kvnumba.blocks import BlockPool
+from kvnumba.blocks.pool import BlockPool
 from kvnumba.storage import Batch
 
 NUM_BLOCKS, MAX_SEQS = 12, 4

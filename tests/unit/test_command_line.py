@@ -59,7 +59,7 @@ class TestDemo:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         pytest.importorskip("tqdm", reason="the demo extra is not installed")
-        monkeypatch.setattr("kvnumba.demo.NUM_NAMES", 8)
+        monkeypatch.setattr("kvnumba.commands.demo.NUM_NAMES", 8)
 
     def test_table_and_text(self, capsys):
         command_line.main(DEMO)
@@ -107,8 +107,8 @@ class TestDemo:
 
 
 def test_bench(capsys, monkeypatch):
-    monkeypatch.setattr("kvnumba.bench.CONTEXTS", (128, 256))
-    monkeypatch.setattr("kvnumba.bench.torch_peers", dict)
+    monkeypatch.setattr("kvnumba.commands.bench.CONTEXTS", (128, 256))
+    monkeypatch.setattr("kvnumba.commands.bench.torch_peers", dict)
     command_line.main(["bench", "--backend", "numpy"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if re.match(r"(float|bfloat|int)\d+ ", line)] == list(FORMATS)

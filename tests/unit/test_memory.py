@@ -3,8 +3,8 @@
 import pytest
 
 import kvnumba
+from kvnumba.commands.memory import PRESETS
 from kvnumba.formats import FORMATS
-from kvnumba.memory import PRESETS
 
 
 def test_analysis_by_hand():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kvnumba.backends.registry import BACKENDS
 from kvnumba.formats import FORMATS
-from kvnumba.registry import BACKENDS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import kvnumba
-from kvnumba import registry
+from kvnumba.backends import registry
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from kvnumba import views
-from kvnumba.views import device_view
+from kvnumba import arrays as views
+from kvnumba.arrays import device_view
 
 
 class WithInterface:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvnumba.arrays import DeviceView, contiguous_strides
 from kvnumba.backends.cuda import attend, memory
 from kvnumba.backends.cuda.copy import copy_kernel
 from kvnumba.backends.cuda.intrinsics import width_of
@@ -29,7 +30,6 @@ from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.errors import BackendUnavailable
 from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
 from kvnumba.storage import Batch, Encoded, Layout, Scoring, empty_rows
-from kvnumba.views import DeviceView, contiguous_strides
 
 if not SIMULATED:
     from kvnumba.backends.cuda import decode, prefill

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kvnumba.arrays import contiguous_strides
 from kvnumba.backends.cuda.jit import SIMULATED, cuda, driver_call
 from kvnumba.storage import host_memory_bytes
-from kvnumba.views import contiguous_strides
 
 _thread = threading.local()
 

@@ -16,10 +16,10 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 
 from kvnumba import arguments
+from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.formats import resolve_format
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
-from kvnumba.registry import chosen_name, get_backend
 
 NAME = "kvnumba"
 """Of the attention implementation, and of the attribute by which keys carry the handle to their layer."""

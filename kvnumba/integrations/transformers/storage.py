@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from kvnumba.backends.protocol import Backend
+from kvnumba.backends.registry import get_backend
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import to_array, to_torch
-from kvnumba.paged import PagedKVCache
-from kvnumba.registry import get_backend
-from kvnumba.step import Step
 
 BLOCK_SIZE = 128
 MAX_NUM_SEQS = 1024

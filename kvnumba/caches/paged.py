@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from kvnumba import arguments, snapshot
+from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
-from kvnumba.blocks import BlockPool
-from kvnumba.cache import Cache
-from kvnumba.integrity import check_pool
-from kvnumba.stats import CacheStats, collect
-from kvnumba.step import BatchAttention, Step
-from kvnumba.swap import SwappedBlocks, fill_blocks, save_blocks
+from kvnumba.blocks.integrity import check_pool
+from kvnumba.blocks.pool import BlockPool
+from kvnumba.blocks.stats import CacheStats, collect
+from kvnumba.caches import snapshot
+from kvnumba.caches.base import Cache
+from kvnumba.caches.step import BatchAttention, Step
+from kvnumba.caches.swap import SwappedBlocks, fill_blocks, save_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.allocator import BlockAllocator, Fill
+from kvnumba.blocks.allocator import BlockAllocator, Fill
+from kvnumba.blocks.prefix import Chain, PrefixIndex
 from kvnumba.errors import CacheFull
-from kvnumba.prefix import Chain, PrefixIndex
 from kvnumba.storage import Batch
 
 NO_BLOCK = -1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvnumba import arguments
+from kvnumba.backends.registry import get_backend
 from kvnumba.formats import FORMATS, Format, uint8_array
-from kvnumba.registry import get_backend
 from kvnumba.storage import Encoded
 
 

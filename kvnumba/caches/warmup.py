@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.contiguous import KVCache
-from kvnumba.paged import PagedKVCache
-from kvnumba.quantization import dequantize, quantize
-from kvnumba.registry import get_backend
+from kvnumba.backends.quantization import dequantize, quantize
+from kvnumba.backends.registry import get_backend
+from kvnumba.caches.contiguous import KVCache
+from kvnumba.caches.paged import PagedKVCache
 
 TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
 

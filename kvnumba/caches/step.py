@@ -8,9 +8,9 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
+from kvnumba.attention.cascade import Cascade, common_prefixes, worthwhile
 from kvnumba.backends.protocol import Backend
-from kvnumba.blocks import BlockPool
-from kvnumba.cascade import Cascade, common_prefixes, worthwhile
+from kvnumba.blocks.pool import BlockPool
 from kvnumba.storage import Batch, Buffers, Scoring
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvnumba.blocks.prefix import PrefixIndex
 from kvnumba.errors import CacheFull
-from kvnumba.prefix import PrefixIndex
 
 logger = logging.getLogger("kvnumba")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvnumba import arguments
+from kvnumba.backends.registry import get_backend
 from kvnumba.formats import resolve_format
-from kvnumba.registry import get_backend
 from kvnumba.storage import Layout
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
-from kvnumba.contiguous import KVCache
-from kvnumba.paged import PagedKVCache
+from kvnumba.caches.contiguous import KVCache
+from kvnumba.caches.paged import PagedKVCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

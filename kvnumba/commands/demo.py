@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kvnumba.decoder import BUNDLED_MODEL, IncrementalDecoder, softmax
-from kvnumba.paged import PagedKVCache
-from kvnumba.registry import get_backend
+from kvnumba.backends.registry import get_backend
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.models.decoder import BUNDLED_MODEL, IncrementalDecoder, softmax
 
 FORMATS = ("float32", "float16", "int8", "int4")
 DEFAULT_PROMPT = Path(statistics.__file__)  # held out of the bundled model's training

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvnumba.attention.merging import merge_states
 from kvnumba.backends.protocol import Backend
-from kvnumba.merging import merge_states
 from kvnumba.storage import Batch, Buffers, Layout, Scoring
 
 TILE = 64  # rows of queries that backends attend to at once: more of them read the keys again

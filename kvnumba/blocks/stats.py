@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvnumba.blocks import BlockPool
+from kvnumba.blocks.pool import BlockPool
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.checkpoint import Tensors, read_config
-from kvnumba.contiguous import KVCache
-from kvnumba.paged import PagedKVCache
+from kvnumba.caches.contiguous import KVCache
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.models.checkpoint import Tensors, read_config
 
 BUNDLED_MODEL = Path(__file__).parent / "data"
 """The folder of the small byte-level model that comes with the package."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.arguments import AttentionOptions
-from kvnumba.cache import Cache
+from kvnumba.caches.base import Cache
+from kvnumba.caches.step import BatchAttention
 from kvnumba.errors import CacheFull
-from kvnumba.step import BatchAttention
 from kvnumba.storage import Batch
 
 if TYPE_CHECKING:

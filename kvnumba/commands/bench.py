@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from kvnumba.backends.registry import get_backend
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.commands.memory import PRESETS
 from kvnumba.formats import FORMATS
-from kvnumba.memory import PRESETS
-from kvnumba.paged import PagedKVCache
-from kvnumba.registry import get_backend
 
 CONTEXTS = (1024, 8192, 32768)
 NUM_QO_HEADS, PRESET, BLOCK_SIZE = 32, "llama-3-8b", 128

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvnumba.blocks import NO_BLOCK, BlockPool
-from kvnumba.prefix import TOKEN_DTYPE
+from kvnumba.blocks.pool import NO_BLOCK, BlockPool
+from kvnumba.blocks.prefix import TOKEN_DTYPE
 
 
 def check_pool(pool: BlockPool) -> None:

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvnumba.backends.protocol import Backend
-from kvnumba.blocks import NO_BLOCK, BlockPool, State
-from kvnumba.prefix import TOKEN_DTYPE, Chain, Entry, Key
+from kvnumba.blocks.pool import NO_BLOCK, BlockPool, State
+from kvnumba.blocks.prefix import TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.storage import Buffers, Encoded, Layout, part_shapes
 
 MAGIC = b"kvnumba\x00"

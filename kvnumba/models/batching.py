@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from kvnumba import arguments
-from kvnumba.decoder import IncrementalDecoder, sample
+from kvnumba.caches.paged import PagedKVCache
 from kvnumba.errors import CacheFull
-from kvnumba.paged import PagedKVCache
+from kvnumba.models.decoder import IncrementalDecoder, sample
 
 logger = logging.getLogger("kvnumba")
 

@@ -1,0 +1,1 @@
+"""Passes through the layers, and attention over several parts of the keys."""

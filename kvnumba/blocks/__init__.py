@@ -1,0 +1,1 @@
+"""Which sequence holds which blocks: integers only."""

@@ -1,0 +1,1 @@
+"""The caches that users hold."""

@@ -1,0 +1,1 @@
+"""Models in NumPy whose keys and values live in the caches."""
