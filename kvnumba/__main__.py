@@ -14,7 +14,7 @@ from pathlib import Path
 import kvnumba
 from kvnumba.backends.registry import BACKENDS, get_backend, unavailable_reason
 from kvnumba.commands.memory import PRESETS, memory_growth_table
-from kvnumba.models.decoder import BUNDLED_MODEL
+from kvnumba.models.checkpoint import BUNDLED_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.models.decoder import BUNDLED_MODEL, IncrementalDecoder, softmax
+from kvnumba.models.checkpoint import BUNDLED_MODEL
+from kvnumba.models.llama import IncrementalDecoder
+from kvnumba.models.sampling import softmax
 
 FORMATS = ("float32", "float16", "int8", "int4")
 DEFAULT_PROMPT = Path(statistics.__file__)  # held out of the bundled model's training
