@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kvnumba import arguments
+from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The cache's shape in a well-known model."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-PRESETS: dict[str, Preset] = {
-    "llama-2-7b":   Preset(num_layers=32, num_kv_heads=32, head_dim=128),
-    "llama-3-8b":   Preset(num_layers=32, num_kv_heads=8,  head_dim=128),
-    "llama-3-70b":  Preset(num_layers=80, num_kv_heads=8,  head_dim=128),
-    "mistral-7b":   Preset(num_layers=32, num_kv_heads=8,  head_dim=128),
-    "qwen3-8b":     Preset(num_layers=36, num_kv_heads=8,  head_dim=128),
-    "gemma-2-9b":   Preset(num_layers=42, num_kv_heads=8,  head_dim=256),
-}  # fmt: skip
-"""From the models' own config.json. Sliding layers (Gemma 2) are counted as if they kept every token."""
+def run(
+    preset: str, num_layers: int | None, num_kv_heads: int | None, head_dim: int | None, batch: int
+) -> None:
+    """Print how a model's cache grows; a number that is given replaces the preset's."""
+    shape = SHAPES[preset]
+    given = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = shape._replace(**{name: value for name, value in given.items() if value is not None})
+    print(memory_growth_table(shape.num_layers, shape.num_kv_heads, shape.head_dim, batch))
 
 
 def memory_analysis(
