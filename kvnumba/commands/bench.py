@@ -20,6 +20,7 @@ from kvnumba.formats import FORMATS
 CONTEXTS = (1024, 8192, 32768)
 MODEL, BLOCK_SIZE = "llama-3-8b", 128
 SHAPE = SHAPES[MODEL]
+OURS_COLOR, PEER_COLOR, LIMIT_COLOR = "#4878a8", "#b0b0b0", "#c03028"
 
 
 def run(backend: str | None, plot: Path | None) -> None:
@@ -175,7 +176,7 @@ def draw(
     panels = figure.subplots(1, len(CONTEXTS), sharey=True)
     for column, (axes, length) in enumerate(zip(panels, CONTEXTS, strict=True)):
         milliseconds = [1e3 * times[name][column].median for name in names]
-        colors = ["#4878a8" if name in FORMATS else "#b0b0b0" for name in names]
+        colors = [OURS_COLOR if name in FORMATS else PEER_COLOR for name in names]
         bars = axes.barh(names, milliseconds, color=colors, height=0.62)
         labels = [f"{times[name][column].cell()} ms" for name in names]
         axes.bar_label(bars, labels, padding=4, fontsize=9)
@@ -188,13 +189,15 @@ def draw(
         if read_rate is not None:
             for row, name in enumerate(names):
                 limit = 1e3 * length * sizes[name] / read_rate
-                axes.plot([limit, limit], [row - 0.42, row + 0.42], color="#c03028", linewidth=2)
+                axes.plot([limit, limit], [row - 0.42, row + 0.42], color=LIMIT_COLOR, linewidth=2)
     panels[0].invert_yaxis()
+    notes = []
     if read_rate is not None:
-        figure.supxlabel(
-            f"red line: this machine's limit, the bytes of the cached tokens at the {read_rate / 1e9:.0f} GB/s that it "
-            "reads from memory; what fits its caches can be faster",
-            fontsize=9,
-            color="#c03028",
+        notes.append(
+            f"red line: this machine's limit, the bytes of the cached tokens at the {read_rate / 1e9:.0f} GB/s that "
+            "it reads from memory; what fits its caches can be faster"
         )
+    if any(timing.disturbed for timings in times.values() for timing in timings):
+        notes.append(f"* busy machine: repeats differ by more than {BUSY} times")
+    figure.supxlabel("\n".join(notes), fontsize=9, color=LIMIT_COLOR)
     figure.savefig(path, dpi=130)

@@ -1,4 +1,4 @@
-"""How much memory caches take: arithmetic only, nothing is allocated."""
+"""``python -m kvnumba memory``: how much memory caches take. Arithmetic only, nothing is allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from kvnumba import arguments
 from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
+from kvnumba.storage import Layout
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
@@ -37,15 +38,15 @@ def memory_analysis(
     num_layers, num_heads, head_dim, batch_size, seq_len : int
         `num_heads` counts key/value heads.
     bytes_per_element : float
-        4 for float32, 2 for float16, 0.5 for bare 4-bit codes. Scales are not counted here: see
-        `memory_growth_table` and the caches' own `bytes_per_token`.
+        4 for float32, 2 for float16, 0.5 for 4-bit codes. Scales are not counted here; `memory_growth_table` and
+        `Layout.memory_bytes` count them.
 
     Returns
     -------
     dict
         ``per_token_per_layer_B``, ``per_layer_bytes``, ``per_layer_MB``, ``total_bytes``, ``total_MB``,
-        ``total_GB`` and ``params``, the arguments; MB is 1e6 and GB 1e9 bytes, all batch elements counted
-        but in the first.
+        ``total_GB`` and ``params``, the arguments. MB is 1e6 and GB 1e9 bytes. The first counts one batch element,
+        the others all of them.
     """
     params = {
         "num_layers": arguments.integer("num_layers", num_layers, minimum=1),
@@ -92,10 +93,10 @@ def memory_growth_table(
     head_dim = arguments.integer("head_dim", head_dim, minimum=1)
     batch_size = arguments.integer("batch_size", batch_size, minimum=1)
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
-    per_token = {}
-    for name, fmt in FORMATS.items():
-        group_size = arguments.group_size(None, head_dim, (fmt,))
-        per_token[name] = 2 * num_layers * num_heads * fmt.row_bytes(head_dim, group_size)
+    per_token = {
+        name: Layout.of(1, 1, num_heads, head_dim, name, num_layers=num_layers).bytes_per_token()
+        for name in FORMATS
+    }
     header = f"{'tokens':>10}" + "".join(f"{name:>12}" for name in per_token)
     lines = [
         f"KV cache: {num_layers} layers, {num_heads} KV heads of {head_dim}, batch {batch_size}",

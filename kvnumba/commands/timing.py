@@ -30,6 +30,10 @@ class Timing(NamedTuple):
         """Whether the repeats differ too much for the median to be trusted."""
         return self.spread > BUSY
 
+    def cell(self) -> str:
+        """The median in milliseconds for a table, with a star where it is disturbed."""
+        return f"{1e3 * self.median:.3g}{'*' if self.disturbed else ''}"
+
     def __str__(self) -> str:
         return f"{1e3 * self.median:.3g} ms (between {1e3 * self.fastest:.3g} and {1e3 * self.slowest:.3g})"
 

@@ -15,7 +15,7 @@ from kvnumba.caches.contiguous import KVCache
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.models.checkpoint import BUNDLED_MODEL, Tensors, read_config
 from kvnumba.models.config import LlamaConfig
-from kvnumba.models.sampling import check_temperature, sample
+from kvnumba.models.sampling import checked_temperature, sample
 
 # Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
 LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -147,7 +147,7 @@ class IncrementalDecoder:
         num_tokens, block_size, max_num_seqs : int
             Rounded up to whole blocks, and one block more for every further sequence.
         **options
-            `dtype`, `key_format`, `value_format`, `group_size` and `backend` of `PagedKVCache`.
+            `dtype`, `key_format`, `value_format`, `group_size`, `scale_dtype` and `backend` of `PagedKVCache`.
         """
         config = self.config
         num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
@@ -229,14 +229,12 @@ class IncrementalDecoder:
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
         step = cache.step(seq_ids, new, token_ids=tokens)
-        first = np.repeat(step.batch.seq_lens - step.batch.query_start_loc[1:], new)
-        positions = first + np.arange(step.num_tokens)
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
             return step.attend(q, layer=layer, window_left=self.window_left)
 
-        return self.logits(self.forward(np.concatenate(tokens), positions, attention))
+        return self.logits(self.forward(np.concatenate(tokens), step.positions, attention))
 
     def forward_step(
         self, token_ids: Any, caches: KVCache | Sequence[KVCache], is_prefill: bool = False
@@ -355,7 +353,7 @@ class IncrementalDecoder:
         if not len(prompt):
             raise ValueError("prompt: expected at least one token; got none")
         max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
-        check_temperature(temperature)
+        checked_temperature(temperature)
         self._check_end(len(prompt) + max_new_tokens)
         return prompt, max_new_tokens
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvnumba import arguments
+from kvnumba.arrays import float_array
 
 
 def sample(logits: Any, temperature: float = 0.0, rng: np.random.Generator | None = None) -> int:
@@ -32,9 +33,9 @@ def sample(logits: Any, temperature: float = 0.0, rng: np.random.Generator | Non
     ValueError, TypeError
         An argument is not as above, a logit is NaN or +inf, or all are -inf.
     """
-    logits = arguments.float_array("logits", logits)
+    logits = float_array("logits", logits)
     arguments.check_shape("logits", logits, (None,), "vocab_size")
-    check_temperature(temperature)
+    temperature = checked_temperature(temperature)
     if rng is not None and not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng: expected a numpy.random.Generator; got {type(rng).__name__}")
     largest = logits.max(initial=-np.inf)
@@ -55,13 +56,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def check_temperature(temperature: Any) -> None:
-    """Raise unless the temperature is a finite number, 0 or more."""
-    try:
-        fits = 0 <= temperature < np.inf
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"temperature: expected a number; got {type(temperature).__name__} {temperature!r}"
-        ) from None
-    if not fits:
-        raise ValueError(f"temperature: expected 0 or more, and finite; got {temperature}")
+def checked_temperature(temperature: Any) -> float:
+    """The temperature as a float, 0 or more."""
+    number = arguments.real("temperature", temperature)
+    if number < 0:
+        raise ValueError(f"temperature: expected 0 or more; got {number}")
+    return number
