@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 BUSY = 1.5
 """Repeats of one figure that differ by more than this factor say that something else used the machine."""
+
+SETTLE = 0.3
+"""Seconds to wait between work of different libraries: threads of a matrix product go on spinning for a while."""
 
 Key = TypeVar("Key")
 
@@ -19,6 +22,11 @@ class Timing(NamedTuple):
     median: float
     fastest: float
     slowest: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The summary of some repeats."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
 
     @property
     def spread(self) -> float:
@@ -32,7 +40,9 @@ class Timing(NamedTuple):
 
     def cell(self) -> str:
         """The median in milliseconds for a table, with a star where it is disturbed."""
-        return f"{1e3 * self.median:.3g}{'*' if self.disturbed else ''}"
+        milliseconds = 1e3 * self.median
+        digits = ".3g" if milliseconds < 1000 else ",.0f"
+        return f"{milliseconds:{digits}}{'*' if self.disturbed else ''}"
 
     def __str__(self) -> str:
         return f"{1e3 * self.median:.3g} ms (between {1e3 * self.fastest:.3g} and {1e3 * self.slowest:.3g})"
@@ -64,7 +74,7 @@ def in_turns(
             call()
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+    return {name: Timing.of(repeats) for name, repeats in seconds.items()}
 
 
 def repeated(call: Callable[[], Any], rounds: int = 9) -> Timing:
