@@ -348,6 +348,17 @@ class Batch:
         positions = np.subtract(seq_lens, num_new_tokens, dtype=np.int32)
         return cls(block_table, seq_lens, query_start_loc, block_size, positions)
 
+    @classmethod
+    def of_one(cls, blocks: np.ndarray, seq_len: int, num_new_tokens: int, block_size: int) -> Batch:
+        """The batch of one sequence, which holds blocks (1, max_blocks)."""
+        return cls(
+            blocks,
+            np.array((seq_len,), np.int32),
+            np.array((0, num_new_tokens), np.int32),
+            block_size,
+            np.array((seq_len - num_new_tokens,), np.int32),
+        )
+
     @functools.cached_property
     def num_tokens(self) -> int:
         """New tokens of all sequences together (T)."""

@@ -148,8 +148,8 @@ class KVCache(Cache):
             raise ValueError(
                 f"length: expected at most the element's {lengths[batch_idx]} tokens; got {length}"
             )
-        lengths[batch_idx] = length
-        self.seq_lens, self._pass = lengths, None
+        self.seq_lens = [*lengths[:batch_idx], length, *lengths[batch_idx + 1 :]]
+        self._pass = None
 
     def fork(self, batch_idx: int, into: int) -> None:
         """Let batch element `into` hold what element `batch_idx` holds; what it held is forgotten.
@@ -324,8 +324,11 @@ class KVCache(Cache):
 
     def _batch(self, lengths: list[int], count: int) -> Batch:
         """The last `count` tokens of elements of such lengths."""
-        new = np.full(self.batch_size, count, np.int32)
-        return Batch.of(self._block_table, np.array(lengths, np.int32), new, self.max_seq_len)
+        seq_lens = np.array(lengths, np.int32)
+        query_start_loc = np.arange(self.batch_size + 1, dtype=np.int32) * np.int32(count)
+        return Batch(
+            self._block_table, seq_lens, query_start_loc, self.max_seq_len, seq_lens - np.int32(count)
+        )
 
     def _begin(self, positions: Sequence[int] | None, count: int) -> Pass:
         """A new pass of `count` tokens of each element."""
@@ -373,7 +376,9 @@ class KVCache(Cache):
         return index
 
     def _checked_lengths(self) -> list[int]:
-        lengths = arguments.integers("seq_lens", self.seq_lens, length=self.batch_size).tolist()
+        lengths = self.seq_lens
+        if len(lengths) != self.batch_size or any(type(length) is not int for length in lengths):
+            lengths = arguments.integers("seq_lens", lengths, length=self.batch_size).tolist()
         if min(lengths) < 0 or max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens: expected 0 to max_seq_len={self.max_seq_len}; got {self.seq_lens}")
         return lengths
