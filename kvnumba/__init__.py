@@ -19,7 +19,7 @@ from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.decoder import IncrementalDecoder
-from kvnumba.options import AttentionOptions, Scoring
+from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
 from kvnumba.storage import Layout
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
@@ -40,6 +40,7 @@ __all__ = [
     "QuantizedKVCache",
     "Request",
     "Scoring",
+    "ScoringOptions",
     "Step",
     "available_backends",
     "dequantize",

@@ -18,7 +18,7 @@ def attention(
     dtype=np.float64,
     rounded=None,
 ):
-    """Attention of the newest n tokens q (n, Hq, D) over keys and values (H, S, D): out (n, Hq, D), lse (n, Hq).
+    """Attention of the newest n tokens q (n, Hq, D) over keys (H, S, D) and values (H, S, Dv): (n, Hq, Dv) and its lse (n, Hq).
 
     With dtype float32 it is the plain single-precision program whose error the kernels are measured by; with
     `rounded` one that rounds what is multiplied with keys and values, by that function of a vector.
@@ -29,7 +29,7 @@ def attention(
     n, num_qo_heads, head_dim = q.shape
     num_kv_heads, length, _ = k.shape
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
-    out, lse = np.empty(q.shape, dtype), np.empty((n, num_qo_heads), dtype)
+    out, lse = np.empty((n, num_qo_heads, v.shape[-1]), dtype), np.empty((n, num_qo_heads), dtype)
     for i in range(n):
         position = length - n + i
         first = 0 if window_left < 0 else max(0, position - window_left)

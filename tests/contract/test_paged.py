@@ -240,7 +240,9 @@ class TestStep:
         k, v = normal(2, 20, 2, 8), normal(2, 20, 2, 8)  # of either sequence
         for first, last in ((0, 13), (13, 15)):
             step = cache.step(ids, [last - first] * 2)
-            with pytest.raises(ValueError, match="layer: the new tokens of layer 0 have not been written yet"):
+            with pytest.raises(
+                ValueError, match="layer: the new tokens of layer 0 have not been written yet"
+            ):
                 step.get_kv()
             new_k, new_v = (x[:, first:last].reshape(-1, 2, 8) for x in (k, v))
             for layer in range(2):
