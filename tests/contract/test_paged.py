@@ -299,3 +299,30 @@ class TestStep:
         step = cache.step([], [])
         step.write(normal(0, 1, 8), normal(0, 1, 8))
         assert step.attend(normal(0, 2, 8)).shape == (0, 2, 8)
+
+
+def test_positions_of_a_step(backend):
+    cache = kvnumba.PagedKVCache(20, 4, 1, 4, 3, backend=backend)
+    ids = [cache.add_sequence() for _ in range(3)]
+    x = np.ones((9, 1, 4), np.float32)
+    step = cache.step(ids, [5, 0, 4])
+    assert step.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    step.write(x, x)
+    step = cache.step(ids[::-1], [1, 2, 3])
+    assert step.positions.tolist() == [4, 0, 1, 5, 6, 7]
+    assert step.positions.dtype == np.int32
+    assert cache.step(ids[:1], [0]).positions.tolist() == []
+
+
+def test_lengths_cannot_be_set(backend):
+    """A copy that could be changed would swallow the change."""
+    cache = kvnumba.PagedKVCache(4, 4, 1, 4, 1, backend=backend)
+    seq_id = cache.add_sequence()
+    x = np.ones((1, 3, 4), np.float32)
+    cache.update(seq_id, x, x)
+    with pytest.raises(TypeError):
+        cache.seq_lens[seq_id] = 1
+    assert cache.seq_lens == {seq_id: 3}
+    assert cache.seq_len(seq_id) == 3
+    with pytest.raises(ValueError, match="sequence 7 is unknown"):
+        cache.seq_len(7)
