@@ -41,7 +41,7 @@ class KVCache(Cache):
     group_size : int, optional
         Elements of a row that share a scale in int8 and int4. Default: all.
     scale_dtype : {"float32", "float16"}
-        Of scales and zero points.
+        Of scales and zeros.
     num_layers : int
         Layers that move together: a sequence's length is one number, which `update` moves with the last.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
@@ -387,8 +387,8 @@ class KVCache(Cache):
 class QuantizedKVCache(KVCache):
     """A contiguous cache in INT8 or INT4: `KVCache` with one format for keys and values.
 
-    Codes are unsigned and asymmetric, with a scale and a zero point for each (batch, head, token), or each group of
-    `group_size` elements.
+    Codes are unsigned: value = code * scale + zero, with a scale and a zero for each (batch, head, token), or for
+    each group of `group_size` elements.
 
     Parameters
     ----------
@@ -433,7 +433,7 @@ class QuantizedKVCache(KVCache):
     def savings_vs_fp32(self) -> float:
         """The fraction of a float32 cache's bytes that this cache takes: 0.27 means 27 % of them, not 27 % less.
 
-        Scales and zero points are counted. The name is that of the first sketch of this class.
+        Scales and zeros are counted. The name is that of the first sketch of this class.
         """
         layout = self._layout
         elements = layout.num_kv_heads * (layout.head_dim + layout.value_head_dim)
