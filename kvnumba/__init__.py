@@ -20,7 +20,7 @@ from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
-from kvnumba.options import AttentionOptions, Scoring
+from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
 from kvnumba.storage import Layout
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
@@ -41,6 +41,7 @@ __all__ = [
     "QuantizedKVCache",
     "Request",
     "Scoring",
+    "ScoringOptions",
     "Step",
     "available_backends",
     "dequantize",
