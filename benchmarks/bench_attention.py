@@ -20,7 +20,7 @@ LONG = 16_384  # tokens of all sequences together, from which a problem is marke
 
 EXACT = {"float32": 2e-6, "float16": 2e-6, "bfloat16": 1e-2, "fp8_e4m3": 2e-6, "int8": 5e-4, "int4": 5e-4}
 """Largest error granted to kvnumba's formats, given what they hold. bfloat16 and codes round queries and weights."""
-LOOSE = 0.3  # to peers, which may keep fewer bits
+LOOSE = 0.3  # granted to peers, which may keep fewer bits
 
 OURS = [(f"kvnumba {backend}", fmt) for backend in available_backends() for fmt in FORMATS]
 THEIRS = [(name, fmt) for name, (_, formats) in peers.PEERS.items() for fmt in formats]

@@ -26,16 +26,16 @@ def chat_lengths(count):
     return np.clip(np.random.default_rng(0).lognormal(np.log(250), 1.0, count), 4, 8192).astype(np.int64)
 
 
-def serve(pool, lengths, told):
+def serve(pool, lengths, findable):
     """Admit, extend by 64 tokens, fork and finish sequences; returns how many blocks were taken, shared, given back."""
     tokens = [np.arange(n) + 100_000 * i for i, n in enumerate(lengths)]
-    ids = [pool.add(t) if told else pool.add() for t in tokens]
+    ids = [pool.add(t) if findable else pool.add() for t in tokens]
     free = pool.num_free_blocks
     for seq_id, new in zip(ids, tokens, strict=True):
-        pool.commit([seq_id], pool.book([seq_id], [len(new)]), [new] if told else None)
+        pool.commit([seq_id], pool.book([seq_id], [len(new)]), [new] if findable else None)
     one = np.ones(len(ids), np.int64)
     for _ in range(64):
-        pool.commit(ids, pool.book(ids, one), [one[:1]] * len(ids) if told else None)
+        pool.commit(ids, pool.book(ids, one), [one[:1]] * len(ids) if findable else None)
     taken = free - pool.num_free_blocks
     children = [pool.fork(seq_id) for seq_id in ids]
     for seq_id in ids + children:
@@ -43,24 +43,24 @@ def serve(pool, lengths, told):
     return 4 * taken  # taken once, shared once, given back twice
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["", "findable"])
+@pytest.mark.parametrize("findable", [False, True], ids=["", "findable"])
 @pytest.mark.parametrize("num_blocks", [10_000, 100_000, 1_000_000])
-def bench_operations(benchmark, num_blocks, told):
+def bench_operations(benchmark, num_blocks, findable):
     pool = BlockPool(num_blocks, BLOCK_SIZE, 4 * SEQUENCES)
     lengths = chat_lengths(SEQUENCES)
-    operations = serve(pool, lengths, told)
+    operations = serve(pool, lengths, findable)
     assert pool.num_free_blocks == num_blocks
 
     def fresh():
-        return (BlockPool(num_blocks, BLOCK_SIZE, 4 * SEQUENCES), lengths, told), {}
+        return (BlockPool(num_blocks, BLOCK_SIZE, 4 * SEQUENCES), lengths, findable), {}
 
-    benchmark.group = "admit, extend, fork, finish 64 sequences" + (", findable" if told else "")
+    benchmark.group = "admit, extend, fork, finish 64 sequences" + (", findable" if findable else "")
     benchmark.extra_info.update(
         implementation="kvnumba", format=f"{num_blocks:,} blocks", operations=operations
     )
     benchmark.pedantic(serve, setup=fresh, rounds=7, warmup_rounds=1)
     rate = operations / benchmark.stats.stats.median if benchmark.stats else 0
-    print(f"\n{num_blocks:,} blocks{', findable' * told}: {rate:,.0f} block operations a second")
+    print(f"\n{num_blocks:,} blocks{', findable' * findable}: {rate:,.0f} block operations a second")
 
 
 def bench_look_up(benchmark):

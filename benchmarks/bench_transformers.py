@@ -31,7 +31,7 @@ CACHES = {
 PEER = next(iter(CACHES))
 PROMPTED = [name for name, (kind, _, _) in CACHES.items() if kind != "QuantizedCache"]
 WEIGHED = [name for name, (_, what, arithmetic) in CACHES.items() if what != "hqq" and arithmetic is None]
-"""Those whose memory is measured: hqq takes half an hour, arithmetic takes none."""
+"""Those whose memory is measured: hqq would take half an hour, and the arithmetic takes no memory."""
 
 LONG, SHORT, CHUNK = 16384, 256, 512
 PROMPT, NEW = 32768 - 16, 16
@@ -114,7 +114,7 @@ def peak_memory(name: str) -> None:
     """Print bytes that a generation of 32,768 tokens adds to the peak of this process."""
     import torch
 
-    model = make_model(8)  # as many query heads as it takes to be done in a minute; keys are the same
+    model = make_model(8)  # fewer query heads, to be done in a minute; keys and values are the same
     with torch.no_grad():
         run(model, make_cache(model, name), CHUNK)  # what is loaded and compiled on the way
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

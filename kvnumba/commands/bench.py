@@ -80,8 +80,9 @@ def print_disturbed(times: dict[str, list[Timing]]) -> None:
     if found:
         spread, name, length, timing = max(found)
         print(
-            f"\n* busy machine: the repeats of {len(found)} figures differ by more than {BUSY} times, at most by "
-            f"{spread:.1f} times: {name} at {length:,} tokens took {timing}"
+            f"\n* busy machine: repeats differ by more than {BUSY} times in {len(found)} of "
+            f"{len(times) * len(CONTEXTS)} figures, at most by {spread:.1f} times:\n"
+            f"  {name} at {length:,} tokens took {timing}"
         )
 
 
@@ -174,15 +175,21 @@ def draw(
         fontsize=12,
     )
     panels = figure.subplots(1, len(CONTEXTS), sharey=True)
+    cut = False
     for column, (axes, length) in enumerate(zip(panels, CONTEXTS, strict=True)):
         milliseconds = [1e3 * times[name][column].median for name in names]
+        # a peer that is many times slower would leave no room for the rest: its bar is cut
+        longest = 1.3 * max(ms for name, ms in zip(names, milliseconds, strict=True) if name in FORMATS)
+        cut = cut or max(milliseconds) > longest
         colors = [OURS_COLOR if name in FORMATS else PEER_COLOR for name in names]
-        bars = axes.barh(names, milliseconds, color=colors, height=0.62)
-        labels = [f"{times[name][column].cell()} ms" for name in names]
+        bars = axes.barh(names, [min(ms, longest) for ms in milliseconds], color=colors, height=0.62)
+        labels = [
+            f"{'// ' if ms > longest else ''}{ms:.3g} ms{' *' if times[name][column].disturbed else ''}"
+            for name, ms in zip(names, milliseconds, strict=True)
+        ]
         axes.bar_label(bars, labels, padding=4, fontsize=9)
         axes.set_title(f"{length:,} cached tokens", fontsize=11)
-        axes.margins(x=0.25)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.35 * longest)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.set_xticks([])
         axes.tick_params(left=False)
@@ -197,6 +204,8 @@ def draw(
             f"red line: this machine's limit, the bytes of the cached tokens at the {read_rate / 1e9:.0f} GB/s that "
             "it reads from memory; what fits its caches can be faster"
         )
+    if cut:
+        notes.append("// the bar is cut: it would be longer")
     if any(timing.disturbed for timings in times.values() for timing in timings):
         notes.append(f"* busy machine: repeats differ by more than {BUSY} times")
     figure.supxlabel("\n".join(notes), fontsize=9, color=LIMIT_COLOR)

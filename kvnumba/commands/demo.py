@@ -188,7 +188,7 @@ def _measure(
 
 
 def _warm_up(decoder: IncrementalDecoder, backend: str) -> None:
-    """Compile every kernel before the clock runs: a prompt, and a token that many threads share."""
+    """Compile every kernel before the clock runs, with a prompt and a token whose attention is split over threads."""
     length = min(2 * CHUNK, decoder.config.max_position_embeddings - 1)
     for fmt in FORMATS:
         cache, seq_id = _new_sequence(decoder, length + 1, fmt, backend)

@@ -31,7 +31,7 @@ def memory_analysis(
     seq_len: int,
     bytes_per_element: float = 4,
 ) -> dict[str, Any]:
-    """Bytes of a cache of one plain element type.
+    """Bytes of a cache whose elements all take the same room.
 
     Parameters
     ----------

@@ -76,11 +76,13 @@ class ContinuousBatcher:
     ----------
     decoder : IncrementalDecoder
     cache : PagedKVCache
-        Of the decoder's shape, as `IncrementalDecoder.make_cache` makes it; its sequences of other origin stay.
+        Of the decoder's shape, as `IncrementalDecoder.make_cache` makes it. Sequences that others began in it are left
+        alone.
     max_tokens_per_step : int
         Tokens of all requests that run through the model at once.
     preemption : {"recompute", "swap"}
-        What makes room: forget a request's keys and values, except what stays cached, or swap them out.
+        How a request makes room for others. "recompute" forgets its keys and values, but for blocks that stay cached,
+        and computes them again later; "swap" moves them to host memory.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class ContinuousBatcher:
             self.step()
 
     def _schedule(self) -> list[tuple[Request, int]]:
-        """Which running requests go on by how many tokens: decoding first, so that no prompt holds it up."""
+        """Which running requests go on, and by how many tokens; decoding first, so that no prompt delays it."""
         batch = []
         budget = self.max_tokens_per_step
         for request in sorted(self.running, key=lambda request: request.length - request.computed > 1):
@@ -202,7 +204,7 @@ class ContinuousBatcher:
         while self.waiting and (budget > 0 or not self.running):
             request = self.waiting[0]
             to_come = sum(self._blocks(other.length) - self._blocks(other.computed) for other in self.running)
-            # what the cache has of the prompt already is not known yet: the request may need fewer blocks
+            # the request may need fewer blocks: how much of its prompt is cached is not known yet
             if self.running and to_come + self._blocks(request.length) > self.cache.num_free_blocks:
                 return
             try:
@@ -215,7 +217,7 @@ class ContinuousBatcher:
             budget -= request.length - request.computed
 
     def _begin(self, request: Request) -> None:
-        """Give a request its sequence, with what the cache or the swap has of it."""
+        """Give a request a sequence, which begins with what is cached or swapped out of its tokens."""
         if request.swapped:
             self.cache.swap_in(request.seq_id)
             request.swapped = False
@@ -226,7 +228,7 @@ class ContinuousBatcher:
         request.computed = request.num_cached_tokens = self.cache.seq_len(request.seq_id)
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; it is the first to get some again."""
+        """Take a running request's blocks away. It waits in front of all others to get some again."""
         if self.preemption == "swap":
             self.cache.swap_out(request.seq_id)
             request.swapped = True
@@ -242,7 +244,7 @@ class ContinuousBatcher:
         return -(-length // self.cache.block_size)
 
     def _is_last(self, request: Request, logits: np.ndarray) -> bool:
-        """Choose a request's next token; whether the request is finished then."""
+        """Choose a request's next token. Returns whether the request is finished with it."""
         token = sample(logits, request.temperature, request.rng)
         if token in self.decoder.config.eos_token_ids:
             return True

@@ -87,7 +87,7 @@ class LlamaConfig:
         )
 
     def inverse_frequencies(self) -> np.ndarray:
-        """Of the rotary embedding (Su et al., 2021), (D / 2,) float32, with Llama 3.1's scaling if any."""
+        """The rotary embedding's frequencies (Su et al., 2021), (D / 2,) float32, with Llama 3.1's scaling if any."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
         frequencies = 1 / np.float32(self.rope_theta) ** exponents
         if not self.rope_scaling:
@@ -100,7 +100,7 @@ class LlamaConfig:
 
 
 def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A positive integer of a config.json; absent or null, the default."""
+    """A positive integer in a config.json, or the default where it is absent or null."""
     value = config.get(name)
     value = default if value is None else value
     if value is None:

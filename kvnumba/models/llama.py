@@ -23,7 +23,7 @@ LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's weights; matrices as (in, out), those that share an input side by side."""
+    """One layer's weights. Matrices are (in, out); those that multiply the same input stand side by side in one."""
 
     input_norm: np.ndarray
     qkv: np.ndarray
@@ -145,7 +145,7 @@ class IncrementalDecoder:
         Parameters
         ----------
         num_tokens, block_size, max_num_seqs : int
-            Rounded up to whole blocks, and one block more for every further sequence.
+            The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
         **options
             `dtype`, `key_format`, `value_format`, `group_size`, `scale_dtype` and `backend` of `PagedKVCache`.
         """
@@ -200,7 +200,7 @@ class IncrementalDecoder:
     def extend(self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]) -> np.ndarray:
         """Append tokens to sequences of a paged cache: one ragged forward pass.
 
-        The cache is told the tokens, so that `PagedKVCache.add_sequence` finds them later.
+        The tokens are registered with the cache, so that `PagedKVCache.add_sequence` finds them later.
 
         Parameters
         ----------
@@ -220,7 +220,8 @@ class IncrementalDecoder:
         CacheFull
             There are too few free blocks; nothing has changed.
         ValueError
-            A token id is not in the vocabulary, or as `PagedKVCache.step`.
+            A token id is not in the vocabulary, the text becomes longer than the model allows, or `PagedKVCache.step`
+            refuses its arguments.
         """
         self._check_cache(cache, cache.num_layers)
         tokens = [self._checked_tokens(ids) for ids in token_ids]
@@ -247,7 +248,7 @@ class IncrementalDecoder:
         caches : KVCache or sequence of KVCache
             One with all layers, or one of a single layer for each layer.
         is_prefill : bool
-            Of no effect, since prompts and single tokens run alike; part of the call's history.
+            Ignored: prompts and single tokens run alike. It is accepted for callers that pass it.
 
         Returns
         -------
@@ -266,7 +267,7 @@ class IncrementalDecoder:
         if not caches:
             raise ValueError(f"caches: expected {self.config.num_hidden_layers} layers; got none")
         lengths = caches[0].seq_lens
-        for cache in caches:  # nothing can fail once the first of them is written
+        for cache in caches:  # all are checked before the first is written: then none can fail
             self._check_cache(cache, len(layers))
             if cache.batch_size != batch:
                 raise ValueError(
@@ -293,7 +294,7 @@ class IncrementalDecoder:
     def prefill(
         self, cache: PagedKVCache, seq_id: int, token_ids: Any, *, chunk_size: int = 512
     ) -> Iterator[np.ndarray]:
-        """`extend` one sequence in chunks; yields the logits (chunk, vocab_size) of each."""
+        """Append a prompt to one sequence, in chunks; yields the logits (chunk, vocab_size) of each chunk."""
         tokens = self._checked_tokens(token_ids)
         chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
         for start in range(0, len(tokens), chunk_size):
@@ -378,7 +379,7 @@ class IncrementalDecoder:
             raise ValueError(f"token_ids: the model takes {limit} positions; got {length}")
 
     def _check_cache(self, cache: KVCache | PagedKVCache, num_layers: int) -> None:
-        """Raise unless caches of `num_layers` layers together, this one among them, fit the model."""
+        """Raise unless a cache fits the model; `num_layers` counts the layers of all caches that are used together."""
         config = self.config
         names = ("layers", "KV heads", "head_dim")
         expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
@@ -389,7 +390,7 @@ class IncrementalDecoder:
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Zhang and Sennrich, 2019."""
+    """Root mean square normalisation (Zhang and Sennrich, 2019)."""
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
     return weight * (x / np.sqrt(mean_square + np.float32(eps)))
 
@@ -406,7 +407,7 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 
 def _weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its Hugging Face name."""
+    """The shape of every tensor of a checkpoint, by its Hugging Face name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_out = config.num_attention_heads * config.head_dim
     kv_out = config.num_key_value_heads * config.head_dim
@@ -432,7 +433,7 @@ def _weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _random_weights(config: LlamaConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Norms of one, matrices of variance 1 / inputs."""
+    """Random tensors of a checkpoint: norms are 1, matrices normal with a variance of 1 / inputs."""
     return {
         name: np.ones(shape, np.float32)
         if len(shape) == 1
