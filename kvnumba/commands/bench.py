@@ -82,7 +82,7 @@ def print_disturbed(times: dict[str, list[Timing]]) -> None:
         print(
             f"\n* busy machine: repeats differ by more than {BUSY} times in {len(found)} of "
             f"{len(times) * len(CONTEXTS)} figures, at most by {spread:.1f} times:\n"
-            f"  {name} at {length:,} tokens took {timing}"
+            f"  the worst, {name} at {length:,} tokens, took {timing}"
         )
 
 
