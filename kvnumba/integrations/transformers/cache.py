@@ -18,47 +18,88 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_type
 from kvnumba import arguments
 from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.formats import resolve_format
+from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
 
 NAME = "kvnumba"
-"""Of the attention implementation, and of the attribute by which keys carry the handle to their layer."""
+"""Of the attention implementation."""
 
 MANIFEST = "cache.json"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Appended:
-    """The tokens that one `update` of a layer appended: what their keys carry to the attention function."""
+    """The tokens that one `update` appended to a layer: what the attention function finds behind their keys.
 
-    def __init__(self, group: LayerGroup, index: int, visible: int) -> None:
+    Parameters
+    ----------
+    group, index
+        The layer.
+    keys, values : (B, H, q, D)
+        The new ones.
+    visible : int
+        How many of the newest tokens the layer may see.
+    """
+
+    def __init__(
+        self, group: LayerGroup, index: int, keys: torch.Tensor, values: torch.Tensor, visible: int
+    ) -> None:
         self._group = group
         self._index = index
+        self._new = keys, values
         self._visible = visible
         self._length = group.length(index)
+        self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fits(self, mask: CausalMask) -> bool:
         """Whether `attend` can show what the mask shows; raises where nothing can."""
-        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
-            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+        self._require_latest()
         return self._group.fits(self._index, mask)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding: np.ndarray | None,
-        **options: Any,
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, padding: np.ndarray | None, **options: Any) -> torch.Tensor:
         """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, D); 0 where the query is padding."""
         if padding is not None:
-            self._group.leave_out(self._index, padding, key, value)
+            self._group.leave_out(self._index, padding, *self._new)
         return self._group.attend(self._index, query, **options)
 
-    def dense(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that the new tokens may see, (B, H, k, D) like a tensor; 0 where padding was left out."""
-        return self._group.dense(self._index, self._visible, like)
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that the new tokens may see, (B, H, k, D) like the new ones; 0 where padding was."""
+        if self._dense is None:
+            self._require_latest()
+            self._dense = self._group.dense(self._index, self._visible, self._new[0])
+        return self._dense
+
+    def deferred(self) -> tuple[DeferredKeys, DeferredValues]:
+        """`dense`, computed when they are needed."""
+        batch, heads, _, head_dim = self._new[0].shape
+        shape = (batch, heads, self._visible, head_dim)
+        dtype, device = self._new[0].dtype, self._new[0].device
+        return DeferredKeys(shape, dtype, device, self), DeferredValues(shape, dtype, device, self)
+
+    def _require_latest(self) -> None:
+        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
+            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+
+
+class DeferredKeys(Deferred):
+    """All keys that the new tokens of a layer may see, (B, H, k, D)."""
+
+    source: Appended
+
+    def compute(self) -> torch.Tensor:
+        """The keys, read from the storage."""
+        return self.source.dense()[0]
+
+
+class DeferredValues(Deferred):
+    """All values that the new tokens of a layer may see, (B, H, k, D)."""
+
+    source: Appended
+
+    def compute(self) -> torch.Tensor:
+        """The values, read from the storage."""
+        return self.source.dense()[1]
 
 
 class KVNumbaLayer(CacheLayerMixin):
@@ -103,20 +144,17 @@ class KVNumbaLayer(CacheLayerMixin):
 
         Returns
         -------
-        keys, values : (B, H, q, D), or (B, H, k, D)
-            With the attention implementation "kvnumba" the tensors as they came, with a handle for the attention
-            function. With any other all that the new tokens may see, dense, in the dtype of the new ones.
+        keys, values : (B, H, k, D)
+            All that the new tokens may see, in the dtype of the new ones: `Deferred` with the attention
+            implementation "kvnumba", dense with any other.
         """
         visible, _ = self.get_mask_sizes(key_states.shape[2])
         self.group.append(self.index, key_states, value_states)
-        appended = Appended(self.group, self.index, visible)
-        if self._config._attn_implementation == NAME:
-            setattr(key_states, NAME, appended)
-            return key_states, value_states
-        return appended.dense(key_states)
+        appended = Appended(self.group, self.index, key_states, value_states, visible)
+        return appended.deferred() if self._config._attn_implementation == NAME else appended.dense()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that `update` is going to return where it returns dense ones, and the position of the first."""
+        """How many keys an `update` of so many tokens is going to return, and the position of the first."""
         length = self.get_seq_length()
         earlier = length if self.sliding_window is None else min(length, self.sliding_window - 1)
         return earlier + query_length, length - earlier

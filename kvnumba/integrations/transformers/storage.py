@@ -217,15 +217,17 @@ class LayerGroup:
                 f"attention_mask: expected the padding that earlier calls had, {self.padding.tolist()} tokens on "
                 f"the left, which is not in the cache; got {padding.tolist()}"
             )
-        return bool((np.minimum(padding, length - self.count) <= self.padding).all())
+        if self.sliding_window is not None and not 0 <= mask.window_left < self.sliding_window:
+            return False  # the mask shows as many of the newest tokens as `update` returned, whatever their distance
+        # the first layer leaves padding out among the new tokens; if it did not, they are stored for good
+        stored = length - self.count if index == 0 else length
+        return bool((np.minimum(padding, stored) <= self.padding).all())
 
     def leave_out(self, index: int, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the new tokens again, without those that turn out to be padding."""
         padding = np.minimum(padding, self.length(index))
         if (padding <= self.padding).all():
             return
-        if index != 0:
-            raise ValueError("attention_mask: expected the same padding in all layers of a kind")
         first = self.length(index) - self.count
         for seq_id, left_out in zip(self.ids, self.padding.tolist(), strict=True):
             self.pool.truncate(seq_id, first - left_out)
