@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_type
 
 from kvnumba import arguments
 from kvnumba.backends.registry import chosen_name, get_backend
+from kvnumba.caches.snapshot import clear_unfinished, replacing
 from kvnumba.formats import resolve_format
 from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
@@ -26,6 +27,7 @@ NAME = "kvnumba"
 """Of the attention implementation."""
 
 MANIFEST = "cache.json"
+GROUP_FILE = r"\d+\.[0-9a-f]{32}\.kv"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -312,15 +314,13 @@ class KVNumbaCache(Cache):
                 )
                 group.pool.save(path / entry["file"], fingerprint=fingerprint)
             groups.append(entry)
-        with tempfile.NamedTemporaryFile("w", dir=path, prefix=".cache.", delete=False) as file:
-            json.dump({"version": 1, "groups": groups}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path / MANIFEST)
+        with replacing(path / MANIFEST) as file:
+            file.write(json.dumps({"version": 1, "groups": groups}).encode())
         named = {entry.get("file") for entry in groups}
-        for old in path.glob("*.kv"):
-            if old.name not in named:
+        for old in path.iterdir():
+            if re.fullmatch(GROUP_FILE, old.name) and old.name not in named:
                 old.unlink()
+        clear_unfinished(path, GROUP_FILE)
 
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Take what `save` wrote in the place of what the cache holds; if it fails, that stays.

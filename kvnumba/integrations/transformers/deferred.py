@@ -30,9 +30,7 @@ class Deferred(torch.Tensor):
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: Any) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: Any
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: Any) -> None:
         self.source = source
         self._dense: torch.Tensor | None = None
 
