@@ -308,7 +308,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if name is None:
-                # a link cannot take the place of a file that exists, a rename can, so the file gets a name for that moment
+                # only a rename can take the place of a file that exists, so this one gets a name for a moment
                 name = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
                 # CPython follows the link in /proc, as it must here, only where a folder is given too
                 os.link(f"/proc/self/fd/{file.fileno()}", name, src_dir_fd=0, follow_symlinks=True)

