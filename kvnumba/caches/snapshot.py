@@ -28,10 +28,8 @@ from kvnumba.blocks.prefix import TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.errors import CacheFull
 from kvnumba.storage import Buffers, Encoded, Layout, array_specs
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MAGIC = b"kvnumba\x00"
 VERSION = 1
@@ -312,7 +310,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 name = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
                 # CPython follows the link in /proc, as it must here, only where a folder is given too
                 os.link(f"/proc/self/fd/{file.fileno()}", name, src_dir_fd=0, follow_symlinks=True)
-            if fcntl is None:
+            if sys.platform == "win32":
                 file.close()  # Windows renames closed files only; elsewhere the lock holds until it is renamed
             os.replace(name, path)
     except BaseException:
@@ -342,11 +340,11 @@ def clear_unfinished(folder: Path, name: str) -> None:
     for path in folder.iterdir():
         if pattern.fullmatch(path.name):
             with contextlib.suppress(OSError):
-                if fcntl is None:
-                    path.unlink()
-                    continue
                 with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if sys.platform != "win32":
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
+                if sys.platform == "win32":
                     path.unlink()
 
 
@@ -373,6 +371,6 @@ def _open_unfinished(path: Path) -> tuple[BinaryIO, str | None]:
 
 def _lock(file: BinaryIO) -> None:
     """Let `clear_unfinished` see that a process writes this file, until it is closed."""
-    if fcntl is not None:
+    if sys.platform != "win32":
         with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared either
             fcntl.flock(file, fcntl.LOCK_EX)

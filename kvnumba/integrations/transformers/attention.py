@@ -11,7 +11,6 @@ from kvnumba.integrations.transformers import masks
 from kvnumba.integrations.transformers.cache import NAME, Appended, DeferredKeys, DeferredValues
 from kvnumba.integrations.transformers.deferred import dense
 from kvnumba.integrations.transformers.masks import CausalMask, DeferredMask
-from kvnumba.integrations.transformers.tensors import to_array
 
 REFUSED = {
     "output_attentions": "weights are never computed as a whole",
@@ -83,15 +82,7 @@ def attention_forward(
         _refuse_training(query, dropout)
     appended = _appended(key, value)
     if appended is not None and causal is not None and position_bias is None and appended.fits(causal):
-        out = appended.attend(
-            query,
-            causal.padding,
-            sm_scale=scaling,
-            window_left=causal.window_left,
-            logits_soft_cap=softcap or 0.0,
-            sinks=None if s_aux is None else to_array(s_aux.float().cpu()),
-        )
-        return out, None
+        return appended.attend(query, causal, scaling, softcap, s_aux), None
     key, value, mask = dense(key), dense(value), attention_mask
     if causal is not None:
         shape = (query.shape[2], key.shape[2]) if mask is None else mask.shape[2:]

@@ -22,70 +22,77 @@ from kvnumba.formats import resolve_format
 from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
+from kvnumba.options import arithmetic_name
 
 NAME = "kvnumba"
 """Of the attention implementation."""
 
 MANIFEST = "cache.json"
+VERSION = 1
 GROUP_FILE = r"\d+\.[0-9a-f]{32}\.kv"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Appended:
-    """The tokens that one `update` appended to a layer: what the attention function finds behind their keys.
+    """What one `update` appended to a layer: the attention function finds it behind the keys and values.
 
     Parameters
     ----------
     group, index
         The layer.
-    keys, values : (B, H, q, D)
+    keys, values : (B, H, q, D) and (B, H, q, Dv)
         The new ones.
-    visible : int
-        How many of the newest tokens the layer may see.
     """
 
-    def __init__(
-        self, group: LayerGroup, index: int, keys: torch.Tensor, values: torch.Tensor, visible: int
-    ) -> None:
+    def __init__(self, group: LayerGroup, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._group = group
         self._index = index
         self._new = keys, values
-        self._visible = visible
-        self._length = group.length(index)
+        self._forward = group.append(index, keys, values)
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fits(self, mask: CausalMask) -> bool:
-        """Whether `attend` can show what the mask shows; raises where nothing can."""
+        """Whether `attend` shows what the mask shows; raises where nothing can."""
         self._require_latest()
         return self._group.fits(self._index, mask)
 
-    def attend(self, query: torch.Tensor, padding: np.ndarray | None, **options: Any) -> torch.Tensor:
-        """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, D); 0 where the query is padding."""
-        if padding is not None:
-            self._group.leave_out(self._index, padding, *self._new)
-        return self._group.attend(self._index, query, **options)
+    def attend(
+        self,
+        query: torch.Tensor,
+        mask: CausalMask,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, Dv); 0 where the query is padding."""
+        if self._index == 0 and mask.padding is not None:
+            self._group.leave_out(mask.padding, *self._new)
+        return self._group.attend(self._index, query, mask.window_left, sm_scale, soft_cap, sinks)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that the new tokens may see, (B, H, k, D) like the new ones; 0 where padding was."""
+        """All keys and values that the new tokens see, in the dtype of the new keys; 0 where padding was."""
         if self._dense is None:
             self._require_latest()
-            self._dense = self._group.dense(self._index, self._visible, self._new[0])
+            self._dense = self._group.dense(self._index, self._new[0])
         return self._dense
 
     def deferred(self) -> tuple[DeferredKeys, DeferredValues]:
-        """`dense`, computed when they are needed."""
-        batch, heads, _, head_dim = self._new[0].shape
-        shape = (batch, heads, self._visible, head_dim)
-        dtype, device = self._new[0].dtype, self._new[0].device
-        return DeferredKeys(shape, dtype, device, self), DeferredValues(shape, dtype, device, self)
+        """`dense`, computed only if somebody needs it."""
+        keys, values = self._new
+        batch, heads, _, head_dim = keys.shape
+        dtype, device, visible = keys.dtype, keys.device, self._forward.visible
+        return (
+            DeferredKeys((batch, heads, visible, head_dim), dtype, device, self),
+            DeferredValues((batch, heads, visible, values.shape[3]), dtype, device, self),
+        )
 
     def _require_latest(self) -> None:
-        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
+        if self._group.forward is not self._forward or not self._forward.step.is_latest():
             raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
 
 
 class DeferredKeys(Deferred):
-    """All keys that the new tokens of a layer may see, (B, H, k, D)."""
+    """All keys that the new tokens of a layer see, (B, H, k, D)."""
 
     source: Appended
 
@@ -95,7 +102,7 @@ class DeferredKeys(Deferred):
 
 
 class DeferredValues(Deferred):
-    """All values that the new tokens of a layer may see, (B, H, k, D)."""
+    """All values that the new tokens of a layer see, (B, H, k, Dv)."""
 
     source: Appended
 
@@ -142,17 +149,15 @@ class KVNumbaLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append tokens (B, H, q, D).
+        """Append tokens, keys (B, H, q, D) and values (B, H, q, Dv).
 
         Returns
         -------
-        keys, values : (B, H, k, D)
-            All that the new tokens may see, in the dtype of the new ones: `Deferred` with the attention
+        keys, values : (B, H, k, D) and (B, H, k, Dv)
+            All that the new tokens see, in the dtype of the new ones: `Deferred` with the attention
             implementation "kvnumba", dense with any other.
         """
-        visible, _ = self.get_mask_sizes(key_states.shape[2])
-        self.group.append(self.index, key_states, value_states)
-        appended = Appended(self.group, self.index, key_states, value_states, visible)
+        appended = Appended(self.group, self.index, key_states, value_states)
         return appended.deferred() if self._config._attn_implementation == NAME else appended.dense()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -192,7 +197,7 @@ class KVNumbaCache(Cache):
     ----------
     config : PreTrainedConfig
         ``model.config`` itself: the cache reads which attention implementation is set.
-    key_format, value_format : {"float32", "float16", "bfloat16", "int8", "int4"}, optional
+    key_format, value_format : {"float32", "float16", "bfloat16", "fp8_e4m3", "int8", "int4"}, optional
         Default: the model's dtype.
     group_size : int, optional
         Elements along head_dim that share a scale in int8 and int4. Default: all.
@@ -224,7 +229,7 @@ class KVNumbaCache(Cache):
                 resolve_format(argument, fmt)
         if group_size is not None:
             arguments.integer("group_size", group_size, minimum=1)
-        arithmetic = arguments.arithmetic_name(arithmetic)
+        arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
         self._settings = Settings(key_format, value_format, group_size, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)
@@ -281,9 +286,9 @@ class KVNumbaCache(Cache):
         for group in self._groups.values():
             group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
 
-    def memory_bytes(self) -> int:
-        """Bytes of the blocks that are in use, scales and zero points included."""
-        return sum(group.memory_bytes() for group in self._groups.values())
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that hold tokens, scales and zero points included."""
+        return sum(group.used_bytes() for group in self._groups.values())
 
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the cache to a folder, which is made where it does not exist.
@@ -303,19 +308,20 @@ class KVNumbaCache(Cache):
         for n, group in enumerate(self._groups.values()):
             if group.running:
                 raise ValueError("save: a forward pass did not reach the last layer; crop(0) forgets it")
-            entry: dict[str, Any] = {"ids": group.ids, "length": group.committed}
+            entry: dict[str, Any] = {"ids": group.ids, "length": group.complete_length}
             if group.started:
                 entry.update(
                     file=f"{n}.{token}.kv",
                     num_kv_heads=group.pool.num_kv_heads,
                     head_dim=group.pool.head_dim,
+                    value_head_dim=group.pool.value_head_dim,
                     dtypes=[group.pool.key_format, group.pool.value_format],
                     padding=group.padding.tolist(),
                 )
                 group.pool.save(path / entry["file"], fingerprint=fingerprint)
             groups.append(entry)
         with replacing(path / MANIFEST) as file:
-            file.write(json.dumps({"version": 1, "groups": groups}).encode())
+            file.write(json.dumps({"version": VERSION, "groups": groups}).encode())
         named = {entry.get("file") for entry in groups}
         for old in path.iterdir():
             if re.fullmatch(GROUP_FILE, old.name) and old.name not in named:
@@ -335,9 +341,12 @@ class KVNumbaCache(Cache):
         """
         path = Path(folder)
         try:
-            groups = json.loads((path / MANIFEST).read_text())["groups"]
+            manifest = json.loads((path / MANIFEST).read_text())
+            version, groups = manifest["version"], manifest["groups"]
         except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{path / MANIFEST}: damaged, or not written by KVNumbaCache.save") from error
+        if version != VERSION:
+            raise ValueError(f"{path / MANIFEST}: version: expected {VERSION}; the file has {version!r}")
         if len(groups) != len(self._groups):
             raise ValueError(f"{path}: expected {len(self._groups)} kinds of layers; it has {len(groups)}")
         loaded = [
@@ -348,9 +357,8 @@ class KVNumbaCache(Cache):
             group.clear()
             if new.started:
                 group.adopt(new.pool)
-                group.ids.extend(new.ids)
+                group.restore(new.ids, new.complete_length, new.padding)
                 new.ids.clear()  # they are this group's to finish
-                group.committed, group.padding = new.committed, new.padding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
         twin = KVNumbaCache.__new__(KVNumbaCache)
@@ -365,7 +373,7 @@ class KVNumbaCache(Cache):
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
             f"keys {settings.key_format or 'as given'}, values {settings.value_format or 'as given'}, "
-            f"{(used or [settings.backend])[0]}, {self.memory_bytes() / 1e6:.1f} MB)"
+            f"{(used or [settings.backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
 
 
@@ -389,15 +397,16 @@ def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprin
     new = LayerGroup(group.settings, group.num_layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
-    dtype = getattr(torch, entry["dtypes"][0], torch.float32)
-    shape, backend = (
-        (entry["num_kv_heads"], entry["head_dim"]),
-        get_backend(group.settings.backend, on_host=True),
+    head_dims = (entry["head_dim"], entry.get("value_head_dim", entry["head_dim"]))  # once there was only one
+    backend = get_backend(group.settings.backend, on_host=True)
+    new.adopt(
+        group.settings.allocate(
+            entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), group.num_layers, group.share, backend
+        )
     )
-    new.adopt(group.settings.allocate(*shape, dtype, group.num_layers, group.share, backend))
     ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
-    new.ids.extend(ids.pop(seq_id) for seq_id in entry["ids"])
+    own = [ids.pop(seq_id) for seq_id in entry["ids"]]
     for seq_id in ids.values():  # of copies of the cache
         new.pool.finish_sequence(seq_id)
-    new.committed, new.padding = entry["length"], np.array(entry["padding"], np.int64)
+    new.restore(own, entry["length"], np.array(entry["padding"], np.int64))
     return new

@@ -58,7 +58,7 @@ class Deferred(torch.Tensor):
     def __setitem__(self, *args: Any) -> None:
         _refuse_change()
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
@@ -73,6 +73,6 @@ def dense(x: Any) -> Any:
 
 def _refuse_change() -> None:
     raise ValueError(
-        "the keys, values and masks that a KVNumbaCache hands out cannot be changed in place, for the cache would "
+        "the keys, values and masks that a KVNumbaCache hands out cannot be changed in place: the cache would "
         "not see it; use transformers.DynamicCache for this model"
     )
