@@ -55,8 +55,9 @@ CHANGING = {
     "JetMoe": {"num_hidden_layers": 2, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Doge": {"keep_window_size": 6},
     "DeepseekV3": {
-        "head_dim": 8, "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+        "head_dim": 8, "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 16,
     },
 }  # fmt: skip
 """Models that compute with what `update` returned: they slice and repeat values, repeat keys, make a mask of values,
