@@ -220,7 +220,7 @@ class LayerGroup:
             self.start(k, v)
         elif not k.is_cpu:
             _require_device(k, get_backend(self.pool.backend))
-        if len(k) != len(self.ids):
+        if k.shape[0] != len(self.ids):
             raise ValueError(
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
                 f"Call reset() first, or batch_repeat_interleave(n) to continue each n times"
@@ -259,17 +259,21 @@ class LayerGroup:
             raise ValueError(
                 f"attention_mask: expected {length} tokens, all that are cached; got {mask.length}"
             )
-        padding = np.zeros_like(self.padding) if mask.padding is None else mask.padding
+        # a mask without the window shows all tokens that `update` returned, however far apart they are
+        window_fits = self.sliding_window is None or 0 <= mask.window_left < self.sliding_window
+        padding = mask.padding
+        if padding is None:
+            if not self.padding.any():
+                return window_fits
+            padding = np.zeros_like(self.padding)
         if (padding < self.padding).any():
             raise ValueError(
                 f"attention_mask: expected the padding that earlier calls had, {self.padding.tolist()} tokens on "
                 f"the left, which is not in the cache; got {padding.tolist()}"
             )
-        if self.sliding_window is not None and not 0 <= mask.window_left < self.sliding_window:
-            return False  # it shows all tokens that the layer sees, however far apart they are
         # the first layer leaves padding out among the new tokens; if it did not, they are stored for good
         stored = forward.first if index == 0 else length
-        return bool((np.minimum(padding, stored) <= self.padding).all())
+        return window_fits and bool((np.minimum(padding, stored) <= self.padding).all())
 
     def leave_out(self, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the new tokens of the first layer again, without those that turn out to be padding."""
