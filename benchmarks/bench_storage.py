@@ -5,9 +5,10 @@ import pytest
 
 import kvnumba
 from kvnumba.backends.registry import available_backends
+from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
 
-H, D = 8, 128
+_, HQ, H, D = SHAPES["llama-3-8b"]
 BACKENDS = available_backends()
 
 
@@ -62,7 +63,7 @@ def bench_copy(benchmark, group):
 @pytest.mark.parametrize("fmt", FORMATS)
 def bench_one_token(benchmark, fmt, backend):
     cache = kvnumba.KVCache(1, 4096, H, D, fmt, backend=backend)
-    x, q = normal(1, H, 63, D), normal(1, 32, 1, D)
+    x, q = normal(1, H, 63, D), normal(1, HQ, 1, D)
     cache.update(x, x)
     token = x[:, :, :1].copy()
     benchmark.group = "update and attend at 64 tokens, llama-3-8b, whole calls"

@@ -2,18 +2,20 @@
 
 Whole forward passes of a model of two Llama layers with the attention of Llama 3 8B (Hq 32, H 8, D 128) and little
 else, in float32; all caches take turns in one run, medians. Peak memory is what the operating system says of a
-process that does nothing else. Prints the README's table. Parts of it: ``... decode memory``.
+process that does nothing else. Prints the table of README.md here. Parts of it:
+``... decode memory``.
 """
 
 from __future__ import annotations
 
+import functools
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from kvnumba.commands.timing import Timing, in_turns
 
 CACHES = {
     "DynamicCache":                      ("DynamicCache", "", None),
@@ -69,39 +71,43 @@ def set_attention(model: Any, name: str) -> None:
     model.set_attn_implementation("kvnumba" if CACHES[name][0] == "KVNumbaCache" else "sdpa")
 
 
-def run(model: Any, name: str, cache: Any, tokens: int) -> float:
-    """Seconds of a forward pass."""
+def run(model: Any, cache: Any, tokens: int) -> None:
+    """A forward pass."""
     import torch
 
-    set_attention(model, name)
-    ids = torch.arange(tokens)[None] % 256
-    start = time.perf_counter()
-    model(input_ids=ids, past_key_values=cache)
-    return time.perf_counter() - start
+    model(input_ids=torch.arange(tokens)[None] % 256, past_key_values=cache)
 
 
-def times(length: int, tokens: int, rounds: int, names: Iterable[str] = CACHES) -> dict[str, float]:
-    """Milliseconds of a pass of new tokens on `length` cached ones, by cache."""
+def times(length: int, tokens: int, rounds: int, names: Iterable[str] = CACHES) -> dict[str, Timing]:
+    """A pass of new tokens on `length` cached ones, by cache."""
     import torch
 
     model = make_model()
     caches = {}
-    measured: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
         for name in names:
             caches[name] = make_cache(model, name)
             for layer in range(2):
                 k, v = torch.randn(2, 1, length, 8, 128).transpose(2, 3)
                 caches[name].update(k, v, layer)
-        for repeat in range(rounds + 1):
-            for name in names:
-                for _ in range(3):  # in a row, as generation does
-                    seconds = run(model, name, caches[name], tokens)
-                    if tokens > 1:
-                        caches[name].crop(-tokens)
-                if repeat:
-                    measured[name].append(seconds)
-    return {name: 1e3 * statistics.median(seconds) for name, seconds in measured.items()}
+
+        def pass_of(name: str) -> None:
+            run(model, caches[name], tokens)
+
+        def before(name: str) -> None:
+            """Take back earlier passes of many tokens; then two that are not timed, as in a generation's middle."""
+            set_attention(model, name)
+            for _ in range(2):
+                restore(name)
+                pass_of(name)
+            restore(name)
+
+        def restore(name: str) -> None:
+            extra = caches[name].get_seq_length() - length
+            if tokens > 1 and extra > 0:
+                caches[name].crop(-extra)
+
+        return in_turns({name: functools.partial(pass_of, name) for name in names}, rounds, before)
 
 
 def peak_memory(name: str) -> None:
@@ -110,7 +116,7 @@ def peak_memory(name: str) -> None:
 
     model = make_model(8)  # as many query heads as it takes to be done in a minute; keys are the same
     with torch.no_grad():
-        run(model, name, make_cache(model, name), CHUNK)  # what is loaded and compiled on the way
+        run(model, make_cache(model, name), CHUNK)  # what is loaded and compiled on the way
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ids = torch.arange(PROMPT)[None] % 255 + 1
         model.generate(
@@ -120,18 +126,18 @@ def peak_memory(name: str) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
-def memory() -> dict[str, float]:
-    """Megabytes, each cache in a process of its own."""
+def memory() -> dict[str, int]:
+    """Bytes, each cache in a process of its own."""
     found = {}
     for name in WEIGHED:
         result = subprocess.run(
             [sys.executable, __file__, "peak", name], stdout=subprocess.PIPE, text=True, check=True
         )
-        found[name] = int(result.stdout) / 1e6
+        found[name] = int(result.stdout)
     return found
 
 
-COLUMNS: dict[str, tuple[str, Callable[[], dict[str, float]]]] = {
+COLUMNS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "decode":  (f"a token at {LONG:,}, ms", lambda: times(LONG, 1, 7)),
     "short":   (f"a token at {SHORT}, ms", lambda: times(SHORT, 1, 60)),
     "prefill": (f"{CHUNK} tokens at {LONG:,}, ms", lambda: times(LONG, CHUNK, 3, PROMPTED)),
@@ -149,12 +155,16 @@ def main(parts: list[str]) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def cell(name: str, column: dict[str, float]) -> str:
+def cell(name: str, column: dict[str, Any]) -> str:
     """A figure, and how many times less it is than DynamicCache's."""
     if name not in column:
         return "-"
-    ratio = "" if name == PEER else f" ({column[PEER] / column[name]:.2f}x)"
-    return f"{column[name]:,.3g}{ratio}" if column[name] < 1000 else f"{column[name]:,.0f}{ratio}"
+    found, peer = column[name], column[PEER]
+    if isinstance(found, Timing):
+        text, ratio = found.cell(), peer.median / found.median
+    else:
+        text, ratio = f"{found / 1e6:,.0f}", peer / found
+    return text if name == PEER else f"{text} ({ratio:.2f}x)"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""kvnumba and its peers side by side: ``PYTHONPATH=tests python benchmarks/compare.py`` prints the README's tables.
+"""kvnumba and its peers side by side: ``PYTHONPATH=tests python benchmarks/compare.py`` prints the tables of README.md.
 
-The implementations of a problem take turns, round by round, so that a busy neighbour slows them all alike;
-times are medians. ``pytest benchmarks`` measures the same calls one after the other.
+The implementations of a problem take turns, round by round, so that a busy neighbour slows them all alike. Times are
+medians; a star marks those whose repeats differ by more than 1.5 times. ``pytest benchmarks`` measures the same calls
+one after the other. With a folder, another checkout of kvnumba takes the place of the peers: see `checkouts`.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import bench_attention
+import checkouts
 import ours
 import peers
-from shapes import problem
+from shapes import DECODE, PREFILL, problem
 
 from kvnumba.backends.cpu import ceilings
+from kvnumba.commands.timing import in_turns
 from kvnumba.formats import FORMATS
 
 ROUNDS = 15
@@ -24,22 +26,11 @@ COUNTERPART = {
     "float32": ("vLLM CPU op", "float32"),
     "float16": ("vLLM CPU op", "float16"),
     "bfloat16": ("vLLM CPU op", "bfloat16"),
+    "fp8_e4m3": ("vLLM CPU op", "fp8_e4m3"),
     "int8": ("vLLM CPU op", "fp8_e4m3"),
     "int4": ("vLLM CPU op", "fp8_e4m3"),
 }
 """Whom a format is compared with; fp8 is the smallest that this peer has."""
-
-
-def medians(calls: dict, rounds: int) -> dict:
-    """Seconds of each call, taken in turns."""
-    times: dict = {key: [] for key in calls}
-    for number in range(rounds + 1):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:  # the first round warms up
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(seconds) for key, seconds in times.items()}
 
 
 def calls_of(spec: tuple) -> dict[tuple[str, str], Callable[[], object]]:
@@ -55,35 +46,40 @@ def calls_of(spec: tuple) -> dict[tuple[str, str], Callable[[], object]]:
     return calls
 
 
-def milliseconds(seconds: float) -> str:
-    """Three digits."""
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
-
-
 def table(problems: dict[str, tuple], rounds: int) -> str:
     """Markdown: a row for each problem, milliseconds, and how many times as fast as its counterpart."""
     lines = []
     for name, spec in problems.items():
-        times = medians(calls_of(spec), rounds)
+        times = in_turns(calls_of(spec), rounds)
         cells = []
         for fmt in FORMATS:
-            cell = milliseconds(times["kvnumba", fmt])
+            ours = times["kvnumba", fmt]
+            cell = ours.cell()
             if COUNTERPART[fmt] in times:
-                cell += f" ({times[COUNTERPART[fmt]] / times['kvnumba', fmt]:.2f}x)"
+                cell += f" ({times[COUNTERPART[fmt]].median / ours.median:.2f}x)"
             cells.append(cell)
         for peer in (("torch SDPA", "float32"), ("transformers QuantizedCache", "4 bits")):
-            cells.append(milliseconds(times[peer]) if peer in times else "-")
+            cells.append(times[peer].cell() if peer in times else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr, flush=True)
     head = "| | " + " | ".join([*FORMATS, "torch SDPA float32", "transformers QuantizedCache, 4 bits"]) + " |"
     return "\n".join([head, "|---" * (len(FORMATS) + 3) + "|", *lines])
 
 
-if __name__ == "__main__":
+def ceilings_of_the_machine() -> str:
+    """What it reads from memory and computes at most."""
     (read, num_bytes), (compute, operations) = ceilings.reading(), ceilings.computing()
-    best = medians({"read": read, "compute": compute}, 5)
-    print(
-        f"read {num_bytes / best['read'] / 1e9:.1f} GB/s, {operations / best['compute'] / 1e9:.0f} GFLOP/s\n"
+    best = in_turns({"read": read, "compute": compute}, 5)
+    return (
+        f"read {num_bytes / best['read'].median / 1e9:.1f} GB/s, "
+        f"{operations / best['compute'].median / 1e9:.0f} GFLOP/s"
     )
-    print(table(bench_attention.DECODE, ROUNDS), "\n")
-    print(table(bench_attention.PREFILL, 3))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        checkouts.main(Path(sys.argv[1]))
+    else:
+        print(f"{ceilings_of_the_machine()}\n")
+        print(table(DECODE, ROUNDS), "\n")
+        print(table(PREFILL, 3))

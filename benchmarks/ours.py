@@ -16,7 +16,7 @@ def paged(
 ) -> tuple[kvnumba.PagedKVCache, list[int], Callable[[], np.ndarray]]:
     """A paged cache that holds the problem, its sequences, and their attention as a call without arguments.
 
-    Whoever stores bfloat16 multiplies in it too, as peers do.
+    What is stored in bfloat16 is also multiplied in bfloat16, as peers do; otherwise the backend chooses.
     """
     batch, new, num_qo_heads, head_dim = problem.q.shape
     length, num_kv_heads = problem.k.shape[1:3]
@@ -33,5 +33,5 @@ def paged(
     step = cache.step(ids, [new] * batch)
     step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
     q = problem.q.reshape(-1, num_qo_heads, head_dim)
-    arithmetic = "bfloat16" if fmt == "bfloat16" else "float32"
+    arithmetic = "bfloat16" if fmt == "bfloat16" else None
     return cache, ids, lambda: step.attend(q, arithmetic=arithmetic).reshape(problem.q.shape)

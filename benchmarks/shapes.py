@@ -1,4 +1,4 @@
-"""Attention shapes of well-known models, and the problems that the benchmarks solve."""
+"""The problems that the benchmarks solve, in the shapes of well-known models (`kvnumba.commands.shapes`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import NamedTuple
 import numpy as np
 
 from kvnumba import IncrementalDecoder
+from kvnumba.commands.shapes import SHAPES
 
-SHAPES = {
-    "llama-3-8b":  (32, 8, 128),
-    "llama-2-7b":  (32, 32, 128),
-    "qwen3-32b":   (64, 8, 128),
-    "gemma-2-9b":  (16, 8, 256),
+DECODE = {
+    **{f"llama-3-8b 1 x {length}": ("llama-3-8b", 1, length, 1, 128) for length in (64, 1024, 8192, 32768, 131072)},
+    "llama-3-8b 16 x 4096": ("llama-3-8b", 16, 4096, 1, 128),
+    "llama-3-8b 1 x 32768, blocks of 16": ("llama-3-8b", 1, 32768, 1, 16),
+    "llama-2-7b 1 x 8192": ("llama-2-7b", 1, 8192, 1, 128),
+    "qwen3-32b 1 x 32768": ("qwen3-32b", 1, 32768, 1, 128),
+    "gemma-2-9b 1 x 8192": ("gemma-2-9b", 1, 8192, 1, 128),
+    "bundled 1 x 4096, real text": ("bundled", 1, 4096, 1, 128),
 }  # fmt: skip
-"""Query heads, key/value heads, head_dim."""
+PREFILL = {
+    "llama-3-8b 512 new on 8192": ("llama-3-8b", 1, 8192, 512, 128),
+    "bundled 512 new on 4096, real text": ("bundled", 1, 4096, 512, 128),
+}
+"""Name -> arguments of `problem`: model, sequences, length, new tokens of each sequence, block size."""
 
 
 class Problem(NamedTuple):
@@ -39,7 +47,7 @@ def problem(model: str, batch: int, length: int, new: int, block_size: int) -> P
     if model == "bundled":
         q, k, v = _real(length)
         return Problem(q[None, -new:], k[None], v[None], table, block_size)
-    num_qo_heads, num_kv_heads, head_dim = SHAPES[model]
+    _, num_qo_heads, num_kv_heads, head_dim = SHAPES[model]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal((batch, *shape, head_dim), dtype=np.float32)
@@ -54,6 +62,7 @@ def problem(model: str, batch: int, length: int, new: int, block_size: int) -> P
 
 
 def _real(length: int) -> tuple[np.ndarray, ...]:
+    """Queries, keys and values (S, heads, D) of the bundled model's third layer, as it reads a text."""
     decoder = IncrementalDecoder.from_pretrained()
     text = Path(statistics.__file__).read_bytes()[:length]
     cache = decoder.make_cache(length, backend="numpy")

@@ -1,7 +1,7 @@
-"""Turn ``pytest benchmarks --benchmark-json FILE`` into the README's tables: ``python benchmarks/table.py FILE``.
+"""Turn ``pytest benchmarks --benchmark-json FILE`` into tables: ``python benchmarks/table.py FILE``.
 
 Times are medians. Each row also says how many times as fast kvnumba's cpu backend is: in the same format, and
-its int8 and int4 against an 8-bit or 4-bit peer. Below 1.00 it loses.
+also int8 and int4 against a peer of 8 or 4 bits. Below 1.00 it loses.
 """
 
 import json
@@ -10,8 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 OURS = "kvnumba cpu"
-COMPARED = {"fp8_e4m3": ("int8", "int4"), "4 bits": ("int4",)}
-"""Formats of peers that kvnumba does not have, and what they are compared with."""
+COMPARED = {"fp8_e4m3": ("fp8_e4m3", "int8", "int4"), "4 bits": ("int4",)}
+"""Formats of peers that are compared with more than their like, or with another."""
 
 
 def table(benchmarks: list[dict]) -> str:

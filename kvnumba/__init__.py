@@ -18,8 +18,9 @@ from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
-from kvnumba.models.decoder import IncrementalDecoder
-from kvnumba.options import AttentionOptions, Scoring
+from kvnumba.models.llama import IncrementalDecoder
+from kvnumba.models.sampling import sample
+from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
 from kvnumba.storage import Layout
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizedKVCache",
     "Request",
     "Scoring",
+    "ScoringOptions",
     "Step",
     "available_backends",
     "dequantize",
@@ -49,6 +51,7 @@ __all__ = [
     "multi_head_attention_with_cache",
     "pack_int4",
     "quantize",
+    "sample",
     "unpack_int4",
     "use_backend",
     "warmup",

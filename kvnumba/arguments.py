@@ -65,14 +65,16 @@ def real(argument: str, value: Any) -> float:
 
 def check_shape(argument: str, array: Any, shape: tuple[int | None, ...], axes: str) -> None:
     """Raise unless the shape is as expected, where None is any length."""
-    fits = len(shape) == array.ndim and all(
-        want is None or want == have for want, have in zip(shape, array.shape, strict=True)
+    if len(shape) == array.ndim:
+        for want, have in zip(shape, array.shape, strict=True):
+            if want is not None and want != have:
+                break
+        else:
+            return
+    expected = ", ".join(
+        name if want is None else f"{name}={want}" for name, want in zip(axes.split(), shape, strict=True)
     )
-    if not fits:
-        expected = ", ".join(
-            name if want is None else f"{name}={want}" for name, want in zip(axes.split(), shape, strict=True)
-        )
-        raise ValueError(f"{argument}: expected shape ({expected}); got {array.shape}")
+    raise ValueError(f"{argument}: expected shape ({expected}); got {array.shape}")
 
 
 F = TypeVar("F", bound=Callable[..., Any])

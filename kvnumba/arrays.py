@@ -21,6 +21,7 @@ from kvnumba.formats import FORMATS, bfloat16_to_float, float_to_bfloat16
 if TYPE_CHECKING:
     from kvnumba.storage import Layout, RowLayout
 
+_FLOAT32 = np.dtype(np.float32)
 DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
@@ -42,7 +43,7 @@ class Destination(Protocol):
 def float_array(argument: str, x: Any) -> np.ndarray:
     """`x` as float32: from float32 itself, float16, float64, or bfloat16 (its own dtype or uint16 bits)."""
     x = np.asarray(x)
-    if x.dtype == np.float32:
+    if x.dtype == _FLOAT32:
         return x
     if is_bfloat16(x.dtype):
         return bfloat16_to_float(x.view(np.uint16))
@@ -117,11 +118,13 @@ def queries(
 
 def in_precision_of(x: Any, out: np.ndarray) -> np.ndarray:
     """`out`, which is float32, in the precision of the user's array `x`; float64 stays float32."""
-    dtype = getattr(x, "dtype", None)
+    dtype = getattr(x, "dtype", _FLOAT32)
+    if dtype == _FLOAT32:
+        return out
     if dtype == np.float16:
         with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
             return out.astype(np.float16)
-    if dtype is not None and is_bfloat16(dtype):
+    if is_bfloat16(dtype):
         return float_to_bfloat16(out).view(dtype)
     return out
 
@@ -238,6 +241,8 @@ class DeviceView:
 
 def device_view(x: Any) -> DeviceView | None:
     """`x` as a view where it lies on a GPU, else None."""
+    if type(x) is np.ndarray:
+        return None
     kind = type(x).__module__.partition(".")[0]
     if kind == "numpy":
         return None

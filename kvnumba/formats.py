@@ -22,7 +22,8 @@ class Format:
     code_dtype : dtype
         Of the arrays that hold it. Several elements may share one of its elements, as in int4.
     has_scale, has_zero : bool
-        Whether a group of elements has a scale, and the value of code 0 (`zero`): value = code * scale + zero.
+        Whether a group of elements has a scale, and a zero, the float that code 0 stands for:
+        value = code * scale + zero.
     """
 
     name: str

@@ -28,7 +28,7 @@ class RowLayout:
     group_size : int
         Elements that share a scale; divides `head_dim`. Of no meaning where the format has no scale.
     scale_dtype : dtype
-        Of scales and zero points, float32 or float16.
+        Of scales and zeros, float32 or float16.
     """
 
     fmt: Format
@@ -75,7 +75,7 @@ class RowLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, scales and zero points included."""
+        """Bytes of a row, scales and zeros included."""
         scales = (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
         return self.row_length * self.fmt.code_dtype.itemsize + scales
 
@@ -84,7 +84,7 @@ class RowLayout:
         return self.parts(shape, np.empty)
 
     def parts(self, shape: tuple[int, ...], make: Callable[[tuple[int, ...], np.dtype[Any]], Any]) -> Encoded:
-        """What holds rows (*shape, ...): codes, scales and zero points, each made by ``make(shape, dtype)``."""
+        """What holds rows (*shape, ...): codes, scales and zeros, each made by ``make(shape, dtype)``."""
         return Encoded(
             make((*shape, self.row_length), self.fmt.code_dtype),
             make((*shape, self.num_groups), self.scale_dtype),
@@ -180,7 +180,7 @@ class Layout:
         group_size : int, optional
             Elements of a row that share a scale in int8 and int4; divides the width of what has scales. Default: all.
         scale_dtype : {"float32", "float16"}
-            Of scales and zero points. float32 keeps rows of one repeated value exact; float16 takes half as much:
+            Of scales and zeros. float32 keeps rows of one repeated value exact; float16 takes half as much:
             4 of 72 bytes less a row in int4 at D = 128.
         num_layers : int
         transform : RowTransform, optional
@@ -231,7 +231,7 @@ class Layout:
         return (self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size)
 
     def bytes_per_token(self) -> int:
-        """Bytes that a token takes: keys, values, scales and zero points over all layers and heads."""
+        """Bytes that a token takes: keys, values, scales and zeros over all layers and heads."""
         return self.num_layers * self.num_kv_heads * (self.keys.row_bytes + self.values.row_bytes)
 
     def memory_bytes(self) -> int:
@@ -282,7 +282,7 @@ def host_memory_bytes() -> int:
 
 
 def array_specs(layout: Layout, num_blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and dtype of what `Backend.read_blocks` returns, keys before values: codes, scales, zero points."""
+    """Shape and dtype of what `Backend.read_blocks` returns, keys before values: codes, scales, zeros."""
     shape = (layout.num_layers, num_blocks, *layout.blocks_shape[2:])
 
     def spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -347,6 +347,17 @@ class Batch:
         np.add.accumulate(num_new_tokens, out=query_start_loc[1:])
         positions = np.subtract(seq_lens, num_new_tokens, dtype=np.int32)
         return cls(block_table, seq_lens, query_start_loc, block_size, positions)
+
+    @classmethod
+    def of_one(cls, blocks: np.ndarray, seq_len: int, num_new_tokens: int, block_size: int) -> Batch:
+        """The batch of one sequence, which holds blocks (1, max_blocks)."""
+        return cls(
+            blocks,
+            np.array((seq_len,), np.int32),
+            np.array((0, num_new_tokens), np.int32),
+            block_size,
+            np.array((seq_len - num_new_tokens,), np.int32),
+        )
 
     @functools.cached_property
     def num_tokens(self) -> int:

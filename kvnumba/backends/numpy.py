@@ -208,7 +208,9 @@ class NumpyBackend:
         def by_token(x: np.ndarray) -> np.ndarray:
             return np.moveaxis(x, 2, 0).reshape(count, num_qo_heads, *x.shape[3:])
 
-        query, row_max, row_sum, weighted = (by_kv_head(x) for x in (q, row_max, row_sum, weighted))
+        query, row_max, row_sum, weighted = (
+            np.ascontiguousarray(by_kv_head(x)) for x in (q, row_max, row_sum, weighted)
+        )
         block_ids, seq_len = part.batch.block_table[sequence], part.batch.seq_lens[sequence]
         first_key = 0 if scoring.window_left < 0 else max(0, positions[0] - scoring.window_left)
         end_key = min(positions[-1] + 1, seq_len)

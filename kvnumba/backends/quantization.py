@@ -29,7 +29,7 @@ def quantize(
         Finite. D even for 4 bits.
     bits : {8, 4}
     group_size : int, optional
-        Elements that share a scale and a zero point; divides D. Default: D.
+        Elements that share a scale and a zero; divides D. Default: D.
     scale_dtype : {"float32", "float16"}
         Of scale and zero.
     backend : str, optional
@@ -55,7 +55,7 @@ def quantize(
 def dequantize(
     codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int = 8, *, backend: str | None = None
 ) -> np.ndarray:
-    """The inverse of `quantize`: (..., D) float32 from codes, scales and zero points shaped as it returns them."""
+    """The inverse of `quantize`: (..., D) float32 from codes, scales and zeros shaped as it returns them."""
     fmt = code_format(bits)
     codes = uint8_array("codes", codes)
     scale, zero = np.asarray(scale), np.asarray(zero)

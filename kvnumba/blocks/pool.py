@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -69,37 +69,42 @@ class BlockPool:
         """Blocks that no sequence holds, those that can still be found among them."""
         return self.allocator.num_free_blocks
 
-    def rows(self, seq_ids: Any, *, swapped: bool = False) -> np.ndarray:
-        """The rows of live sequences; ValueError for an id that is none, or is swapped out where it may not."""
+    def rows(self, seq_ids: Any) -> np.ndarray:
+        """The rows of live sequences; ValueError for an id that is none, or is swapped out."""
         ids = arguments.integers("seq_ids", seq_ids)
         rows = ids % self.max_num_seqs
-        dead = (ids < 0) | (self.ids[rows] != ids)
-        if dead.any():
-            seq_id = int(ids[dead][0])
-            finished = 0 <= seq_id < self._next_id[seq_id % self.max_num_seqs]
-            raise ValueError(f"seq_id: sequence {seq_id} is {'finished' if finished else 'unknown'}")
-        if not swapped and self.swapped[rows].any():
-            raise ValueError(f"seq_id: sequence {ids[self.swapped[rows]][0]} is swapped out")
+        unfit = (self.ids[rows] != ids) | self.swapped[rows] | (ids < 0)
+        if unfit.any():
+            self._refuse(int(ids[unfit][0]))
         return rows
 
     def row(self, seq_id: int, *, swapped: bool = False) -> int:
-        """`rows` of one sequence."""
+        """The row of one sequence, which may be swapped out if `swapped` says so."""
         row = seq_id % self.max_num_seqs
-        if self.ids[row] != seq_id or (self.swapped[row] and not swapped):
-            self.rows([seq_id])  # raises, and says why
+        if seq_id < 0 or self.ids[row] != seq_id or (self.swapped[row] and not swapped):
+            self._refuse(seq_id)
         return row
 
+    def _refuse(self, seq_id: int) -> NoReturn:
+        row = seq_id % self.max_num_seqs
+        if self.ids[row] == seq_id >= 0:
+            raise ValueError(f"seq_id: sequence {seq_id} is swapped out")
+        finished = 0 <= seq_id < self._next_id[row]
+        raise ValueError(f"seq_id: sequence {seq_id} is {'finished' if finished else 'unknown'}")
+
     def generation(self, seq_id: int) -> int:
-        """`generations` of one sequence."""
+        """A number that grows with every change of a sequence: what was planned before it is stale."""
         return int(self._generations[self.row(seq_id)])
 
     def lengths(self, seq_ids: Any) -> np.ndarray:
         """Tokens that sequences hold, (B,) int32."""
         return self.lens[self.rows(seq_ids)]
 
-    def generations(self, seq_ids: Any) -> np.ndarray:
-        """A number for each sequence, (B,), that grows with every change: what was planned before it is stale."""
-        return self._generations[self.rows(seq_ids)]
+    def generations(self, seq_ids: list[int]) -> list[int]:
+        """`generation` of each of some sequences."""
+        if len(seq_ids) == 1:
+            return [self.generation(seq_ids[0])]
+        return self._generations[self.rows(seq_ids)].tolist()
 
     def blocks(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order, NO_BLOCK for those given back."""
@@ -136,9 +141,9 @@ class BlockPool:
             rows = rows[np.argsort(self.ids[rows])]
             return dict(zip(self.ids[rows].tolist(), self.lens[rows].tolist(), strict=True))
 
-    def view(self, seq_ids: Any, seq_lens: Any, num_queries: Any) -> Batch:
-        """The batch of the last `num_queries` of the first `seq_lens` tokens that sequences have blocks for."""
-        return self._batch(self.rows(seq_ids), np.asarray(seq_lens, np.int32), np.asarray(num_queries))
+    def view(self, seq_id: int, seq_len: int, num_queries: int) -> Batch:
+        """The batch of the last `num_queries` of the first `seq_len` tokens that a sequence has blocks for."""
+        return self._batch_of_one(self.row(seq_id), seq_len, num_queries)
 
     # Sequences come and go
 
@@ -291,47 +296,76 @@ class BlockPool:
                 raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
             if (new < 0).any():
                 raise ValueError(f"num_new_tokens: expected 0 or more; got {new[new < 0][0]}")
-            lens = self.lens[rows]
-            total = lens + new
-            missing = np.maximum(-(-total // self.block_size) - self.end[rows], 0)
-            writers, sources, copied = self._written_to(rows, lens, new)
-            outside = self._outside_windows(rows, lens, new)
-            num_copies, num_missing = int(copied.sum()), int(missing.sum())
-            if num_copies or num_missing:
-                self.allocator.require(num_copies, self.num_free_blocks)
-                self.allocator.require(
-                    num_copies + num_missing, self.num_free_blocks + self._freed_by(outside)
-                )
-                self._widen(int((self.end[rows] + missing).max()))
-            if num_copies:  # before a window gives back anything: a copy that fails has changed nothing
+            if len(rows) == 1:
+                return self.book_one(int(self.ids[rows[0]]), int(new[0]), copy)
+            return self._book_rows(rows, new, copy)
 
-                def fill(taken: np.ndarray) -> None:
-                    if copy is not None:
-                        copy(np.stack((sources[copied], taken), axis=1).astype(np.int64))
+    def _book_rows(
+        self, rows: np.ndarray, new: np.ndarray, copy: Callable[[np.ndarray], None] | None
+    ) -> Batch:
+        lens = self.lens[rows]
+        total = lens + new
+        missing = np.maximum(-(-total // self.block_size) - self.end[rows], 0)
+        writers, sources, copied = self._written_to(rows, lens, new)
+        outside = self._outside_windows(rows, lens, new)
+        num_copies, num_missing = int(copied.sum()), int(missing.sum())
+        if num_copies or num_missing:
+            self.allocator.require(num_copies, self.num_free_blocks)
+            self.allocator.require(num_copies + num_missing, self.num_free_blocks + self._freed_by(outside))
+            self._widen(int((self.end[rows] + missing).max()))
+        if num_copies:  # before a window gives back anything: a copy that fails has changed nothing
 
-                columns = lens[writers[copied]] // self.block_size
-                self._replace(rows[writers[copied]], columns, self.allocator.take(num_copies, fill))
-            for row, first in outside:
-                self._give_back(row, first)
-            if num_missing:
-                self._append(rows, missing, self.allocator.take(num_missing))
-            if len(self.prefixes):
-                for block in sources[~copied & self.prefixes.findable[sources]].tolist():
-                    self.prefixes.forget(block)
-            self._generations[rows] += 1
+            def fill(taken: np.ndarray) -> None:
+                if copy is not None:
+                    copy(np.stack((sources[copied], taken), axis=1).astype(np.int64))
+
+            columns = lens[writers[copied]] // self.block_size
+            self._replace(rows[writers[copied]], columns, self.allocator.take(num_copies, fill))
+        for row, first in outside:
+            self._give_back(row, first)
+        if num_missing:
+            self._append(rows, missing, self.allocator.take(num_missing))
+        if len(self.prefixes):
+            for block in sources[~copied & self.prefixes.findable[sources]].tolist():
+                self.prefixes.forget(block)
+        self._generations[rows] += 1
+        self.version += 1
+        return self._batch(rows, total.astype(np.int32), new)
+
+    def book_one(
+        self, seq_id: int, num_new_tokens: int, copy: Callable[[np.ndarray], None] | None = None
+    ) -> Batch:
+        """`book` of one sequence: numbers looked up one by one are several times as fast as arrays of one."""
+        with self.lock:
+            row = self.row(seq_id)
+            length, end = int(self.lens[row]), int(self.end[row])
+            if self.windows[row] >= 0 or (
+                num_new_tokens and length % self.block_size and self._is_shared(row)
+            ):
+                return self._book_rows(np.array([row]), np.array([num_new_tokens]), copy)
+            missing = -(-(length + num_new_tokens) // self.block_size) - end
+            if missing > 0:
+                self.allocator.require(missing, self.num_free_blocks)
+                self._widen(end + missing)
+                self.table[row, end : end + missing] = self.allocator.take(missing)
+                self.end[row] = end + missing
+            self._generations[row] += 1
             self.version += 1
-            return self._batch(rows, total.astype(np.int32), new)
+            return self._batch_of_one(row, length + num_new_tokens, num_new_tokens)
+
+    def _is_shared(self, row: int) -> bool:
+        """Whether a row's last block is held by others or may be found: it must not be written to as it is."""
+        block = self.table[row, self.lens[row] // self.block_size]
+        return bool(self.allocator.references[block] > 1 or self.prefixes.findable[block])
 
     def commit(self, seq_ids: Any, batch: Batch, token_ids: list[np.ndarray | None] | None = None) -> None:
         """Make the new tokens of a booked batch part of their sequences, and full blocks of known ones findable."""
         with self.lock:
-            rows = self.rows(seq_ids)
+            rows = [self.row(seq_ids[0])] if len(seq_ids) == 1 else self.rows(seq_ids).tolist()
             if token_ids is not None:
-                for row, length, tokens in zip(
-                    rows.tolist(), self.lens[rows].tolist(), token_ids, strict=True
-                ):
+                for row, tokens in zip(rows, token_ids, strict=True):
                     chain = self.chains[row]
-                    if tokens is not None and chain.length == length:
+                    if tokens is not None and chain.length == self.lens[row]:
                         self.prefixes.extend(chain, tokens, self.table[row])
             self.lens[rows] = batch.seq_lens
 
@@ -448,6 +482,10 @@ class BlockPool:
     def _batch(self, rows: np.ndarray, seq_lens: np.ndarray, num_new_tokens: np.ndarray) -> Batch:
         width = -(-int(seq_lens.max(initial=0)) // self.block_size)
         return Batch.of(self.table[rows, :width], seq_lens, num_new_tokens, self.block_size)
+
+    def _batch_of_one(self, row: int, seq_len: int, num_new_tokens: int) -> Batch:
+        blocks = self.table[row : row + 1, : -(-seq_len // self.block_size)].copy()
+        return Batch.of_one(blocks, seq_len, num_new_tokens, self.block_size)
 
 
 def _placed(count: int, where: np.ndarray, blocks: np.ndarray) -> np.ndarray:

@@ -69,11 +69,11 @@ class Cache:
         return self._layout.values.fmt.name
 
     def memory_bytes(self) -> int:
-        """Bytes of the whole storage, filled or not; scales and zero points included."""
+        """Bytes of the whole storage, filled or not; scales and zeros included."""
         return self._layout.memory_bytes()
 
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers and heads, scales and zero points included."""
+        """Bytes that one token takes over all layers and heads, scales and zeros included."""
         return self._layout.bytes_per_token()
 
     @property
@@ -83,7 +83,7 @@ class Cache:
 
     @property
     def k_zp(self) -> Any:
-        """The keys' zero points, as `k_scale`: value = code * scale + zero point."""
+        """The keys' zeros, as `k_scale`. A zero is what code 0 stands for: value = code * scale + zero."""
         return self._stored(self._buffers.keys.zero)
 
     @property
@@ -93,7 +93,7 @@ class Cache:
 
     @property
     def v_zp(self) -> Any:
-        """The values' zero points, as `k_scale`."""
+        """The values' zeros, as `k_scale`."""
         return self._stored(self._buffers.values.zero)
 
     def _stored(self, array: Any) -> Any:

@@ -41,7 +41,7 @@ class KVCache(Cache):
     group_size : int, optional
         Elements of a row that share a scale in int8 and int4. Default: all.
     scale_dtype : {"float32", "float16"}
-        Of scales and zero points.
+        Of scales and zeros.
     num_layers : int
         Layers that move together: a sequence's length is one number, which `update` moves with the last.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
@@ -148,8 +148,8 @@ class KVCache(Cache):
             raise ValueError(
                 f"length: expected at most the element's {lengths[batch_idx]} tokens; got {length}"
             )
-        lengths[batch_idx] = length
-        self.seq_lens, self._pass = lengths, None
+        self.seq_lens = [*lengths[:batch_idx], length, *lengths[batch_idx + 1 :]]
+        self._pass = None
 
     def fork(self, batch_idx: int, into: int) -> None:
         """Let batch element `into` hold what element `batch_idx` holds; what it held is forgotten.
@@ -324,8 +324,11 @@ class KVCache(Cache):
 
     def _batch(self, lengths: list[int], count: int) -> Batch:
         """The last `count` tokens of elements of such lengths."""
-        new = np.full(self.batch_size, count, np.int32)
-        return Batch.of(self._block_table, np.array(lengths, np.int32), new, self.max_seq_len)
+        seq_lens = np.array(lengths, np.int32)
+        query_start_loc = np.arange(self.batch_size + 1, dtype=np.int32) * np.int32(count)
+        return Batch(
+            self._block_table, seq_lens, query_start_loc, self.max_seq_len, seq_lens - np.int32(count)
+        )
 
     def _begin(self, positions: Sequence[int] | None, count: int) -> Pass:
         """A new pass of `count` tokens of each element."""
@@ -373,7 +376,9 @@ class KVCache(Cache):
         return index
 
     def _checked_lengths(self) -> list[int]:
-        lengths = arguments.integers("seq_lens", self.seq_lens, length=self.batch_size).tolist()
+        lengths = self.seq_lens
+        if len(lengths) != self.batch_size or any(type(length) is not int for length in lengths):
+            lengths = arguments.integers("seq_lens", lengths, length=self.batch_size).tolist()
         if min(lengths) < 0 or max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens: expected 0 to max_seq_len={self.max_seq_len}; got {self.seq_lens}")
         return lengths
@@ -382,8 +387,8 @@ class KVCache(Cache):
 class QuantizedKVCache(KVCache):
     """A contiguous cache in INT8 or INT4: `KVCache` with one format for keys and values.
 
-    Codes are unsigned and asymmetric, with a scale and a zero point for each (batch, head, token), or each group of
-    `group_size` elements.
+    Codes are unsigned: value = code * scale + zero, with a scale and a zero for each (batch, head, token), or for
+    each group of `group_size` elements.
 
     Parameters
     ----------
@@ -428,7 +433,7 @@ class QuantizedKVCache(KVCache):
     def savings_vs_fp32(self) -> float:
         """The fraction of a float32 cache's bytes that this cache takes: 0.27 means 27 % of them, not 27 % less.
 
-        Scales and zero points are counted. The name is that of the first sketch of this class.
+        Scales and zeros are counted. The name is that of the first sketch of this class.
         """
         layout = self._layout
         elements = layout.num_kv_heads * (layout.head_dim + layout.value_head_dim)

@@ -21,7 +21,7 @@ from kvnumba.caches.base import Cache
 from kvnumba.caches.step import Step
 from kvnumba.caches.swap import SwappedBlocks, fill_blocks, save_blocks
 from kvnumba.options import AttentionOptions
-from kvnumba.storage import Layout
+from kvnumba.storage import Batch, Layout
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -290,7 +290,7 @@ class PagedKVCache(Cache):
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         with self._pool.lock:
-            self._pool.rows([seq_id], swapped=True)
+            self._pool.row(seq_id, swapped=True)
             if seq_id not in self._swapped:
                 raise ValueError(f"seq_id: sequence {seq_id} is not swapped out")
             swapped = self._swapped[seq_id]
@@ -393,7 +393,8 @@ class PagedKVCache(Cache):
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[1]
         if layer == 0:
-            step = self.step([seq_id], [count], token_ids=None if token_ids is None else [token_ids])
+            tokens = None if token_ids is None else [arguments.tokens("token_ids", token_ids, count)]
+            step = self._new_step([seq_id], self._pool.book_one(seq_id, count, self._copy_blocks), tokens)
         else:
             step = self._running(seq_id, count, layer, token_ids)
         step.write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
@@ -470,7 +471,7 @@ class PagedKVCache(Cache):
             self._latest,
         )  # read once: another thread may replace it
         if latest is None or latest[0] != key:
-            batch = self._pool.view([seq_id], [length], [count])
+            batch = self._pool.view(seq_id, length, count)
             widest = self._pool.widest_window([seq_id], batch)
             latest = (key, Pass(self._backend, self._buffers, batch, widest, written=True))
             self._latest = latest
@@ -504,7 +505,15 @@ class PagedKVCache(Cache):
         ValueError
             An id is unknown, finished or given twice, or a count is negative.
         """
-        return Step(self._backend, self._buffers, self._pool, seq_ids, num_new_tokens, token_ids)
+        tokens = None if token_ids is None else _checked_tokens(token_ids, num_new_tokens)
+        batch = self._pool.book(seq_ids, num_new_tokens, self._copy_blocks)
+        return self._new_step(np.asarray(seq_ids).tolist(), batch, tokens)
+
+    def _new_step(self, seq_ids: list[int], batch: Batch, tokens: list[np.ndarray | None] | None) -> Step:
+        return Step(self._backend, self._buffers, self._pool, seq_ids, batch, tokens)
+
+    def _copy_blocks(self, pairs: np.ndarray) -> None:
+        self._backend.copy_blocks(self._buffers, pairs)
 
     def __repr__(self) -> str:
         used = self.num_blocks - self.num_free_blocks
@@ -520,3 +529,15 @@ class PagedKVCache(Cache):
         if step is not None and step.covers(layer) and step.is_latest():
             return int(step.batch.seq_lens[0])
         return length
+
+
+def _checked_tokens(token_ids: Any, num_new_tokens: Any) -> list[np.ndarray | None]:
+    """The tokens of each sequence, as many as it adds, or None."""
+    counts = arguments.integers("num_new_tokens", num_new_tokens).tolist()
+    given = list(token_ids)
+    if len(given) != len(counts):
+        raise ValueError(f"token_ids: expected {len(counts)} sequences of tokens, or None; got {len(given)}")
+    return [
+        None if tokens is None else arguments.tokens("token_ids", tokens, count)
+        for tokens, count in zip(given, counts, strict=True)
+    ]

@@ -42,19 +42,18 @@ class Step:
         backend: Backend,
         buffers: Buffers,
         pool: BlockPool,
-        seq_ids: Any,
-        num_new_tokens: Any,
-        token_ids: Any = None,
+        seq_ids: list[int],
+        batch: Batch,
+        token_ids: list[np.ndarray | None] | None,
     ) -> None:
-        self._token_ids = None if token_ids is None else _checked_tokens(token_ids, num_new_tokens)
-        batch = pool.book(seq_ids, num_new_tokens, lambda pairs: backend.copy_blocks(buffers, pairs))
-        self.seq_ids = np.asarray(seq_ids).tolist()
-        self._generations = pool.generations(self.seq_ids)
-        self._version = pool.version  # of the pool, when this step was last found to be the latest
+        self.seq_ids = seq_ids
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
-        self._pass = Pass(backend, buffers, batch, pool.widest_window(self.seq_ids, batch))
+        self._token_ids = token_ids
+        self._generations = pool.generations(seq_ids)
+        self._version = pool.version  # of the pool, when this step was last found to be the latest
+        self._pass = Pass(backend, buffers, batch, pool.widest_window(seq_ids, batch))
 
     @property
     def batch(self) -> Batch:
@@ -81,7 +80,7 @@ class Step:
         """Whether none of the sequences was changed by anything else since; raises if one is finished."""
         version = self._pool.version
         if version != self._version:
-            if (self._pool.generations(self.seq_ids) != self._generations).any():
+            if self._pool.generations(self.seq_ids) != self._generations:
                 return False
             self._version = version
         return True
@@ -191,15 +190,3 @@ class Step:
             f"Step(sequences={len(self.seq_ids)}, new_tokens={self.num_tokens}, "
             f"layers_written={self._pass.next_layer}/{self._buffers.layout.num_layers})"
         )
-
-
-def _checked_tokens(token_ids: Any, num_new_tokens: Any) -> list[np.ndarray | None]:
-    """The tokens of each sequence, as many as it adds, or None."""
-    counts = arguments.integers("num_new_tokens", num_new_tokens).tolist()
-    given = list(token_ids)
-    if len(given) != len(counts):
-        raise ValueError(f"token_ids: expected {len(counts)} sequences of tokens, or None; got {len(given)}")
-    return [
-        None if tokens is None else arguments.tokens("token_ids", tokens, count)
-        for tokens, count in zip(given, counts, strict=True)
-    ]

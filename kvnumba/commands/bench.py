@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import importlib
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,121 +12,192 @@ import numpy as np
 
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.commands.memory import PRESETS
+from kvnumba.commands.extras import require_extra
+from kvnumba.commands.shapes import SHAPES
+from kvnumba.commands.timing import BUSY, Timing, repeated
 from kvnumba.formats import FORMATS
 
 CONTEXTS = (1024, 8192, 32768)
-NUM_QO_HEADS, PRESET, BLOCK_SIZE = 32, "llama-3-8b", 128
+MODEL, BLOCK_SIZE = "llama-3-8b", 128
+SHAPE = SHAPES[MODEL]
+OURS_COLOR, PEER_COLOR, LIMIT_COLOR = "#4878a8", "#b0b0b0", "#c03028"
 
 
 def run(backend: str | None, plot: Path | None) -> None:
     """Print the time of one layer's decode step by format and context, and perhaps draw it."""
+    if plot is not None:
+        require_extra("bench", "matplotlib")
     name = get_backend(backend).name
-    shape = PRESETS[PRESET]
+    processor = processor_name(name)
     print(
-        f"one layer of {PRESET} ({NUM_QO_HEADS} query heads, {shape.num_kv_heads} KV heads of {shape.head_dim}), "
-        f"one new token, shuffled blocks of {BLOCK_SIZE}, backend {name}; milliseconds (GB/s of what is stored)"
+        f"{processor}, backend {name}: attention of one new token in one layer of {MODEL} "
+        f"({SHAPE.num_qo_heads} query heads, {SHAPE.num_kv_heads} KV heads of {SHAPE.head_dim}), shuffled blocks of "
+        f"{BLOCK_SIZE}; milliseconds (GB/s of what is stored)"
     )
-    peers = torch_peers()
     header = f"{'':<18}" + "".join(f"{f'{length:,} tokens':>20}" for length in CONTEXTS)
     print(f"\n{header}\n{'-' * len(header)}")
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Timing]] = {}
+    sizes: dict[str, float] = {}  # bytes that a cached token takes
     for fmt in FORMATS:
-        cells = []
+        times[fmt] = []
         for length in CONTEXTS:
             cache, call = decode_step(length, fmt, name)
-            times.setdefault(fmt, []).append(median(call))
-            rate = length * cache.bytes_per_token() / times[fmt][-1] / 1e9
-            cells.append(f"{f'{1e3 * times[fmt][-1]:.2f} ({rate:.1f})':>20}")
-        print(f"{fmt:<18}" + "".join(cells), flush=True)
-    for peer, make in peers.items():
-        times[peer] = [median(make(length)) for length in CONTEXTS]
-        print(f"{peer:<18}" + "".join(f"{1e3 * seconds:>20.2f}" for seconds in times[peer]), flush=True)
+            times[fmt].append(repeated(call))
+            sizes[fmt] = cache.bytes_per_token()
+        print_row(fmt, times[fmt], sizes[fmt])
+    peers = torch_peers()
+    for peer, (make, size) in peers.items():
+        times[peer], sizes[peer] = [repeated(make(length)) for length in CONTEXTS], size
+        print_row(peer, times[peer], size)
     if not peers:
         print("torch SDPA: torch is not installed")
+    print_disturbed(times)
+    read_rate = None
     if name == "cpu":
-        print(f"\n{ceilings()}")
+        read_rate = print_ceilings()
     if plot is not None:
-        draw(times, plot)
+        draw(times, sizes, read_rate, processor, plot)
         print(f"drawn in {plot}")
+
+
+def print_row(name: str, timings: list[Timing], size: float) -> None:
+    """One line of the table."""
+    cells = [
+        f"{1e3 * timing.median:.2f} ({length * size / timing.median / 1e9:.1f}){'*' if timing.disturbed else ' '}"
+        for length, timing in zip(CONTEXTS, timings, strict=True)
+    ]
+    print(f"{name:<18}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+
+
+def print_disturbed(times: dict[str, list[Timing]]) -> None:
+    """Say so if repeats of one figure differ too much, with the worst of them."""
+    found = [
+        (timing.spread, name, length, timing)
+        for name, timings in times.items()
+        for length, timing in zip(CONTEXTS, timings, strict=True)
+        if timing.disturbed
+    ]
+    if found:
+        spread, name, length, timing = max(found)
+        print(
+            f"\n* busy machine: the repeats of {len(found)} figures differ by more than {BUSY} times, at most by "
+            f"{spread:.1f} times: {name} at {length:,} tokens took {timing}"
+        )
 
 
 def decode_step(length: int, fmt: str, backend: str) -> tuple[PagedKVCache, Callable[[], Any]]:
     """A cache with a sequence in shuffled blocks, and attention of its newest token."""
-    shape, rng = PRESETS[PRESET], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     blocks = length // BLOCK_SIZE
-    cache = PagedKVCache(blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim, blocks, fmt, backend=backend)
+    cache = PagedKVCache(blocks, BLOCK_SIZE, SHAPE.num_kv_heads, SHAPE.head_dim, blocks, fmt, backend=backend)
     shuffle(cache)
     seq_id = cache.add_sequence()
-    x = rng.standard_normal((shape.num_kv_heads, 1024, shape.head_dim), dtype=np.float32)
+    x = rng.standard_normal((SHAPE.num_kv_heads, 1024, SHAPE.head_dim), dtype=np.float32)
     for start in range(0, length - 1, 1024):
         part = x[:, : min(1024, length - 1 - start)]
         cache.update(seq_id, part, part)
     step = cache.step([seq_id], [1])
     step.write(x[None, :, 0], x[None, :, 0])
-    q = rng.standard_normal((1, NUM_QO_HEADS, shape.head_dim), dtype=np.float32)
+    q = rng.standard_normal((1, SHAPE.num_qo_heads, SHAPE.head_dim), dtype=np.float32)
     return cache, lambda: step.attend(q)
 
 
 def shuffle(cache: PagedKVCache) -> None:
-    """Leave the free blocks of an empty cache, whose sequences may be as many, in a random order."""
+    """Put the free blocks of an empty cache in a random order; its `max_num_seqs` must be its `num_blocks`."""
     ids = [cache.add_sequence() for _ in range(cache.num_blocks)]
     cache.step(ids, [cache.block_size] * len(ids))
     for i in np.random.default_rng(1).permutation(len(ids)):
         cache.finish_sequence(ids[i])
 
 
-def torch_peers() -> dict[str, Callable[[int], Callable[[], Any]]]:
-    """torch's attention over contiguous float32 and bfloat16, where torch is installed."""
+def torch_peers() -> dict[str, tuple[Callable[[int], Callable[[], Any]], float]]:
+    """torch's attention over contiguous float32 and bfloat16, and its bytes of a token, where torch is installed."""
     try:
         import torch
     except ImportError:
         return {}
-    shape = PRESETS[PRESET]
 
     def make(length: int, dtype: Any) -> Callable[[], Any]:
-        k, v = (torch.randn(1, shape.num_kv_heads, length, shape.head_dim).to(dtype) for _ in range(2))
-        q = torch.randn(1, NUM_QO_HEADS, 1, shape.head_dim).to(dtype)
+        k, v = (torch.randn(1, SHAPE.num_kv_heads, length, SHAPE.head_dim).to(dtype) for _ in range(2))
+        q = torch.randn(1, SHAPE.num_qo_heads, 1, SHAPE.head_dim).to(dtype)
         return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     return {
-        f"torch {name}": lambda length, dtype=dtype: make(length, dtype)  # type: ignore[misc]
+        f"torch {name}": (
+            lambda length, dtype=dtype: make(length, dtype),  # type: ignore[misc]
+            2 * SHAPE.num_kv_heads * SHAPE.head_dim * dtype.itemsize,
+        )
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
     }
 
 
-def ceilings() -> str:
-    """What the processor reads and computes at most."""
+def print_ceilings() -> float:
+    """Print what the processor reads and computes at most; returns the bytes that it reads in a second."""
     from kvnumba.backends.cpu import ceilings
 
     (read, num_bytes), (compute, operations) = ceilings.reading(), ceilings.computing()
-    return (
-        f"this machine reads {num_bytes / median(read) / 1e9:.1f} GB/s from memory and computes "
-        f"{operations / median(compute) / 1e9:.0f} GFLOP/s in float32"
+    read_rate = num_bytes / repeated(read).median
+    print(
+        f"\nthis machine reads {read_rate / 1e9:.1f} GB/s from memory and computes "
+        f"{operations / repeated(compute).median / 1e9:.0f} GFLOP/s in float32"
     )
+    return read_rate
 
 
-def median(call: Callable[[], Any], rounds: int = 9) -> float:
-    """Seconds of a call, after one that compiles."""
-    call()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def processor_name(backend: str) -> str:
+    """The name of the GPU or processor that a backend computes on."""
+    if backend == "cuda":
+        return str(dict(importlib.import_module("kvnumba.backends.cuda").describe())["device"])
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), "") or platform.processor() or platform.machine()
 
 
-def draw(times: dict[str, list[float]], path: Path) -> None:
-    """The table as lines, both axes logarithmic."""
+def draw(
+    times: dict[str, list[Timing]],
+    sizes: dict[str, float],
+    read_rate: float | None,
+    processor: str,
+    path: Path,
+) -> None:
+    """The table as bars, a panel for each context; a line across each bar is the time that its bytes take to read."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, seconds in times.items():
-        axes.loglog(CONTEXTS, [1e3 * s for s in seconds], "o-", label=name)
-    axes.set_xlabel("cached tokens")
-    axes.set_ylabel("milliseconds a layer and token")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    names = list(times)
+    figure = Figure(figsize=(12, 1.9 + 0.36 * len(names)), layout="constrained")
+    figure.suptitle(
+        f"Attention of one new token in one layer of {MODEL}, on {processor}\n"
+        f"{SHAPE.num_qo_heads} query heads, {SHAPE.num_kv_heads} KV heads of {SHAPE.head_dim}, blocks of {BLOCK_SIZE}",
+        fontsize=12,
+    )
+    panels = figure.subplots(1, len(CONTEXTS), sharey=True)
+    for column, (axes, length) in enumerate(zip(panels, CONTEXTS, strict=True)):
+        milliseconds = [1e3 * times[name][column].median for name in names]
+        colors = [OURS_COLOR if name in FORMATS else PEER_COLOR for name in names]
+        bars = axes.barh(names, milliseconds, color=colors, height=0.62)
+        labels = [f"{times[name][column].cell()} ms" for name in names]
+        axes.bar_label(bars, labels, padding=4, fontsize=9)
+        axes.set_title(f"{length:,} cached tokens", fontsize=11)
+        axes.margins(x=0.25)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.set_xticks([])
+        axes.tick_params(left=False)
+        if read_rate is not None:
+            for row, name in enumerate(names):
+                limit = 1e3 * length * sizes[name] / read_rate
+                axes.plot([limit, limit], [row - 0.42, row + 0.42], color=LIMIT_COLOR, linewidth=2)
+    panels[0].invert_yaxis()
+    notes = []
+    if read_rate is not None:
+        notes.append(
+            f"red line: this machine's limit, the bytes of the cached tokens at the {read_rate / 1e9:.0f} GB/s that "
+            "it reads from memory; what fits its caches can be faster"
+        )
+    if any(timing.disturbed for timings in times.values() for timing in timings):
+        notes.append(f"* busy machine: repeats differ by more than {BUSY} times")
+    figure.supxlabel("\n".join(notes), fontsize=9, color=LIMIT_COLOR)
+    figure.savefig(path, dpi=130)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.models.decoder import BUNDLED_MODEL, IncrementalDecoder, softmax
+from kvnumba.commands.extras import require_extra
+from kvnumba.models.checkpoint import BUNDLED_MODEL
+from kvnumba.models.llama import IncrementalDecoder
+from kvnumba.models.sampling import sample, softmax
 
 FORMATS = ("float32", "float16", "int8", "int4")
 DEFAULT_PROMPT = Path(statistics.__file__)  # held out of the bundled model's training
@@ -41,6 +43,7 @@ def run(
     model: Path, prompt: Path | None, num_bytes: int, num_new: int, backend: str | None, plot: Path | None
 ) -> None:
     """Read the prompt with a cache in each format, and print the table, the text, and perhaps a picture."""
+    require_extra("demo", "tqdm", *(["matplotlib"] if plot else []))
     decoder = IncrementalDecoder.from_pretrained(model)
     if decoder.config.vocab_size != 256:
         raise ValueError(
@@ -153,9 +156,11 @@ def _measure(
     text = bytearray()
     last = logits[-1]
     start = time.perf_counter()
-    for _ in tqdm(range(num_new), desc=f"{fmt:<8} writes", unit="tok"):
-        text.append(int(last.argmax()))
-        last = decoder.extend(cache, [seq_id], [text[-1:]])[-1]
+    with _progress(num_new, f"{fmt:<8} writes") as bar:
+        for _ in range(num_new):
+            text.append(sample(last))
+            last = decoder.extend(cache, [seq_id], [text[-1:]])[-1]
+            bar.update()
     decode_seconds = time.perf_counter() - start
 
     task, answers = registry_task(np.random.default_rng(0))
@@ -204,11 +209,17 @@ def _read(
     """Logits (len(text), 256) of a text read in chunks behind a progress bar, and the seconds that took."""
     logits: list[Any] = []
     start = time.perf_counter()
-    with tqdm(total=len(text), desc=label, unit="tok") as bar:
+    with _progress(len(text), label) as bar:
         for chunk in decoder.prefill(cache, seq_id, text, chunk_size=CHUNK):
             logits.append(chunk)
             bar.update(len(chunk))
     return np.concatenate(logits), time.perf_counter() - start
+
+
+def _progress(num_tokens: int, label: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=num_tokens, desc=label, unit="tok")
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,36 +1,26 @@
-"""How much memory caches take: arithmetic only, nothing is allocated."""
+"""``python -m kvnumba memory``: how much memory caches take. Arithmetic only, nothing is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kvnumba import arguments
+from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
 from kvnumba.storage import Layout
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The cache's shape in a well-known model."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-PRESETS: dict[str, Preset] = {
-    "llama-2-7b":   Preset(num_layers=32, num_kv_heads=32, head_dim=128),
-    "llama-3-8b":   Preset(num_layers=32, num_kv_heads=8,  head_dim=128),
-    "llama-3-70b":  Preset(num_layers=80, num_kv_heads=8,  head_dim=128),
-    "mistral-7b":   Preset(num_layers=32, num_kv_heads=8,  head_dim=128),
-    "qwen3-8b":     Preset(num_layers=36, num_kv_heads=8,  head_dim=128),
-    "gemma-2-9b":   Preset(num_layers=42, num_kv_heads=8,  head_dim=256),
-}  # fmt: skip
-"""From the models' own config.json. Sliding layers (Gemma 2) are counted as if they kept every token."""
+def run(
+    preset: str, num_layers: int | None, num_kv_heads: int | None, head_dim: int | None, batch: int
+) -> None:
+    """Print how a model's cache grows; a number that is given replaces the preset's."""
+    shape = SHAPES[preset]
+    given = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = shape._replace(**{name: value for name, value in given.items() if value is not None})
+    print(memory_growth_table(shape.num_layers, shape.num_kv_heads, shape.head_dim, batch))
 
 
 def memory_analysis(
@@ -48,15 +38,15 @@ def memory_analysis(
     num_layers, num_heads, head_dim, batch_size, seq_len : int
         `num_heads` counts key/value heads.
     bytes_per_element : float
-        4 for float32, 2 for float16, 0.5 for bare 4-bit codes. Scales are not counted here: see
-        `memory_growth_table` and the caches' own `bytes_per_token`.
+        4 for float32, 2 for float16, 0.5 for 4-bit codes. Scales are not counted here; `memory_growth_table` and
+        `Layout.memory_bytes` count them.
 
     Returns
     -------
     dict
         ``per_token_per_layer_B``, ``per_layer_bytes``, ``per_layer_MB``, ``total_bytes``, ``total_MB``,
-        ``total_GB`` and ``params``, the arguments; MB is 1e6 and GB 1e9 bytes, all batch elements counted
-        but in the first.
+        ``total_GB`` and ``params``, the arguments. MB is 1e6 and GB 1e9 bytes. The first counts one batch element,
+        the others all of them.
     """
     params = {
         "num_layers": arguments.integer("num_layers", num_layers, minimum=1),
@@ -103,11 +93,10 @@ def memory_growth_table(
     head_dim = arguments.integer("head_dim", head_dim, minimum=1)
     batch_size = arguments.integer("batch_size", batch_size, minimum=1)
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
-    per_token = {}
-    for name, fmt in FORMATS.items():
-        per_token[name] = Layout.of(
-            1, 1, num_heads, head_dim, fmt.name, num_layers=num_layers
-        ).bytes_per_token()
+    per_token = {
+        name: Layout.of(1, 1, num_heads, head_dim, name, num_layers=num_layers).bytes_per_token()
+        for name in FORMATS
+    }
     header = f"{'tokens':>10}" + "".join(f"{name:>12}" for name in per_token)
     lines = [
         f"KV cache: {num_layers} layers, {num_heads} KV heads of {head_dim}, batch {batch_size}",

@@ -13,7 +13,8 @@ import numpy as np
 from kvnumba import arguments
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.errors import CacheFull
-from kvnumba.models.decoder import IncrementalDecoder, sample
+from kvnumba.models.llama import IncrementalDecoder
+from kvnumba.models.sampling import sample
 
 logger = logging.getLogger("kvnumba")
 

@@ -13,6 +13,9 @@ import numpy as np
 
 from kvnumba.formats import bfloat16_to_float
 
+BUNDLED_MODEL = Path(__file__).parent / "data"
+"""The folder of the small byte-level model that comes with the package."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64":  np.dtype("<f8"),
     "F32":  np.dtype("<f4"),

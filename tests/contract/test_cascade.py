@@ -10,7 +10,6 @@ from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.backends.registry import get_backend
 from kvnumba.storage import Batch, Layout
 
-
 LIMITS = CascadeLimits(tile_rows=64, min_rows=8, min_bytes=1 << 25)
 
 

@@ -185,3 +185,84 @@ class TestLayers:
         cache.update(k, k, layer=1)
         cache.update(k, k, layer=2)
         assert cache.seq_lens == [4]
+
+
+class TestElements:
+    """Batch elements are shortened, copied, saved and loaded, each on its own."""
+
+    @pytest.fixture
+    def cache(self, backend, fmt, normal):
+        cache = kvnumba.KVCache(3, 12, 2, 8, fmt, num_layers=2, backend=backend)
+        for layer in range(2):
+            cache.update(normal(3, 2, 5, 8), normal(3, 2, 5, 8), layer=layer)
+        return cache
+
+    def test_truncate(self, cache, normal):
+        kept = cache.get_kv(1, layer=1)[0]
+        cache.truncate(1, 2)
+        assert cache.seq_lens == [5, 2, 5]
+        np.testing.assert_array_equal(cache.get_kv(1, layer=1)[0], kept[:, :2])
+        cache.update(normal(3, 2, 1, 8), normal(3, 2, 1, 8))  # a pass that breaks off
+        cache.truncate(0, 5)
+        assert cache.seq_lens == [5, 2, 5]
+        with pytest.raises(ValueError, match="next is layer 0; got 1"):
+            cache.update(normal(3, 2, 1, 8), normal(3, 2, 1, 8), layer=1)
+        with pytest.raises(ValueError, match="length: expected at most the element's 2 tokens; got 3"):
+            cache.truncate(1, 3)
+        with pytest.raises(ValueError, match="batch_idx: expected 0 to 2; got 3"):
+            cache.truncate(3, 0)
+
+    def test_fork(self, cache, normal):
+        cache.truncate(2, 3)
+        want = [cache.get_kv(2, layer=layer) for layer in range(2)]
+        cache.fork(2, into=0)
+        assert cache.seq_lens == [3, 5, 3]
+        for layer in range(2):
+            for have, expected in zip(cache.get_kv(0, layer=layer), want[layer], strict=True):
+                np.testing.assert_array_equal(have, expected)
+            cache.update(normal(3, 2, 1, 8), normal(3, 2, 1, 8), layer=layer)  # each goes its own way
+        assert (cache.get_kv(0)[0][:, :3] == cache.get_kv(2)[0][:, :3]).all()
+        assert (cache.get_kv(0)[0][:, 3] != cache.get_kv(2)[0][:, 3]).any()
+        with pytest.raises(ValueError, match="into: expected 0 to 2; got 3"):
+            cache.fork(0, 3)
+
+    def test_save_and_load(self, cache, backend, fmt, tmp_path):
+        cache.truncate(1, 0)
+        cache.truncate(2, 3)
+        cache.save(tmp_path / "a.kv", fingerprint="a model")
+        assert [file.name for file in tmp_path.iterdir()] == ["a.kv"]
+        other = kvnumba.KVCache(3, 5, 2, 8, fmt, num_layers=2, backend=backend)  # of another length
+        with pytest.raises(ValueError, match="fingerprint: expected ''; the file has 'a model'"):
+            other.load(tmp_path / "a.kv")
+        assert other.seq_lens == [0, 0, 0]
+        other.load(tmp_path / "a.kv", fingerprint="a model")
+        assert other.seq_lens == [5, 0, 3]
+        for layer in range(2):
+            for b in range(3):
+                for have, want in zip(
+                    other.get_kv(b, layer=layer), cache.get_kv(b, layer=layer), strict=True
+                ):
+                    np.testing.assert_array_equal(have, want)
+        short = kvnumba.KVCache(3, 4, 2, 8, fmt, num_layers=2, backend=backend)
+        with pytest.raises(kvnumba.CacheFull, match="element of 5 tokens, more than max_seq_len=4"):
+            short.load(tmp_path / "a.kv", fingerprint="a model")
+        fewer = kvnumba.KVCache(2, 12, 2, 8, fmt, num_layers=2, backend=backend)
+        with pytest.raises(ValueError, match="batch_size: expected 2; the file has 3"):
+            fewer.load(tmp_path / "a.kv", fingerprint="a model")
+        data = bytearray((tmp_path / "a.kv").read_bytes())
+        data[-9] ^= 1
+        (tmp_path / "b.kv").write_bytes(data)
+        with pytest.raises(ValueError, match="its blocks are damaged"):
+            other.load(tmp_path / "b.kv", fingerprint="a model")
+        assert other.seq_lens == [5, 0, 3]
+
+
+def test_another_caches_file_is_refused(backend, normal, tmp_path):
+    cache = kvnumba.KVCache(1, 4, 2, 8, backend=backend)
+    cache.save(tmp_path / "a.kv")
+    paged = kvnumba.PagedKVCache(4, 4, 2, 8, 1, backend=backend)
+    with pytest.raises(ValueError, match="block_size: expected 4; the file has None"):
+        paged.load(tmp_path / "a.kv")
+    paged.save(tmp_path / "b.kv")
+    with pytest.raises(ValueError, match="batch_size: expected 1; the file has None"):
+        cache.load(tmp_path / "b.kv")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba.models.decoder import LlamaConfig, sample, softmax
+from kvnumba import sample
+from kvnumba.models.config import LlamaConfig
+from kvnumba.models.sampling import softmax
 
 TEXT = inspect.getsource(argparse).encode()[:600]  # held out of the model's training
 
@@ -101,13 +103,23 @@ def test_forward_step_with_contiguous_caches(decoder, tokens, reference, backend
         np.testing.assert_allclose(logits, np.stack([reference[t]] * 2), rtol=0, atol=1e-4)
 
 
+DIVERGENCES = {
+    "float32": 1e-9,
+    "float16": 1e-5,
+    "bfloat16": 1e-3,
+    "fp8_e4m3": 1e-2,
+    "int8": 1e-3,
+    "int4": 0.5,
+}
+
+
 def test_formats_cost_little(decoder, tokens, reference, backend, fmt):
     """Quantised caches change the model's predictions by as much as their precision warrants."""
     cache = decoder.make_cache(len(tokens), dtype=fmt, backend=backend)
     logits = decoder.extend(cache, [cache.add_sequence()], [tokens])
     p, q = softmax(reference), softmax(logits)
     divergence = (p * (np.log(p) - np.log(q))).sum(-1).mean()
-    assert divergence < {"float32": 1e-9, "float16": 1e-5, "bfloat16": 1e-3, "int8": 1e-3, "int4": 0.5}[fmt]
+    assert divergence < DIVERGENCES[fmt]
 
 
 def test_generate(decoder, tokens, backend):
@@ -137,7 +149,33 @@ def test_sampling_follows_the_softmax(rng):
     np.testing.assert_allclose(counts, [0.1, 0.6, 0.3], atol=0.04)
     cold = [sample(logits, 0.05, rng) for _ in range(100)]
     assert set(cold) == {1}
-    assert sample(logits, 0, rng) == 1
+    assert sample(logits, 0, rng) == sample(logits) == sample(logits, 1e-300, rng) == 1
+    assert sample(logits.astype(np.float16), 1.0) in (0, 1, 2)
+
+
+def test_a_token_without_a_chance_is_never_sampled(rng):
+    logits = np.array([0, -np.inf, 0, -np.inf], np.float32)
+    assert {sample(logits, 2.0, rng) for _ in range(200)} == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([[0.0, 1.0]],), ValueError, r"logits: expected shape \(vocab_size\); got \(1, 2\)"),
+        (([1, 2],), TypeError, "logits: expected float32, float16, float64 or bfloat16 .*; got int64"),
+        (([],), ValueError, "logits: expected finite numbers"),
+        (([0.0, np.nan],), ValueError, "logits: expected finite numbers, .*; the largest is nan"),
+        (([0.0, np.inf], 1.0), ValueError, "logits: expected finite numbers, .*; the largest is inf"),
+        (([-np.inf, -np.inf], 1.0), ValueError, "logits: expected finite numbers, .*; the largest is -inf"),
+        (([0.0], -1.0), ValueError, "temperature: expected 0 or more; got -1.0"),
+        (([0.0], np.nan), ValueError, "temperature: expected a finite number; got nan"),
+        (([0.0], "hot"), TypeError, "temperature: expected a number; got str 'hot'"),
+        (([0.0], 1.0, 7), TypeError, "rng: expected a numpy.random.Generator; got int"),
+    ],
+)
+def test_sampling_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sample(*arguments)
 
 
 def test_generation_ends_with_the_text(backend):
@@ -224,7 +262,7 @@ BAD_CALLS = {
     "temperature": (
         lambda d: d.generate(b"a", 5, temperature=-1),
         ValueError,
-        "temperature: expected 0 or more",
+        "temperature: expected 0 or more; got -1.0",
     ),
     "format": (lambda d: d.generate(b"a", 5, dtype="int2"), ValueError, "dtype: expected one of"),
     "layers": (lambda d: d.forward_step([[1]], []), ValueError, "caches: expected 4 layers; got none"),

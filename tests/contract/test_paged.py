@@ -221,7 +221,7 @@ class TestStep:
         seq_id = cache.add_sequence()
         step = cache.step([seq_id], [5])
         k, q = normal(5, 2, 8), normal(5, 2, 8)
-        with pytest.raises(ValueError, match="layer 0 of this step has not been written yet"):
+        with pytest.raises(ValueError, match="layer: the new tokens of layer 0 have not been written yet"):
             step.attend(q)
         step.write(k, k, layer=0)
         step.attend(q, layer=0)
@@ -230,7 +230,7 @@ class TestStep:
             step.write(k, k, layer=0)
         step.write(k, k, layer=1)
         assert cache.seq_lens[seq_id] == 5
-        with pytest.raises(ValueError, match="next is none, the step is complete; got 1"):
+        with pytest.raises(ValueError, match="next is none, the pass is complete; got 1"):
             step.write(k, k, layer=1)
         assert np.isfinite(step.attend(q, layer=1)).all()
 
@@ -240,7 +240,9 @@ class TestStep:
         k, v = normal(2, 20, 2, 8), normal(2, 20, 2, 8)  # of either sequence
         for first, last in ((0, 13), (13, 15)):
             step = cache.step(ids, [last - first] * 2)
-            with pytest.raises(ValueError, match="layer: layer 0 of this step has not been written yet"):
+            with pytest.raises(
+                ValueError, match="layer: the new tokens of layer 0 have not been written yet"
+            ):
                 step.get_kv()
             new_k, new_v = (x[:, first:last].reshape(-1, 2, 8) for x in (k, v))
             for layer in range(2):
@@ -297,3 +299,30 @@ class TestStep:
         step = cache.step([], [])
         step.write(normal(0, 1, 8), normal(0, 1, 8))
         assert step.attend(normal(0, 2, 8)).shape == (0, 2, 8)
+
+
+def test_positions_of_a_step(backend):
+    cache = kvnumba.PagedKVCache(20, 4, 1, 4, 3, backend=backend)
+    ids = [cache.add_sequence() for _ in range(3)]
+    x = np.ones((9, 1, 4), np.float32)
+    step = cache.step(ids, [5, 0, 4])
+    assert step.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    step.write(x, x)
+    step = cache.step(ids[::-1], [1, 2, 3])
+    assert step.positions.tolist() == [4, 0, 1, 5, 6, 7]
+    assert step.positions.dtype == np.int32
+    assert cache.step(ids[:1], [0]).positions.tolist() == []
+
+
+def test_lengths_cannot_be_set(backend):
+    """A copy that could be changed would swallow the change."""
+    cache = kvnumba.PagedKVCache(4, 4, 1, 4, 1, backend=backend)
+    seq_id = cache.add_sequence()
+    x = np.ones((1, 3, 4), np.float32)
+    cache.update(seq_id, x, x)
+    with pytest.raises(TypeError):
+        cache.seq_lens[seq_id] = 1
+    assert cache.seq_lens == {seq_id: 3}
+    assert cache.seq_len(seq_id) == 3
+    with pytest.raises(ValueError, match="sequence 7 is unknown"):
+        cache.seq_len(7)

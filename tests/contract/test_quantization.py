@@ -148,3 +148,14 @@ BAD_CALLS = {
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=message):
         call(np.ones((2, 8), np.float32))
+
+
+@pytest.mark.parametrize("bits", [8.0, 4.0, 5, "8", None])
+def test_bits_are_8_or_4_and_an_integer(backend, bits, normal):
+    for call in (
+        lambda: kvnumba.quantize(normal(2, 8), bits, backend=backend),
+        lambda: kvnumba.dequantize(*kvnumba.quantize(normal(2, 8), backend=backend), bits, backend=backend),
+        lambda: kvnumba.QuantizedKVCache(1, 4, 1, 8, bits, backend=backend),
+    ):
+        with pytest.raises((TypeError, ValueError), match="^bits: expected"):
+            call()

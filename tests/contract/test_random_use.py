@@ -430,7 +430,9 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    "formats", [("float32", "float32"), ("int8", "int4"), ("bfloat16", "int8")], ids="-".join
+    "formats",
+    [("float32", "float32"), ("int8", "int4"), ("bfloat16", "int8"), ("fp8_e4m3", "float16")],
+    ids="-".join,
 )
 def test_random_use(backend, formats):
     def machine():

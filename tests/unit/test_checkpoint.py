@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba.models.checkpoint import Tensors
-from kvnumba.models.decoder import BUNDLED_MODEL, LlamaConfig
+from kvnumba.models.checkpoint import BUNDLED_MODEL, Tensors
+from kvnumba.models.config import LlamaConfig
 
 CONFIG = {
     "model_type": "llama",

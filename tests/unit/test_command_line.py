@@ -5,6 +5,7 @@ import re
 import pytest
 
 from kvnumba import __main__ as command_line
+from kvnumba.commands.timing import Timing, in_turns
 from kvnumba.formats import FORMATS
 
 DEMO = ["demo", "--bytes", "60", "--new", "3", "--backend", "numpy"]
@@ -38,6 +39,11 @@ def test_memory(capsys):
     assert "int4" in out
 
 
+def test_memory_of_another_shape(capsys):
+    command_line.main(["memory", "--preset", "llama-3-8b", "--kv-heads", "4", "--head-dim", "64"])
+    assert "KV cache: 32 layers, 4 KV heads of 64, batch 1" in capsys.readouterr().out
+
+
 def test_memory_refuses(capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.main(["memory", "--head-dim", "7"])
@@ -49,7 +55,7 @@ def test_memory_refuses(capsys):
 
 
 def test_a_missing_extra_is_one_line(monkeypatch):
-    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         command_line.main(["demo"])
     assert stop.value.code == "kvnumba demo needs tqdm: pip install 'kvnumba[demo]'"
@@ -106,9 +112,41 @@ class TestDemo:
         assert "is empty" in capsys.readouterr().err
 
 
-def test_bench(capsys, monkeypatch):
-    monkeypatch.setattr("kvnumba.commands.bench.CONTEXTS", (128, 256))
-    monkeypatch.setattr("kvnumba.commands.bench.torch_peers", dict)
-    command_line.main(["bench", "--backend", "numpy"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if re.match(r"(float|bfloat|int)\d+ ", line)] == list(FORMATS)
+class TestBench:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr("kvnumba.commands.bench.CONTEXTS", (128, 256))
+        monkeypatch.setattr("kvnumba.commands.bench.torch_peers", dict)
+
+    def test_a_row_for_each_format(self, capsys):
+        command_line.main(["bench", "--backend", "numpy"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [name for line in lines for name in line.split()[:1] if name in FORMATS] == list(FORMATS)
+
+    @pytest.mark.parametrize(("slowest", "busy"), [(10e-3, True), (1.4e-3, False)])
+    def test_repeats_that_differ(self, capsys, monkeypatch, slowest, busy):
+        timing = Timing(median=1.2e-3, fastest=1e-3, slowest=slowest)
+        monkeypatch.setattr("kvnumba.commands.bench.repeated", lambda call: timing)
+        command_line.main(["bench", "--backend", "numpy"])
+        out = capsys.readouterr().out
+        assert ("busy machine" in out) == busy
+        assert ("took 1.2 ms (between 1 and 10)" in out) == busy
+        assert out.count(")*") == (12 if busy else 0)
+
+    def test_plot(self, capsys, monkeypatch, tmp_path):
+        pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+        command_line.main(["bench", "--backend", "numpy", "--plot", str(tmp_path / "table.png")])
+        assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_take_turns():
+    order = []
+    found = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3, before=order.append)
+    assert order == list("aabb" * 4)
+    assert list(found) == ["a", "b"]
+    assert all(0 < t.fastest <= t.median <= t.slowest for t in found.values())
+
+
+def test_a_disturbed_timing():
+    assert Timing(1.0, 0.8, 1.3).disturbed
+    assert not Timing(1.0, 0.9, 1.3).disturbed

@@ -1,9 +1,9 @@
-"""memory_analysis, memory_growth_table and the presets."""
+"""memory_analysis, memory_growth_table and the table of shapes."""
 
 import pytest
 
 import kvnumba
-from kvnumba.commands.memory import PRESETS
+from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
 
 
@@ -49,7 +49,7 @@ def test_the_table_counts_what_caches_take():
     sizes = dict(
         zip(
             columns,
-            [float(row[i]) * {"MB": 1e6, "kB": 1e3}[row[i + 1]] for i in range(0, 10, 2)],
+            [float(row[i]) * {"MB": 1e6, "kB": 1e3}[row[i + 1]] for i in range(0, len(row), 2)],
             strict=True,
         )
     )
@@ -66,11 +66,13 @@ def test_the_defaults_are_the_seeds():
     assert lines[-2].split()[0] == "65,536"
 
 
-def test_presets():
-    llama = PRESETS["llama-3-8b"]
-    assert (
-        2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim == 131072
-    )  # 128 KiB a token in float16
+def test_shapes():
+    llama = SHAPES["llama-3-8b"]
+    layout = kvnumba.Layout.of(
+        1, 1, llama.num_kv_heads, llama.head_dim, "float16", num_layers=llama.num_layers
+    )
+    assert layout.bytes_per_token() == 131072  # 128 KiB
+    assert all(shape.num_qo_heads % shape.num_kv_heads == 0 for shape in SHAPES.values())
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "head_dim", "batch_size"])

@@ -120,3 +120,17 @@ def test_auto_on_the_host(monkeypatch):
     assert registry.get_backend("auto").name == "cuda"
     assert registry.get_backend("auto", on_host=True).name == "cpu"
     assert registry.get_backend("cuda", on_host=True).name == "cuda"
+
+
+def test_one_object_serves_several_blocks():
+    choice = kvnumba.use_backend("numpy")
+    with choice:
+        assert made() == "numpy"
+    with kvnumba.use_backend("auto"):
+        for _ in range(2):
+            with choice:
+                assert registry.chosen_name() == "numpy"
+                with choice:
+                    assert registry.chosen_name() == "numpy"
+                assert registry.chosen_name() == "numpy"
+            assert registry.chosen_name() == "auto"
