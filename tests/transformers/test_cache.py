@@ -14,7 +14,7 @@ from kvnumba.caches.step import Step  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, versions  # noqa: E402
 from kvnumba.integrations.transformers.deferred import Deferred  # noqa: E402
 from kvnumba.integrations.transformers.masks import DeferredMask, attention_mask  # noqa: E402
-from kvnumba.models.decoder import BUNDLED_MODEL  # noqa: E402
+from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
 
