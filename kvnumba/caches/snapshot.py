@@ -7,8 +7,11 @@ header, JSON; the blocks as they are stored, each whole, in the header's order; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
+import secrets
 import struct
 import sys
 import tempfile
@@ -25,10 +28,14 @@ from kvnumba.blocks.prefix import TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.errors import CacheFull
 from kvnumba.storage import Buffers, Encoded, Layout, array_specs
 
+if sys.platform != "win32":
+    import fcntl
+
 MAGIC = b"kvnumba\x00"
 VERSION = 1
 PREAMBLE = struct.Struct("<8sQI")
 CHECKSUM = struct.Struct("<I")
+UNFINISHED = ".tmp"  # how the name of a file ends that is not whole yet
 CHUNK = 64  # blocks that are read from or written to a cache at once
 
 
@@ -113,7 +120,7 @@ def load_elements(path: Path, backend: Backend, buffers: Buffers, fingerprint: s
 
 def _write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> None:
     text = json.dumps(header).encode()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(PREAMBLE.pack(MAGIC, len(text), zlib.crc32(text)))
         file.write(text)
         checksum = 0
@@ -284,18 +291,32 @@ def _from_blocks(data: np.ndarray, layout: Layout) -> list[np.ndarray]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written and on the disk, and is removed otherwise."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` once it is whole and on the disk.
+
+    If writing fails, or the process is killed, `path` is what it was. On Linux the file has no name while it is being
+    written, so the system removes it with the process. Elsewhere it has a temporary name, and what a killed process
+    has left under such a name is removed by the next call for the same path.
+    """
+    clear_unfinished(path.parent, re.escape(path.name))
+    file, name = _open_unfinished(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+            if name is None:
+                # only a rename can take the place of a file that exists, so this one gets a name for a moment
+                name = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
+                # CPython follows the link in /proc, as it must here, only where a folder is given too
+                os.link(f"/proc/self/fd/{file.fileno()}", name, src_dir_fd=0, follow_symlinks=True)
+            if sys.platform == "win32":
+                file.close()  # Windows renames closed files only; elsewhere the lock holds until it is renamed
+            os.replace(name, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        if name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
         raise
     if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk once its folder is
         folder = os.open(path.parent, os.O_DIRECTORY)
@@ -303,3 +324,53 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def clear_unfinished(folder: Path, name: str) -> None:
+    """Remove what killed processes have left of files that they were writing with `replacing`.
+
+    Parameters
+    ----------
+    folder : path
+    name : str
+        A regular expression for the names of the files that were to be replaced. A file that a living process
+        writes stays: it is locked, or, on Windows, cannot be removed while it is open.
+    """
+    pattern = re.compile(rf"\.(?:{name})\.[0-9a-z_]{{8}}{re.escape(UNFINISHED)}")  # as mkstemp makes names
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                with path.open("rb") as file:
+                    if sys.platform != "win32":
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
+                if sys.platform == "win32":
+                    path.unlink()
+
+
+def _open_unfinished(path: Path) -> tuple[BinaryIO, str | None]:
+    """A new file in the folder of a path, locked, and its name; None where it has none."""
+    if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
+        try:
+            descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError as error:  # what kernels and file systems that do not have it answer
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+        else:
+            file = os.fdopen(descriptor, "wb")
+            _lock(file)
+            return file, None
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+        file = os.fdopen(descriptor, "wb")
+        _lock(file)
+        if os.fstat(descriptor).st_nlink:
+            return file, name
+        file.close()  # another process removed it before it was locked
+
+
+def _lock(file: BinaryIO) -> None:
+    """Let `clear_unfinished` see that a process writes this file, until it is closed."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared either
+            fcntl.flock(file, fcntl.LOCK_EX)

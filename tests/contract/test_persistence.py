@@ -1,5 +1,6 @@
 """Sequences in host memory, in swap files, in saved files, and back bit for bit; and what can go wrong."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,20 +262,92 @@ class TestSave:
     def test_a_disk_that_is_full_while_writing(self, make, tmp_path, normal, monkeypatch):
         cache = make()
         self.fill(cache, normal)
-        monkeypatch.setattr(
-            snapshot.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "t"))
-        )
+
+        def full(path):
+            return Path("/dev/full").open("wb"), str(path.with_name("temporary"))
+
+        monkeypatch.setattr(snapshot, "_open_unfinished", full)
         with pytest.raises(OSError, match="No space left"):
             cache.save(tmp_path / "saved")
         assert os.listdir(tmp_path) == []
 
 
+UNFINISHED = ".saved.0a_9b8c7.tmp"
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    others = {
+        ".saved.tmp",
+        ".other.0a_9b8c7.tmp",
+        "saved.0a_9b8c7.tmp",
+        ".saved.0a_9b8c7.tmp.x",
+        ".saved.A.tmp",
+    }
+    for name in (UNFINISHED, *others):
+        (tmp_path / name).write_bytes(b"x")
+    with snapshot.replacing(tmp_path / "saved") as file:
+        file.write(b"new")
+    assert (tmp_path / "saved").read_bytes() == b"new"
+    assert set(os.listdir(tmp_path)) == {"saved", *others}
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def temporary(request, monkeypatch):
+    """How a file is written that is not whole yet: without a name, where the system can do that, or with one."""
+    if request.param == "named":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    elif not hasattr(os, "O_TMPFILE"):
+        pytest.skip("the system has no unnamed files")
+    return request.param
+
+
+class TestReplacing:
+    def test_one_process_leaves_what_another_writes(self, temporary, tmp_path):
+        path = tmp_path / "saved"
+        with snapshot.replacing(path) as first:
+            assert len(os.listdir(tmp_path)) == (temporary == "named")
+            first.write(b"first")
+            with snapshot.replacing(path) as second:
+                second.write(b"second")
+            assert path.read_bytes() == b"second"
+        assert path.read_bytes() == b"first"
+        assert os.listdir(tmp_path) == ["saved"]
+
+    def test_a_failure_leaves_what_was_there(self, temporary, tmp_path):
+        path = tmp_path / "saved"
+        path.write_bytes(b"old")
+        with contextlib.suppress(KeyboardInterrupt), snapshot.replacing(path) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["saved"]
+
+    def test_a_file_system_without_unnamed_files(self, tmp_path, monkeypatch):
+        real = os.open
+
+        def refuse(path, flags, *args):
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return real(path, flags, *args)
+
+        if not hasattr(os, "O_TMPFILE"):
+            pytest.skip("the system has no unnamed files")
+        monkeypatch.setattr(os, "open", refuse)
+        with snapshot.replacing(tmp_path / "saved") as file:
+            file.write(b"new")
+            assert len(os.listdir(tmp_path)) == 1
+        assert os.listdir(tmp_path) == ["saved"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
-def test_a_process_killed_while_saving(backend, tmp_path, normal):
-    """The file is the old one or a new one, whole, whenever the end comes."""
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_a_process_killed_while_saving(backend, unnamed, tmp_path, rng):
+    """The file is the old one or a new one, whole, whenever the end comes; nothing else stays after the next save."""
     path = tmp_path / "saved"
     code = f"""
-import sys, numpy as np, kvnumba
+import os, sys, numpy as np, kvnumba
+if not {unnamed} and hasattr(os, "O_TMPFILE"):
+    del os.O_TMPFILE
 cache = kvnumba.PagedKVCache(300, 16, 2, 32, 1, backend={backend!r})
 seq_id = cache.add_sequence()
 for n in range(1, 10_000):
@@ -282,9 +356,10 @@ for n in range(1, 10_000):
     cache.save({str(path)!r})
     print(n, flush=True)
 """
-    for wait in (0.0, 0.003, 0.011):
+    for wait in (0.0, *rng.uniform(0, 0.02, 3)):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout.readline()
+        assert len(os.listdir(tmp_path)) <= 2, "the first save clears what processes before left"
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -294,3 +369,5 @@ for n in range(1, 10_000):
         length = cache.seq_lens[seq_id]
         assert length >= 4000
         assert (cache.get_kv(seq_id)[0][:, -1] == length - 3999).all()
+    cache.save(path)
+    assert os.listdir(tmp_path) == ["saved"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvnumba
-from kvnumba.models.decoder import BUNDLED_MODEL
+from kvnumba.models.checkpoint import BUNDLED_MODEL
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")

@@ -8,9 +8,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvnumba.integrations.transformers import masks
-from kvnumba.integrations.transformers.cache import NAME, Appended
-from kvnumba.integrations.transformers.masks import CausalMask
-from kvnumba.integrations.transformers.tensors import to_array
+from kvnumba.integrations.transformers.cache import NAME, Appended, DeferredKeys, DeferredValues
+from kvnumba.integrations.transformers.deferred import dense
+from kvnumba.integrations.transformers.masks import CausalMask, DeferredMask
 
 REFUSED = {
     "output_attentions": "weights are never computed as a whole",
@@ -49,11 +49,11 @@ def attention_forward(
     module : Module
         The attention layer; its `is_causal` counts where there is neither a mask nor the argument.
     query : (B, Hq, q, D)
-    key, value : (B, H, q, D), or (B, H, k, D)
-        What `KVNumbaCache.update` returned: the new ones, which carry a handle to the cache. Without the handle
-        they are all there are.
-    attention_mask : (B, k) or (B, 1, q, k), optional
-        What `masks.attention_mask` returned, or a 4-D mask, bool or additive, which is honoured by a dense path.
+    key, value : (B, H, k, D)
+        All that there are. The very pair that `KVNumbaCache.update` returned is never computed: attention reads
+        the cache itself.
+    attention_mask : (B, 1 or Hq, q, k), optional
+        What `masks.attention_mask` returned, or another one, bool or additive, which is honoured by a dense path.
     dropout, scaling, is_causal
         As everywhere in transformers.
     sliding_window : int, optional
@@ -77,30 +77,16 @@ def attention_forward(
     for name, reason in REFUSED.items():
         if options.get(name) not in (None, False):
             raise ValueError(f'{name}: {reason} by "{NAME}"; model.set_attn_implementation("eager") instead')
-    appended: Appended | None = getattr(key, NAME, None)
-    causal = _causal(module, query, key, attention_mask, is_causal, sliding_window)
-    if appended is None:
-        if causal is not None and causal.length not in (None, key.shape[2]):
-            raise ValueError(
-                f"key: expected {causal.length} tokens, or the very tensor that KVNumbaCache.update returned; got "
-                f"{key.shape[2]}. The model changes keys between the two: use another attention implementation"
-            )
-    else:
+    causal = _causal(module, attention_mask, is_causal, sliding_window)
+    if isinstance(key, (DeferredKeys, DeferredValues)) or isinstance(value, (DeferredKeys, DeferredValues)):
         _refuse_training(query, dropout)
-        if causal is not None and position_bias is None and appended.fits(causal):
-            out = appended.attend(
-                query,
-                key,
-                value,
-                causal.padding,
-                sm_scale=scaling,
-                window_left=causal.window_left,
-                logits_soft_cap=softcap or 0.0,
-                sinks=None if s_aux is None else to_array(s_aux.float().cpu()),
-            )
-            return out, None
-        key, value = appended.dense(query)
-    mask = attention_mask if causal is None else causal.dense(query.shape[2], key.shape[2]).to(query.device)
+    appended = _appended(key, value)
+    if appended is not None and causal is not None and position_bias is None and appended.fits(causal):
+        return appended.attend(query, causal, scaling, softcap, s_aux), None
+    key, value, mask = dense(key), dense(value), attention_mask
+    if causal is not None:
+        shape = (query.shape[2], key.shape[2]) if mask is None else mask.shape[2:]
+        mask = causal.dense(*shape).to(query.device)
     dropout = dropout if module.training else 0.0
     return dense_attention(query, key, value, mask, scaling, softcap, s_aux, position_bias, dropout), None
 
@@ -117,6 +103,13 @@ def dense_attention(
     dropout: float,
 ) -> torch.Tensor:
     """Attention in torch over keys (B, H, k, D), with a mask (B, 1 or Hq, q, k), bool or additive: (B, q, Hq, D)."""
+    if mask is not None and not (
+        mask.ndim == 4 and mask.shape[2] in (1, query.shape[2]) and mask.shape[3] == key.shape[2]
+    ):
+        raise ValueError(
+            f"attention_mask: expected shape (B, 1 or Hq, {query.shape[2]}, {key.shape[2]}), with a row for each query "
+            f"and a column for each key; got {tuple(mask.shape)}. Use another attention implementation for this model"
+        )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -125,9 +118,9 @@ def dense_attention(
     if position_bias is not None:
         scores = scores + position_bias
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        scores = scores + mask[..., : key.shape[2]]
+        scores = scores + mask
     if sinks is not None:
         column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
@@ -136,26 +129,24 @@ def dense_attention(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
+def _appended(key: torch.Tensor, value: torch.Tensor) -> Appended | None:
+    """What the latest `update` appended, where these are its keys and values and the model has changed neither."""
+    if type(key) is not DeferredKeys or type(value) is not DeferredValues:
+        return None
+    if key.source is not value.source or key.looked_into or value.looked_into:
+        return None
+    return key.source
+
+
 def _causal(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
+    module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None, sliding_window: int | None
 ) -> CausalMask | None:
-    """The causal mask that is meant; None where a 4-D mask, or the lack of any, says what is seen."""
+    """The causal mask that is meant; None where another mask, or the lack of any, says what is seen."""
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return CausalMask(None, (sliding_window or 0) - 1, None) if causal else None
-    if mask.ndim == 2:
-        plan: CausalMask | None = getattr(mask, NAME, None)
-        if plan is None:
-            raise ValueError(
-                f"attention_mask: expected the very tensor that the mask function returned, or a 4-D mask; got another "
-                f"of shape {tuple(mask.shape)}. The model changes masks: use another attention implementation"
-            )
-        return plan
+    if type(mask) is DeferredMask and not mask.looked_into:
+        return mask.source
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,48 +17,98 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_type
 
 from kvnumba import arguments
 from kvnumba.backends.registry import chosen_name, get_backend
+from kvnumba.caches.snapshot import clear_unfinished, replacing
 from kvnumba.formats import resolve_format
+from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
+from kvnumba.options import arithmetic_name
 
 NAME = "kvnumba"
-"""Of the attention implementation, and of the attribute by which keys carry the handle to their layer."""
+"""Of the attention implementation."""
 
 MANIFEST = "cache.json"
+VERSION = 1
+GROUP_FILE = r"\d+\.[0-9a-f]{32}\.kv"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Appended:
-    """The tokens that one `update` of a layer appended: what their keys carry to the attention function."""
+    """What one `update` appended to a layer: the attention function finds it behind the keys and values.
 
-    def __init__(self, group: LayerGroup, index: int, visible: int) -> None:
+    Parameters
+    ----------
+    group, index
+        The layer.
+    keys, values : (B, H, q, D) and (B, H, q, Dv)
+        The new ones.
+    """
+
+    def __init__(self, group: LayerGroup, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._group = group
         self._index = index
-        self._visible = visible
-        self._length = group.length(index)
+        self._new = keys, values
+        self._forward = group.append(index, keys, values)
+        self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fits(self, mask: CausalMask) -> bool:
-        """Whether `attend` can show what the mask shows; raises where nothing can."""
-        if not self._group.step.is_latest() or self._group.length(self._index) != self._length:
-            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+        """Whether `attend` shows what the mask shows; raises where nothing can."""
+        self._require_latest()
         return self._group.fits(self._index, mask)
 
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding: np.ndarray | None,
-        **options: Any,
+        mask: CausalMask,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, D); 0 where the query is padding."""
-        if padding is not None:
-            self._group.leave_out(self._index, padding, key, value)
-        return self._group.attend(self._index, query, **options)
+        """Attention of queries (B, Hq, q, D), out of the storage: (B, q, Hq, Dv); 0 where the query is padding."""
+        if self._index == 0 and mask.padding is not None:
+            self._group.leave_out(mask.padding, *self._new)
+        return self._group.attend(self._index, query, mask.window_left, sm_scale, soft_cap, sinks)
 
-    def dense(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that the new tokens may see, (B, H, k, D) like a tensor; 0 where padding was left out."""
-        return self._group.dense(self._index, self._visible, like)
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that the new tokens see, in the dtype of the new keys; 0 where padding was."""
+        if self._dense is None:
+            self._require_latest()
+            self._dense = self._group.dense(self._index, self._new[0])
+        return self._dense
+
+    def deferred(self) -> tuple[DeferredKeys, DeferredValues]:
+        """`dense`, computed only if somebody needs it."""
+        keys, values = self._new
+        batch, heads, _, head_dim = keys.shape
+        dtype, device, visible = keys.dtype, keys.device, self._forward.visible
+        return (
+            DeferredKeys((batch, heads, visible, head_dim), dtype, device, self),
+            DeferredValues((batch, heads, visible, values.shape[3]), dtype, device, self),
+        )
+
+    def _require_latest(self) -> None:
+        if self._group.forward is not self._forward or not self._forward.step.is_latest():
+            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
+
+
+class DeferredKeys(Deferred):
+    """All keys that the new tokens of a layer see, (B, H, k, D)."""
+
+    source: Appended
+
+    def compute(self) -> torch.Tensor:
+        """The keys, read from the storage."""
+        return self.source.dense()[0]
+
+
+class DeferredValues(Deferred):
+    """All values that the new tokens of a layer see, (B, H, k, Dv)."""
+
+    source: Appended
+
+    def compute(self) -> torch.Tensor:
+        """The values, read from the storage."""
+        return self.source.dense()[1]
 
 
 class KVNumbaLayer(CacheLayerMixin):
@@ -99,24 +149,19 @@ class KVNumbaLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append tokens (B, H, q, D).
+        """Append tokens, keys (B, H, q, D) and values (B, H, q, Dv).
 
         Returns
         -------
-        keys, values : (B, H, q, D), or (B, H, k, D)
-            With the attention implementation "kvnumba" the tensors as they came, with a handle for the attention
-            function. With any other all that the new tokens may see, dense, in the dtype of the new ones.
+        keys, values : (B, H, k, D) and (B, H, k, Dv)
+            All that the new tokens see, in the dtype of the new ones: `Deferred` with the attention
+            implementation "kvnumba", dense with any other.
         """
-        visible, _ = self.get_mask_sizes(key_states.shape[2])
-        self.group.append(self.index, key_states, value_states)
-        appended = Appended(self.group, self.index, visible)
-        if self._config._attn_implementation == NAME:
-            setattr(key_states, NAME, appended)
-            return key_states, value_states
-        return appended.dense(key_states)
+        appended = Appended(self.group, self.index, key_states, value_states)
+        return appended.deferred() if self._config._attn_implementation == NAME else appended.dense()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that `update` is going to return where it returns dense ones, and the position of the first."""
+        """How many keys an `update` of so many tokens is going to return, and the position of the first."""
         length = self.get_seq_length()
         earlier = length if self.sliding_window is None else min(length, self.sliding_window - 1)
         return earlier + query_length, length - earlier
@@ -152,7 +197,7 @@ class KVNumbaCache(Cache):
     ----------
     config : PreTrainedConfig
         ``model.config`` itself: the cache reads which attention implementation is set.
-    key_format, value_format : {"float32", "float16", "bfloat16", "int8", "int4"}, optional
+    key_format, value_format : {"float32", "float16", "bfloat16", "fp8_e4m3", "int8", "int4"}, optional
         Default: the model's dtype.
     group_size : int, optional
         Elements along head_dim that share a scale in int8 and int4. Default: all.
@@ -184,7 +229,7 @@ class KVNumbaCache(Cache):
                 resolve_format(argument, fmt)
         if group_size is not None:
             arguments.integer("group_size", group_size, minimum=1)
-        arithmetic = arguments.arithmetic_name(arithmetic)
+        arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
         self._settings = Settings(key_format, value_format, group_size, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)
@@ -241,9 +286,9 @@ class KVNumbaCache(Cache):
         for group in self._groups.values():
             group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
 
-    def memory_bytes(self) -> int:
-        """Bytes of the blocks that are in use, scales and zero points included."""
-        return sum(group.memory_bytes() for group in self._groups.values())
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that hold tokens, scales and zero points included."""
+        return sum(group.used_bytes() for group in self._groups.values())
 
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the cache to a folder, which is made where it does not exist.
@@ -263,26 +308,25 @@ class KVNumbaCache(Cache):
         for n, group in enumerate(self._groups.values()):
             if group.running:
                 raise ValueError("save: a forward pass did not reach the last layer; crop(0) forgets it")
-            entry: dict[str, Any] = {"ids": group.ids, "length": group.committed}
+            entry: dict[str, Any] = {"ids": group.ids, "length": group.complete_length}
             if group.started:
                 entry.update(
                     file=f"{n}.{token}.kv",
                     num_kv_heads=group.pool.num_kv_heads,
                     head_dim=group.pool.head_dim,
+                    value_head_dim=group.pool.value_head_dim,
                     dtypes=[group.pool.key_format, group.pool.value_format],
                     padding=group.padding.tolist(),
                 )
                 group.pool.save(path / entry["file"], fingerprint=fingerprint)
             groups.append(entry)
-        with tempfile.NamedTemporaryFile("w", dir=path, prefix=".cache.", delete=False) as file:
-            json.dump({"version": 1, "groups": groups}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path / MANIFEST)
+        with replacing(path / MANIFEST) as file:
+            file.write(json.dumps({"version": VERSION, "groups": groups}).encode())
         named = {entry.get("file") for entry in groups}
-        for old in path.glob("*.kv"):
-            if old.name not in named:
+        for old in path.iterdir():
+            if re.fullmatch(GROUP_FILE, old.name) and old.name not in named:
                 old.unlink()
+        clear_unfinished(path, GROUP_FILE)
 
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Take what `save` wrote in the place of what the cache holds; if it fails, that stays.
@@ -297,9 +341,12 @@ class KVNumbaCache(Cache):
         """
         path = Path(folder)
         try:
-            groups = json.loads((path / MANIFEST).read_text())["groups"]
+            manifest = json.loads((path / MANIFEST).read_text())
+            version, groups = manifest["version"], manifest["groups"]
         except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{path / MANIFEST}: damaged, or not written by KVNumbaCache.save") from error
+        if version != VERSION:
+            raise ValueError(f"{path / MANIFEST}: version: expected {VERSION}; the file has {version!r}")
         if len(groups) != len(self._groups):
             raise ValueError(f"{path}: expected {len(self._groups)} kinds of layers; it has {len(groups)}")
         loaded = [
@@ -310,9 +357,8 @@ class KVNumbaCache(Cache):
             group.clear()
             if new.started:
                 group.adopt(new.pool)
-                group.ids.extend(new.ids)
+                group.restore(new.ids, new.complete_length, new.padding)
                 new.ids.clear()  # they are this group's to finish
-                group.committed, group.padding = new.committed, new.padding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
         twin = KVNumbaCache.__new__(KVNumbaCache)
@@ -327,7 +373,7 @@ class KVNumbaCache(Cache):
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
             f"keys {settings.key_format or 'as given'}, values {settings.value_format or 'as given'}, "
-            f"{(used or [settings.backend])[0]}, {self.memory_bytes() / 1e6:.1f} MB)"
+            f"{(used or [settings.backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
 
 
@@ -351,15 +397,16 @@ def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprin
     new = LayerGroup(group.settings, group.num_layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
-    dtype = getattr(torch, entry["dtypes"][0], torch.float32)
-    shape, backend = (
-        (entry["num_kv_heads"], entry["head_dim"]),
-        get_backend(group.settings.backend, on_host=True),
+    head_dims = (entry["head_dim"], entry.get("value_head_dim", entry["head_dim"]))  # once there was only one
+    backend = get_backend(group.settings.backend, on_host=True)
+    new.adopt(
+        group.settings.allocate(
+            entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), group.num_layers, group.share, backend
+        )
     )
-    new.adopt(group.settings.allocate(*shape, dtype, group.num_layers, group.share, backend))
     ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
-    new.ids.extend(ids.pop(seq_id) for seq_id in entry["ids"])
+    own = [ids.pop(seq_id) for seq_id in entry["ids"]]
     for seq_id in ids.values():  # of copies of the cache
         new.pool.finish_sequence(seq_id)
-    new.committed, new.padding = entry["length"], np.array(entry["padding"], np.int64)
+    new.restore(own, entry["length"], np.array(entry["padding"], np.int64))
     return new

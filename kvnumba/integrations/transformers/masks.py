@@ -1,4 +1,4 @@
-"""The mask function: plain causal and sliding masks stay 2-D, everything else becomes a 4-D bool mask."""
+"""The mask function: plain causal and sliding masks are not computed, everything else becomes a 4-D bool mask."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from kvnumba.integrations.transformers.deferred import Deferred
+
 
 @dataclass(frozen=True)
 class CausalMask:
-    """What a 2-D mask says: a query at position i sees keys j with ``max(i - window_left, padding) <= j <= i``.
+    """A query at position i sees the keys j with ``max(i - window_left, padding) <= j <= i``.
 
     Attributes
     ----------
@@ -47,6 +49,17 @@ class CausalMask:
         return torch.from_numpy(seen)
 
 
+class DeferredMask(Deferred):
+    """A `CausalMask` of the last queries and keys, (B, 1, queries, keys) bool."""
+
+    source: CausalMask
+
+    def compute(self) -> torch.Tensor:
+        """The mask, element by element."""
+        seen = self.source.dense(self.shape[2], self.shape[3])
+        return seen.expand(self.shape).to(self.device)
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -61,21 +74,18 @@ def attention_mask(
 
     Returns
     -------
-    mask : (B, kv_offset + kv_length) bool, or (B, 1, q_length, kv_length) bool
-        2-D, with a `CausalMask` as its attribute ``kvnumba``, where queries see all keys before them, or those
-        in a sliding window, but for padding on the left. 4-D for any other pattern.
+    mask : (B, 1, q_length, kv_length) bool
+        A `DeferredMask` where queries see all keys up to their own, or those in a sliding window, but for padding
+        on the left.
     """
     length = kv_offset + kv_length
     window_left = _window_left(mask_function)
     if window_left is not None and not options.get("use_vmap") and q_offset + q_length == length:
         padding, known = _left_padding(attention_mask, length)
         if known:
-            device = options.get("device", "cpu")
-            mask = torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch_size, length)
-            if attention_mask is not None:
-                mask = attention_mask[:, :length]
-            mask.kvnumba = CausalMask(length, window_left, padding)
-            return mask
+            shape = (batch_size, 1, q_length, kv_length)
+            device = torch.device(options.get("device", "cpu"))
+            return DeferredMask(shape, torch.bool, device, CausalMask(length, window_left, padding))
     options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options

@@ -1,17 +1,15 @@
 """What layers of one kind share: a pool of blocks, the sequences in it, and the forward pass that is running.
 
-The cache grows as it fills. A pool's arrays are as long as if the whole machine were to be filled with the cache,
-which costs address space only: the operating system gives memory to the pages that are written. So there is no
-maximum to declare, nothing is ever moved, and attention finds all tokens of a sequence in one array. Segments
-that are added one by one and merged by lse would need a kernel for queries that are not causal, and a position
-in every segment for windows. A GPU's memory is taken when it is reserved: there the pools begin with half of what is
-free, and the other half is left to the model.
+There is no maximum length to declare: a pool is made as large as the memory of the machine. That costs nothing until it
+is used, because the operating system gives memory only to the pages that are written. So a cache grows without being
+moved, and attention finds all tokens of a sequence in one array. A GPU, however, gives all of a pool's memory at once:
+there the pools take half of what is free when the first token comes, and leave the other half to the model.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,18 +20,22 @@ from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.masks import CausalMask
-from kvnumba.integrations.transformers.tensors import to_array, to_torch
+from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
+from kvnumba.options import Scoring
+from kvnumba.storage import Layout
 
 BLOCK_SIZE = 128
 MAX_NUM_SEQS = 1024
-"""Rows of a pool's tables: sequences of a batch, beams among them, and of copies of the cache."""
-RESERVED_ON_GPU = 0.5
+"""Sequences that a pool can hold: those of a batch, its beams, and those of copies of the cache."""
+SHARE_OF_GPU = 0.5
 """Of the memory that is free when the first token comes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose; formats and arithmetic of None follow the model's dtype, the backend "auto" its device."""
+    """What the user chose. A format of None is the dtype of the model's keys and values, the backend "auto" follows
+    the device that they are on.
+    """
 
     key_format: str | None
     value_format: str | None
@@ -44,58 +46,95 @@ class Settings:
     def allocate(
         self,
         num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
+        head_dims: tuple[int, int],
+        defaults: tuple[str, str],
         num_layers: int,
         share: float,
         backend: Backend,
     ) -> PagedKVCache:
-        """A pool of blocks of several layers: address space for a share of the memory there is."""
-        default = str(dtype).removeprefix("torch.")
+        """A pool for several layers.
 
-        def pool(num_blocks: int, block_size: int, max_num_seqs: int) -> PagedKVCache:
-            return PagedKVCache(
-                num_blocks,
-                block_size,
-                num_kv_heads,
-                head_dim,
-                max_num_seqs,
-                default if default in ("float16", "bfloat16") else "float32",
-                key_format=self.key_format,
-                value_format=self.value_format,
-                group_size=self.group_size,
-                num_layers=num_layers,
-                backend=backend.name,
-            )
-
-        block_bytes = BLOCK_SIZE * pool(1, 1, 1).bytes_per_token()
+        Parameters
+        ----------
+        num_kv_heads : int
+        head_dims, defaults
+            Of keys and values: elements, and the format where the user chose none.
+        num_layers : int
+        share : float
+            How much of the memory there is the pool may fill.
+        backend : Backend
+        """
+        key_format, value_format = self.key_format or defaults[0], self.value_format or defaults[1]
+        layout = Layout.of(
+            1,
+            BLOCK_SIZE,
+            num_kv_heads,
+            head_dims[0],
+            key_format,
+            value_format=value_format,
+            value_head_dim=head_dims[1],
+            group_size=self.group_size,
+            num_layers=num_layers,
+        )
         if backend.device is not None:
-            share *= RESERVED_ON_GPU
-        num_blocks = max(1, int(backend.memory_bytes() * share) // block_bytes)
+            share *= SHARE_OF_GPU
+        num_blocks = max(1, int(backend.memory_bytes() * share) // layout.memory_bytes())
+        layout = replace(layout, num_blocks=num_blocks)
         try:
-            return pool(num_blocks, BLOCK_SIZE, MAX_NUM_SEQS)
+            return PagedKVCache.from_layout(layout, MAX_NUM_SEQS, backend=backend.name)
         except MemoryError as error:
             if backend.device is not None:
                 raise
             raise MemoryError(
-                f"the system does not reserve {num_blocks * block_bytes:,} bytes of address space, which would take "
-                f"up memory as they are written only: allow it (vm.overcommit_memory, ulimit -v)"
+                f"the system refuses to reserve {layout.memory_bytes():,} bytes, though memory would be used only "
+                f"as the cache fills: allow it (vm.overcommit_memory, ulimit -v)"
             ) from error
 
 
-class LayerGroup:
-    """Layers of one kind and window. Each forward pass is booked once and writes them in order.
+@dataclass(eq=False)
+class ForwardPass:
+    """The new tokens of a group's sequences on their way through its layers.
 
-    Padding on the left is not stored: it is left out as soon as the attention function shows the mask.
+    Attributes
+    ----------
+    step : Step
+        Knows which layers have the tokens.
+    first, count : int
+        Tokens of every sequence before the pass, and new ones. Both with padding, so they are the same for all.
+    visible : int
+        Tokens, the newest ones, that the layers see.
+    real : (B, count) bool, optional
+        Which of the new tokens are stored. None: all, for none of them is known to be padding.
+    judged : CausalMask, bool; optional
+        The latest mask, and whether attention out of the storage shows what it shows.
+    """
+
+    step: Step
+    first: int
+    count: int
+    visible: int
+    real: np.ndarray | None = None
+    judged: tuple[CausalMask, bool] | None = None
+
+    def length(self, index: int) -> int:
+        """Tokens of every sequence in a layer, padding included."""
+        return self.first + self.count if self.step.covers(index) else self.first
+
+
+class LayerGroup:
+    """Layers of the same kind and window, which share their sequences.
+
+    Padding on the left is not stored. It becomes known only when the first layer's attention sees the mask, after
+    the layer's keys have been stored: they are then stored again without it.
 
     Parameters
     ----------
     settings : Settings
     num_layers : int
     share : float
-        Of the machine's memory that the group may fill.
+        How much of the machine's memory the group may fill.
     sliding_window : int, optional
-        Tokens that the layers see, the newest one among them. Blocks before them are given back.
+        Tokens that a token sees, itself included. Blocks before them are given back.
     """
 
     def __init__(
@@ -107,6 +146,7 @@ class LayerGroup:
         self.sliding_window = sliding_window
         self.record_past = False
         self._pool: PagedKVCache | None = None
+        self._scorings: dict[int, tuple[Any, ...]] = {}  # layer -> key, sinks, Scoring
         self.clear()
 
     @property
@@ -127,24 +167,24 @@ class LayerGroup:
             _finish(self._pool, self.ids)
         self._pool = None
         self.ids: list[int] = []  # the sequences' ids in the pool; this list is changed in place
-        self.committed = 0  # tokens of every sequence in all layers, padding included
         self.padding = np.zeros(0, np.int64)  # tokens of each that were left out
-        self._step: Step | None = None  # the latest forward pass
-        self.count = 0  # its tokens
-        self.real = np.zeros((0, 0), bool)  # and those that are not padding, (B, count)
+        self.forward: ForwardPass | None = None  # the latest, if nothing else has changed the sequences since
+        self._length = 0  # tokens of every sequence, padding included, where there is no such pass
 
     def start(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Make a pool and sequences for tensors of these shapes (B, H, any, D), dtype and device."""
-        if v.shape[:2] != k.shape[:2] or v.shape[3] != k.shape[3]:
+        """Make a pool and sequences for tensors of these shapes (B, H, any, D or Dv), dtype and device."""
+        if v.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"value_states: expected heads as the keys', {tuple(k.shape)}; got {tuple(v.shape)}. "
+                f"value_states: expected batch and heads as the keys', {tuple(k.shape)}; got {tuple(v.shape)}. "
                 f"Use transformers.DynamicCache for this model"
             )
         backend = get_backend(self.settings.backend, on_host=k.is_cpu)
         _require_device(k, backend)
         _require_rows(len(k))
-        shape = (k.shape[1], k.shape[3])
-        self.adopt(self.settings.allocate(*shape, k.dtype, self.num_layers, self.share, backend))
+        head_dims, defaults = (k.shape[3], v.shape[3]), (format_name(k.dtype), format_name(v.dtype))
+        self.adopt(
+            self.settings.allocate(k.shape[1], head_dims, defaults, self.num_layers, self.share, backend)
+        )
         window_left = -1 if self.sliding_window is None or self.record_past else self.sliding_window - 1
         self.ids.extend(self.pool.add_sequence(window_left=window_left) for _ in range(len(k)))
         self.padding = np.zeros(len(k), np.int64)
@@ -155,29 +195,32 @@ class LayerGroup:
         self.ids = []
         weakref.finalize(self, _finish, pool, self.ids).atexit = False
 
+    def restore(self, ids: list[int], length: int, padding: np.ndarray) -> None:
+        """Hold sequences that are in the pool already, of so many tokens, padding included."""
+        self.ids.extend(ids)
+        self._length, self.padding = length, padding
+
     @property
     def running(self) -> bool:
         """Whether the latest forward pass has layers to go."""
-        return self._step is not None and not self._step.covers(self.num_layers - 1)
-
-    @property
-    def step(self) -> Step:
-        """The latest forward pass; after it the sequences have not changed."""
-        if self._step is None:
-            raise ValueError("key: these keys are not those of the latest update of their KVNumbaCache")
-        return self._step
+        return self.forward is not None and not self.forward.step.covers(self.num_layers - 1)
 
     def length(self, index: int) -> int:
         """Tokens of every sequence in a layer, padding and those of the running forward pass included."""
-        return self.committed + (self.count if self.running and self.step.covers(index) else 0)
+        return self._length if self.forward is None else self.forward.length(index)
 
-    def append(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write new tokens (B, H, q, D) to a layer."""
+    @property
+    def complete_length(self) -> int:
+        """Tokens of every sequence that all layers have, padding included."""
+        return self.length(self.num_layers - 1)
+
+    def append(self, index: int, k: torch.Tensor, v: torch.Tensor) -> ForwardPass:
+        """Write new tokens, keys (B, H, q, D) and values (B, H, q, Dv), to a layer."""
         if not self.started:
             self.start(k, v)
         elif not k.is_cpu:
             _require_device(k, get_backend(self.pool.backend))
-        if len(k) != len(self.ids):
+        if k.shape[0] != len(self.ids):
             raise ValueError(
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
                 f"Call reset() first, or batch_repeat_interleave(n) to continue each n times"
@@ -188,81 +231,134 @@ class LayerGroup:
                     "key_states: the forward pass before this one did not reach the last layer; "
                     "crop(0) forgets it, or use transformers.DynamicCache to skip layers"
                 )
-            self._book(k.shape[2], np.ones((len(k), k.shape[2]), bool))
-        elif not self.running or k.shape[2] != self.count:
+            self.forward = self._begin(k.shape[2])
+        forward = self.forward
+        if forward is None or k.shape[2] != forward.count:
             raise ValueError(
                 f"key_states: layer {index} of its kind was updated without the layers before it"
             )
-        self._write(index, k, v)
+        forward.step.write(_by_token(k, forward.real), _by_token(v, forward.real), layer=index)
+        return forward
 
-    def _book(self, count: int, real: np.ndarray) -> None:
-        self._step = self.pool.step(self.ids, real.sum(axis=1))
-        self.count, self.real = count, real
-
-    def _write(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.step.write(_pack(k, self.real), _pack(v, self.real), layer=index)
-        if index == self.num_layers - 1:
-            self.committed += self.count
+    def _begin(self, count: int) -> ForwardPass:
+        first = self.complete_length
+        earlier = first if self.sliding_window is None else min(first, self.sliding_window - 1)
+        return ForwardPass(self.pool.step(self.ids, [count] * len(self.ids)), first, count, earlier + count)
 
     def fits(self, index: int, mask: CausalMask) -> bool:
-        """Whether what is stored, less padding among the new tokens, is what the mask shows to a layer."""
-        length = self.length(index)
+        """Whether attention out of the storage, less padding among the new tokens, shows what the mask shows."""
+        forward = self.forward
+        assert forward is not None
+        if forward.judged is None or forward.judged[0] is not mask:  # the layers of a pass have one mask
+            forward.judged = mask, self._judge(forward, index, mask)
+        return forward.judged[1]
+
+    def _judge(self, forward: ForwardPass, index: int, mask: CausalMask) -> bool:
+        length = forward.first + forward.count
         if mask.length is not None and mask.length != length:
             raise ValueError(
                 f"attention_mask: expected {length} tokens, all that are cached; got {mask.length}"
             )
-        padding = np.zeros_like(self.padding) if mask.padding is None else mask.padding
+        # a mask without the window shows all tokens that `update` returned, however far apart they are
+        window_fits = self.sliding_window is None or 0 <= mask.window_left < self.sliding_window
+        padding = mask.padding
+        if padding is None:
+            if not self.padding.any():
+                return window_fits
+            padding = np.zeros_like(self.padding)
         if (padding < self.padding).any():
             raise ValueError(
                 f"attention_mask: expected the padding that earlier calls had, {self.padding.tolist()} tokens on "
                 f"the left, which is not in the cache; got {padding.tolist()}"
             )
-        return bool((np.minimum(padding, length - self.count) <= self.padding).all())
+        # the first layer leaves padding out among the new tokens; if it did not, they are stored for good
+        stored = forward.first if index == 0 else length
+        return window_fits and bool((np.minimum(padding, stored) <= self.padding).all())
 
-    def leave_out(self, index: int, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write the new tokens again, without those that turn out to be padding."""
-        padding = np.minimum(padding, self.length(index))
+    def leave_out(self, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the new tokens of the first layer again, without those that turn out to be padding."""
+        forward = self.forward
+        assert forward is not None
+        first, count = forward.first, forward.count
+        padding = np.minimum(padding, first + count)
         if (padding <= self.padding).all():
             return
-        if index != 0:
-            raise ValueError("attention_mask: expected the same padding in all layers of a kind")
-        first = self.length(index) - self.count
         for seq_id, left_out in zip(self.ids, self.padding.tolist(), strict=True):
             self.pool.truncate(seq_id, first - left_out)
-        self.committed = first
-        self._book(self.count, np.arange(first, first + self.count) >= padding[:, None])
-        self._write(index, k, v)
+        real = np.arange(first, first + count) >= padding[:, None]
+        forward.step, forward.real = self.pool.step(self.ids, real.sum(axis=1)), real
+        forward.step.write(_by_token(k, real), _by_token(v, real), layer=0)
         self.padding = padding
 
-    def attend(self, index: int, query: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Attention of the new tokens' queries (B, Hq, q, D): (B, q, Hq, D), 0 where the query is padding."""
-        options["arithmetic"] = self.settings.arithmetic
-        out = to_torch(self.step.attend(_pack(query, self.real), layer=index, **options), query)
-        if self.real.all():
-            return out.view(*self.real.shape, *out.shape[1:])
-        unpacked = out.new_zeros(*self.real.shape, *out.shape[1:])
-        unpacked[torch.from_numpy(self.real)] = out
+    def attend(
+        self,
+        index: int,
+        query: torch.Tensor,
+        window_left: int,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the new tokens' queries (B, Hq, q, D): (B, q, Hq, Dv), 0 where the query is padding."""
+        forward = self.forward
+        assert forward is not None
+        scoring = self._scoring(index, query, window_left, sm_scale, soft_cap, sinks)
+        out = to_torch(
+            forward.step.attend(_by_token(query, forward.real), layer=index, scoring=scoring), query
+        )
+        if forward.real is None:
+            return out.view(len(self.ids), forward.count, *out.shape[1:])
+        unpacked = out.new_zeros(*forward.real.shape, *out.shape[1:])
+        unpacked[torch.from_numpy(forward.real)] = out
         return unpacked
 
-    def dense(self, index: int, visible: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `visible` keys and values of a layer, (B, H, visible, D) like a tensor; 0 where padding was."""
-        shape = (len(self.ids), self.pool.num_kv_heads, visible, self.pool.head_dim)
-        keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        for row, (k, v) in enumerate(self.step.get_kv(layer=index)):
-            count = min(visible, k.shape[1])
-            keys[row, :, visible - count :] = k[:, k.shape[1] - count :]
-            values[row, :, visible - count :] = v[:, v.shape[1] - count :]
+    def _scoring(
+        self,
+        index: int,
+        query: torch.Tensor,
+        window_left: int,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> Scoring:
+        """A layer's options, checked: once, since they are the same for every token."""
+        key = (query.shape[1], window_left, sm_scale, soft_cap, None if sinks is None else _state_of(sinks))
+        kept = self._scorings.get(index)
+        if kept is None or kept[0] != key:
+            scoring = Scoring.of(
+                query.shape[1],
+                query.shape[3],
+                sm_scale=sm_scale,
+                window_left=window_left,
+                logits_soft_cap=soft_cap,
+                sinks=None if sinks is None else to_array(sinks.float().contiguous()),
+                arithmetic=self.settings.arithmetic,
+            )
+            kept = self._scorings[index] = (key, sinks, scoring)  # while sinks are kept no other has their id
+        return kept[2]
+
+    def dense(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that the new tokens see, (B, H, visible, D or Dv) like a tensor; 0 where padding was."""
+        forward, pool = self.forward, self.pool
+        assert forward is not None
+        shape = (len(self.ids), pool.num_kv_heads, forward.visible)
+        keys = np.zeros((*shape, pool.head_dim), np.float32)
+        values = np.zeros((*shape, pool.value_head_dim), np.float32)
+        for row, pair in enumerate(forward.step.get_kv(layer=index)):
+            for out, stored in zip((keys, values), pair, strict=True):
+                count = min(forward.visible, stored.shape[1])
+                out[row, :, forward.visible - count :] = stored[:, stored.shape[1] - count :]
         return to_torch(keys, like), to_torch(values, like)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, and a forward pass that did not reach the last layer."""
         if not self.started:
             return
-        length = max(self.committed - tokens_to_remove, 0)
+        length = max(self.complete_length - tokens_to_remove, 0)
         padding = np.minimum(self.padding, length)
         for seq_id, kept in zip(self.ids, (length - padding).tolist(), strict=True):
             self.pool.truncate(seq_id, kept)
-        self.committed, self.padding, self._step = length, padding, None
+        self._length, self.padding, self.forward = length, padding, None
 
     def select(self, parents: torch.Tensor) -> None:
         """Let sequence n become what sequence ``parents[n]`` is; blocks are shared, nothing is copied."""
@@ -270,6 +366,7 @@ class LayerGroup:
             return
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
         _require_rows(len(rows))
+        self._length, self.forward = self.complete_length, None
         before = self.ids.copy()
         for row, seq_id in enumerate(before):
             if row not in rows:
@@ -279,7 +376,7 @@ class LayerGroup:
         for row in rows:
             self.ids.append(self.pool.fork(before[row]) if row in kept else before[row])
             kept.add(row)
-        self.padding, self._step = self.padding[rows], None
+        self.padding = self.padding[rows]
 
     def fork(self) -> LayerGroup:
         """A group that goes its own way from here; blocks are shared until one of the two writes to them."""
@@ -287,22 +384,30 @@ class LayerGroup:
         twin.record_past = self.record_past
         if self.started:
             twin.adopt(self.pool)
-            twin.ids.extend(self.pool.fork(seq_id) for seq_id in self.ids)
-            twin.committed, twin.padding = self.committed, self.padding.copy()
+            ids = [self.pool.fork(seq_id) for seq_id in self.ids]
+            twin.restore(ids, self.complete_length, self.padding.copy())
         return twin
 
-    def memory_bytes(self) -> int:
-        """Bytes of the blocks that are in use, scales and zero points included."""
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that hold tokens, scales and zero points included."""
         if not self.started:
             return 0
-        blocks = self.pool.num_blocks - self.pool.num_free_blocks
-        return blocks * self.pool.block_size * self.pool.bytes_per_token()
+        pool = self.pool
+        return (pool.num_blocks - pool.num_free_blocks) * pool.block_size * pool.bytes_per_token()
 
 
-def _pack(x: torch.Tensor, real: np.ndarray) -> Any:
-    """The real tokens of (B, heads, q, D), sequence by sequence: (tokens, heads, D)."""
-    by_token = to_array(x).swapaxes(1, 2)
-    return by_token.reshape(-1, *by_token.shape[2:]) if real.all() else by_token[real]
+def _by_token(x: torch.Tensor, real: np.ndarray | None) -> Any:
+    """The tokens of (B, heads, q, D) that are real, sequence by sequence: (tokens, heads, D)."""
+    if x.shape[2] == 1 and real is None:
+        return to_array(x)[:, :, 0]  # of one token a sequence a view
+    tokens = to_array(x).swapaxes(1, 2)
+    return tokens.reshape(-1, *tokens.shape[2:]) if real is None else tokens[real]
+
+
+def _state_of(x: torch.Tensor) -> tuple[int, ...]:
+    """Numbers that are the same as long as a tensor is the same and has the same elements."""
+    version = -1 if x.is_inference() else x._version  # a tensor of inference mode does not count its changes
+    return id(x), x.data_ptr(), version
 
 
 def _finish(pool: PagedKVCache, ids: list[int]) -> None:

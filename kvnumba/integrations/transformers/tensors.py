@@ -9,11 +9,12 @@ import torch
 
 
 def to_array(x: torch.Tensor) -> Any:
-    """The tensor's own memory: a NumPy array, of bfloat16, which NumPy does not have, its bits (uint16).
+    """The tensor's own memory as a NumPy array; of bfloat16, which NumPy does not have, the bits (uint16).
 
-    Of a tensor on a GPU the tensor, which a cache on that GPU takes as it is.
+    A tensor on a GPU is returned as it is: a cache on that GPU takes tensors.
     """
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if not x.is_cpu:
         return x
     if x.dtype == torch.bfloat16:
@@ -22,9 +23,14 @@ def to_array(x: torch.Tensor) -> Any:
 
 
 def to_torch(x: Any, like: torch.Tensor) -> torch.Tensor:
-    """The memory of what a cache returned; where it is not of another tensor's dtype and device, a copy that is."""
-    if isinstance(x, torch.Tensor):
-        return x.to(like)
-    if x.dtype == np.uint16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(like)
-    return torch.from_numpy(x).to(like)
+    """The memory of what a cache returned; a copy where the dtype or the device of `like` is another."""
+    if not isinstance(x, torch.Tensor):
+        bits = x.dtype == np.uint16
+        x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if bits else torch.from_numpy(x)
+    return x if x.dtype == like.dtype and x.is_cpu == like.is_cpu else x.to(like)
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """The format that keeps tensors of a dtype as they are; float32 for those that no format keeps."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "float32"
