@@ -107,7 +107,8 @@ def test_formats_cost_little(decoder, tokens, reference, backend, fmt):
     logits = decoder.extend(cache, [cache.add_sequence()], [tokens])
     p, q = softmax(reference), softmax(logits)
     divergence = (p * (np.log(p) - np.log(q))).sum(-1).mean()
-    assert divergence < {"float32": 1e-9, "float16": 1e-5, "bfloat16": 1e-3, "int8": 1e-3, "int4": 0.5}[fmt]
+    allowed = {"float32": 1e-9, "float16": 1e-5, "bfloat16": 1e-3, "fp8_e4m3": 0.05, "int8": 1e-3, "int4": 0.5}
+    assert divergence < allowed[fmt]
 
 
 def test_generate(decoder, tokens, backend):

@@ -221,7 +221,7 @@ class TestStep:
         seq_id = cache.add_sequence()
         step = cache.step([seq_id], [5])
         k, q = normal(5, 2, 8), normal(5, 2, 8)
-        with pytest.raises(ValueError, match="layer 0 of this step has not been written yet"):
+        with pytest.raises(ValueError, match="layer: the new tokens of layer 0 have not been written yet"):
             step.attend(q)
         step.write(k, k, layer=0)
         step.attend(q, layer=0)
@@ -230,7 +230,7 @@ class TestStep:
             step.write(k, k, layer=0)
         step.write(k, k, layer=1)
         assert cache.seq_lens[seq_id] == 5
-        with pytest.raises(ValueError, match="next is none, the step is complete; got 1"):
+        with pytest.raises(ValueError, match="next is none, the pass is complete; got 1"):
             step.write(k, k, layer=1)
         assert np.isfinite(step.attend(q, layer=1)).all()
 
@@ -240,7 +240,7 @@ class TestStep:
         k, v = normal(2, 20, 2, 8), normal(2, 20, 2, 8)  # of either sequence
         for first, last in ((0, 13), (13, 15)):
             step = cache.step(ids, [last - first] * 2)
-            with pytest.raises(ValueError, match="layer: layer 0 of this step has not been written yet"):
+            with pytest.raises(ValueError, match="layer: the new tokens of layer 0 have not been written yet"):
                 step.get_kv()
             new_k, new_v = (x[:, first:last].reshape(-1, 2, 8) for x in (k, v))
             for layer in range(2):
