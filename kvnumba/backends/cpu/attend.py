@@ -1,68 +1,130 @@
-"""Fused attention straight out of the storage: FlashAttention's online softmax (Dao et al., 2022)."""
+"""Attention straight out of the storage: the loop over a piece's phases, and the merge of partial results."""
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import BFLOAT16, FLOAT32, INT4, INT8, MIDDLE_CODE, place
+from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import kernel, plain
-from kvnumba.backends.cpu.plan import (
-    END_KEY,
-    FIRST_KEY,
-    FIRST_PARTIAL,
-    FIRST_TOKEN,
-    KV_HEAD,
-    MERGE_HEAD,
-    MERGE_HEADS,
-    MERGE_TOKEN,
-    MERGE_TOKENS,
-    NUM_HEADS,
-    NUM_PARTIALS,
-    NUM_TOKENS,
-    SEQUENCE,
-)
-from kvnumba.backends.cpu.queries import add_phase, load_queries, padded, store_result
-from kvnumba.backends.cpu.scores import score_run
-from kvnumba.backends.cpu.simd import LANES
-from kvnumba.backends.cpu.softmax import exponentiate_run, round_run, settle
-from kvnumba.backends.cpu.stage import stage_keys, stage_values
-from kvnumba.backends.cpu.tiles import (
-    COLUMN_FACTS,
+from kvnumba.backends.cpu.shapes import (
+    AHEAD,
+    LEAST,
+    NEVER,
+    PHASE_MAX,
+    QUERY_STEP,
+    QUERY_SUM,
     RESCALE,
-    columns_of,
-    is_few,
-    phase_tokens,
+    ROW_MAX,
+    ROW_SUM,
+    SLOPE,
+    STATE_ROWS,
+    ZERO_SUM,
+    Masks,
+    Piece,
+    Run,
+    Scratch,
+    padded,
     prefetch_rows,
-    shape_of,
-    tile_tokens,
 )
-from kvnumba.backends.cpu.values import weigh_run
+from kvnumba.backends.cpu.softmax import exponentiate_run, settle
+from kvnumba.backends.cpu.storage import find_row, memory_of, offset_of
 
-MIDDLE_INT8, MIDDLE_INT4 = MIDDLE_CODE[INT8], MIDDLE_CODE[INT4]
-AHEAD = 64  # tokens between what is read and what is prefetched
 FARTHEST = (1 << 31) - 1  # more tokens than a window can be wide
 
-# Columns of the table of runs: first row, tokens, where their scores begin, position of the first.
-RUN_ROW, RUN_COUNT, RUN_SCORES, RUN_KEY = range(4)
+# Columns of the table of runs.
+RUN_ROW, RUN_TOKENS, RUN_SCORES, RUN_KEY = range(4)
+
+# Columns of the table of merges.
+MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, MERGE_BEGIN, MERGE_END = range(5)
+MERGE_COLUMNS = 5
+
+
+class Views(NamedTuple):
+    """What attention reads and writes for its caller: q (B, n, Hq, D), out (B, n, Hq, Dv), lse (B, n, Hq)."""
+
+    q: Any
+    out: Any
+    lse: Any
+
+
+class Work(NamedTuple):
+    """What the workers of a launch share.
+
+    Attributes
+    ----------
+    counter : (1,) int64
+        How many pieces have been taken.
+    pieces : (N, len(Piece)) int64
+    tokens : (T',) int32
+        `Part.tokens`; empty where it is None.
+    block_table : (B, max_blocks) int32
+    partials : (partial results * partial_rows, Dv + 1) float32
+        Rows of outputs, each followed by its lse.
+    partial_rows : int
+    """
+
+    counter: Any
+    pieces: Any
+    tokens: Any
+    block_table: Any
+    partials: Any
+    partial_rows: int
+
+
+class Memory(NamedTuple):
+    """Scratch of all workers: a row for each."""
+
+    floats: Any
+    positions: Any
+    runs: Any
+
+
+class Job(NamedTuple):
+    """Of `attend`."""
+
+    views: Views
+    work: Work
+    storage: Any
+    scoring: Any
+    memory: Memory
+
+
+class MergeJob(NamedTuple):
+    """Of `merge`.
+
+    Attributes
+    ----------
+    merges : (M, MERGE_COLUMNS) int64
+        A token and some query heads each, and which of the `sources` make their result.
+    sources : (N,) int64
+        Rows of `partials`: those of the first head, the others follow it.
+    sinks : (Hq,) float32, or empty
+        Where the partial results have not counted them.
+    """
+
+    views: Views
+    merges: Any
+    sources: Any
+    partials: Any
+    sinks: Any
 
 
 @functools.cache
-def scratch_sizes(rows, head_dim):
-    """Floats and runs that a worker of a kernel for so many rows needs: what `attend_piece` cuts up."""
-    shape = shape_of(rows)
-    width = shape.vectors * LANES
+def scratch_sizes(shape, head_dim, value_dim):
+    """Floats and runs that a worker needs: what `cut_scratch` cuts up, and `list_runs` fills."""
+    query, value = padded.py_func(head_dim), padded.py_func(value_dim)
     floats = (
-        COLUMN_FACTS * width
-        + 3 * shape.columns * padded(head_dim)
-        + (shape.phase + max(shape.tokens, 2)) * (shape.columns + head_dim)
-        + 2 * LANES
+        STATE_ROWS * shape.width
+        + shape.columns * (query + 2 * value)
+        + (shape.phase + max(shape.tokens, 2)) * (shape.columns + max(head_dim, value_dim))
     )
-    return -(-floats // LANES) * LANES, shape.phase + AHEAD + 1
+    return -(-floats // 16) * 16 + 32, shape.phase + AHEAD + 1
 
 
 @intrinsic
@@ -77,25 +139,19 @@ def take(typing, counter):
 
 
 @plain
-def find_row(blocks, key, first_block, block_size, num_heads, head):
-    """The row of the storage where a key of a sequence lies."""
-    block = first_block + blocks[key // block_size]
-    return (block * num_heads + head) * block_size + key % block_size
-
-
-@plain
-def list_runs(static, blocks, key, end, phase, first_block, block_size, num_heads, head, runs):
+def list_runs(shape, blocks, key, end, storage, head, runs):
     """List runs from `key` on, up to a phase of them; returns how many, and the key after them.
 
     Entries after the last hold the rows of as many following runs as are prefetched.
     """
-    tokens, columns = max(tile_tokens(static), 2), columns_of(static)  # weights may be taken in pairs
+    first_block, block_size, num_heads = storage.first_block, storage.block_size, storage.num_heads
+    tokens = max(shape.tokens, 2)  # weights may be taken in pairs
     n, used = 0, 0
-    while key < end and used < phase:
-        count = min(block_size - key % block_size, end - key, phase - used)
+    while key < end and used < shape.phase:
+        count = min(block_size - key % block_size, end - key, shape.phase - used)
         runs[n, RUN_ROW] = find_row(blocks, key, first_block, block_size, num_heads, head)
-        runs[n, RUN_COUNT] = count
-        runs[n, RUN_SCORES] = used * columns
+        runs[n, RUN_TOKENS] = count
+        runs[n, RUN_SCORES] = used * shape.columns
         runs[n, RUN_KEY] = key
         used += (count + tokens - 1) // tokens * tokens
         key += count
@@ -116,177 +172,201 @@ def runs_ahead(block_size):
 
 
 @plain
-def attend_piece(
-    static, piece, q, out, lse, strides, partials, floats, positions, runs, block_table, seq_lens,
-    query_start_loc, first_block, block_size, num_heads, head_dim, row_floats,
-    k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-    sm_scale, window_left, soft_cap, sinks, slopes, bfloat16,
-):  # fmt: skip
-    """One piece of work, from its queries to its result or partial result."""
-    s, kv_head, heads, tokens = piece[SEQUENCE], piece[KV_HEAD], piece[NUM_HEADS], piece[NUM_TOKENS]
-    token = query_start_loc[s] + piece[FIRST_TOKEN]
-    position = seq_lens[s] - query_start_loc[s + 1] + token
-    blocks = block_table[s]
-    rows = tokens * heads
-    columns, few = columns_of(static), is_few(static)
-    width = max(columns, LANES)
-    phase = phase_tokens(static)
+def run_of(runs, n):
+    """A row of the table of runs."""
+    return Run(runs[n, RUN_ROW], runs[n, RUN_TOKENS], runs[n, RUN_SCORES], runs[n, RUN_KEY])
 
-    # A few rows read storage as it lies, unless a row has several scales; many rows want one kind of number.
-    wanted = BFLOAT16 if bfloat16 and not few and head_dim % 2 == 0 else FLOAT32
-    k_direct = k_scale.shape[1] <= 1 if few else k_format == wanted
-    v_direct = v_scale.shape[1] <= 1 if few else v_format == FLOAT32 and wanted == FLOAT32
-    k_read, v_read = k_format if k_direct else wanted, v_format if v_direct else wanted
-    v_codes_read = few and (v_read == INT8 or v_read == INT4)
-    pairs = not few and wanted == BFLOAT16  # values and weights come in pairs of tokens
-    middle = np.float32(-1)
-    if v_codes_read:
-        middle = np.float32(MIDDLE_INT8 if v_read == INT8 else MIDDLE_INT4)
 
-    facts = floats[: COLUMN_FACTS * width].reshape(COLUMN_FACTS, width)
-    used = COLUMN_FACTS * width
-    query_rows, query_width = (columns, row_floats) if few else (row_floats, columns)
-    query = floats[used : used + columns * row_floats].reshape(query_rows, query_width)
-    used += columns * row_floats
-    # values are summed phase by phase: one running sum over a long sequence would round its tail away
-    sums = floats[used : used + 2 * columns * row_floats].reshape(2, columns, row_floats)
-    total, part = sums[0], sums[1]
-    used += 2 * columns * row_floats
-    score_floats = (phase + max(tile_tokens(static), 2)) * columns
-    scores = floats[used : used + score_floats]
-    used += score_floats
-    tile = floats[used : used + (phase + tile_tokens(static)) * head_dim]
-    tile_words, tile_bytes = tile.view(np.uint16), tile.view(np.uint8)
-    k_tile = tile_bytes.reshape(-1, 2 * head_dim if pairs else 4 * head_dim)
-    v_tile = tile_bytes.reshape(-1, 4 * head_dim)
+@plain
+def piece_of(pieces, n):
+    """A row of the table of pieces."""
+    p = pieces[n]
+    return Piece(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
 
-    total[:] = 0
-    load_queries(
-        static, piece, token, position, q, strides[0], head_dim, sm_scale, k_read, sinks, slopes,
-        query, facts, positions,
-    )  # fmt: skip
 
-    reach = np.int32(min(window_left, FARTHEST) if window_left >= 0 else FARTHEST)
-    plain_scores = window_left < 0 and soft_cap == 0 and slopes.shape[0] == 0
-    seen_by_all = position if plain_scores else -1
-    key, end, later = piece[FIRST_KEY], piece[END_KEY], runs_ahead(block_size)
-    while key < end:
-        num_runs, key = list_runs(
-            static, blocks, key, end, phase, first_block, block_size, num_heads, kv_head, runs
-        )
-        for n in range(num_runs):
-            row, count, to, first = (
-                runs[n, RUN_ROW],
-                runs[n, RUN_COUNT],
-                runs[n, RUN_SCORES],
-                runs[n, RUN_KEY],
-            )
-            ahead = min(AHEAD, count)
-            if k_scale.shape[1] == 1:
-                prefetch_rows(k_scale, runs[n + later, RUN_ROW], count)
-                prefetch_rows(k_zero, runs[n + later, RUN_ROW], count)
-            if v_scale.shape[1] == 1:
-                prefetch_rows(v_scale, row, count)
-                prefetch_rows(v_zero, row, count)
-            codes, following = k_codes, runs[n + later, RUN_ROW]
-            if not k_direct:
-                prefetch_rows(k_codes, following, count)
-                stage_keys(k_codes, row, count, k_format, k_scale, k_zero, pairs, head_dim, tile, tile_words)
-                codes, row, following = k_tile, 0, 0
-            score_run(
-                static, k_read, codes, k_scale, k_zero, row, count, following, ahead,
-                query, head_dim, facts, positions, first, reach, seen_by_all, soft_cap, scores, to,
-            )  # fmt: skip
-        if settle(static, facts):
-            for r in range(rows):
-                rescale = facts[RESCALE, r]
-                for d in range(row_floats):
-                    total[r, d] *= rescale
-        part[:] = 0
-        for n in range(num_runs):
-            row, count, to = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES]
-            exponentiate_run(static, count, scores, to, facts, middle, v_scale, v_zero, row)
-        for n in range(num_runs):
-            row, count, to = runs[n, RUN_ROW], runs[n, RUN_COUNT], runs[n, RUN_SCORES]
-            if v_codes_read or pairs:
-                round_run(static, count, scores, to, facts)
-            codes, following = v_codes, runs[n + later, RUN_ROW]
-            if not v_direct:
-                prefetch_rows(v_codes, following, count)
-                stage_values(
-                    v_codes, row, count, v_format, v_scale, v_zero, pairs, head_dim, tile, tile_words
-                )
-                codes, row, following = v_tile, 0, 0
-            if pairs:
-                count = (count + 1) // 2
-            weigh_run(
-                static, v_read, codes, row, count, following, min(AHEAD, count), scores, to,
-                part, rows, head_dim,
-            )  # fmt: skip
-        add_phase(part, rows, middle, facts, total)
-
-    store_result(
-        piece,
-        token,
-        columns,
-        facts,
-        total,
-        v_codes_read and v_read == INT4,
-        head_dim,
-        out,
-        strides[1],
-        lse,
-        strides[2],
-        partials,
+@plain
+def cut_scratch(shape, head_dim, value_dim, floats, positions):
+    """A worker's memory as the arrays that its phases use."""
+    columns, width = shape.columns, shape.width
+    state = floats[: STATE_ROWS * width].reshape(STATE_ROWS, width)
+    used = STATE_ROWS * width
+    size = columns * padded(head_dim)
+    query = floats[used : used + size]
+    used += size
+    size = columns * padded(value_dim)
+    total = floats[used : used + size].reshape(columns, -1)
+    used += size
+    sums = floats[used : used + size].reshape(columns, -1)
+    used += size
+    size = (shape.phase + max(shape.tokens, 2)) * columns
+    scores = floats[used : used + size]
+    used += size
+    size = (shape.phase + shape.tokens) * max(head_dim, value_dim)
+    tile = floats[used : used + size]
+    tile_bytes = tile.view(np.uint8).reshape(1, -1)
+    return Scratch(
+        state, positions[:width], query, total, sums, scores, tile, tile.view(np.uint16), tile_bytes
     )
 
 
+@plain
+def load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch):
+    """Lay out a piece's queries, and what is known of each column of its scores."""
+    rows, heads = piece.num_tokens * piece.num_heads, piece.num_heads
+    columns, width = shape.columns, shape.width
+    state, positions, slopes = scratch.state, scratch.positions, scoring.slopes
+    # a sink is a key that every query sees, whose value is 0; one piece of each token counts it
+    counts_sink = scoring.sinks.shape[0] > 0 and piece.counts_sink != 0
+    state[:] = 0
+    state[PHASE_MAX] = LEAST
+    state[ROW_MAX] = LEAST
+    positions[:] = NEVER
+    for column in range(width):
+        r = column % columns
+        if r < rows:
+            qo_head = piece.first_head + r % heads
+            positions[column] = piece.position + r // heads
+            if slopes.shape[0] > 0:
+                state[SLOPE, column] = slopes[qo_head]
+            if counts_sink:
+                state[ROW_MAX, column] = scoring.sinks[qo_head]
+                state[ROW_SUM, column] = 1 if column < columns else 0
+    scratch.query[:] = 0
+    memory = memory_of(q)
+    for r in range(rows):
+        token = piece.token + r // heads
+        if work.tokens.shape[0] > 0:
+            token = work.tokens[token]
+        start = offset_of(q, token, piece.first_head + r % heads)
+        step, total = shape.load_query(shape, reading, memory, start, r, head_dim, scoring, scratch)
+        for column in range(r, width, columns):
+            state[QUERY_STEP, column] = step
+            state[QUERY_SUM, column] = total
+
+
+@plain
+def store_result(shape, piece, work, split, value_dim, scratch, views):
+    """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
+    heads, partial = piece.num_heads, piece.partial
+    state, total, partials = scratch.state, scratch.total, work.partials
+    out, lse = memory_of(views.out), memory_of(views.lse)
+    for r in range(piece.num_tokens * heads):
+        row_sum, zero_sum = np.float32(0), np.float32(0)
+        for column in range(r, state.shape[1], shape.columns):
+            row_sum += state[ROW_SUM, column]
+            zero_sum += state[ZERO_SUM, column]
+        seen = row_sum != 0  # true of NaN too
+        inverse = 1 / row_sum if seen else np.float32(0)
+        row_lse = state[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
+        if partial < 0:
+            token, qo_head = piece.token + r // heads, piece.first_head + r % heads
+            start = offset_of(views.out, token, qo_head)
+            target = out[start : start + value_dim]
+            lse[offset_of(views.lse, token, qo_head)] = row_lse
+        else:
+            row = partial * work.partial_rows + r
+            target = partials[row, :value_dim]
+            partials[row, value_dim] = row_lse
+        if split:
+            for d in range(value_dim):
+                target[d] = (total[r, split_position(d)] + zero_sum) * inverse
+        else:
+            for d in range(value_dim):
+                target[d] = (total[r, d] + zero_sum) * inverse
+
+
+@plain
+def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
+    """One piece of work, from its queries to its result or partial result."""
+    keys, values, block_size, kv_head = storage.keys, storage.values, storage.block_size, piece.kv_head
+    rows = piece.num_tokens * piece.num_heads
+    blocks = work.block_table[piece.sequence]
+    total, state = scratch.total, scratch.state
+
+    reading = shape.choose(keys, values, scoring)
+    load_queries(shape, reading, piece, work, views.q, keys.head_dim, scoring, scratch)
+    total[:] = 0
+
+    window, cap = scoring.window_left, scoring.soft_cap
+    unmasked = window < 0 and cap == 0 and scoring.slopes.shape[0] == 0
+    reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
+    masks = Masks(reach, piece.position if unmasked else -1, cap)
+    key, end, later = piece.first_key, piece.end_key, runs_ahead(block_size)
+    while key < end:
+        num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
+        for n in range(num_runs):
+            run, following = run_of(runs, n), runs[n + later, RUN_ROW]
+            if keys.scale.shape[1] == 1:
+                prefetch_rows(keys.scale, following, run.num_tokens)
+                prefetch_rows(keys.zero, following, run.num_tokens)
+            if values.scale.shape[1] == 1:
+                prefetch_rows(values.scale, run.row, run.num_tokens)
+                prefetch_rows(values.zero, run.row, run.num_tokens)
+            shape.score_run(shape, reading, keys, run, following, masks, scratch)
+        if settle(shape, scratch):
+            for r in range(rows):
+                rescale = state[RESCALE, r]
+                for d in range(total.shape[1]):
+                    total[r, d] *= rescale
+        scratch.sums[:] = 0
+        for n in range(num_runs):
+            exponentiate_run(shape, run_of(runs, n), reading, values, scratch)
+        for n in range(num_runs):
+            shape.weigh_run(shape, reading, values, run_of(runs, n), runs[n + later, RUN_ROW], rows, scratch)
+        shape.add_phase(reading, rows, scratch)
+
+    store_result(shape, piece, work, SPLIT[reading.v_format], values.head_dim, scratch, views)
+
+
 @kernel
-def attend(static, worker, workers, job):
+def attend(shape, worker, workers, job):
     """Take pieces of one size until none is left, each worker in its own scratch."""
-    (
-        counter, q, out, lse, strides, block_table, seq_lens, query_start_loc, pieces,
-        partials, floats, positions, runs, first_block, block_size, num_heads, head_dim, row_floats,
-        k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-        sm_scale, window_left, soft_cap, sinks, slopes, bfloat16,
-    ) = job  # fmt: skip
-    n = take(counter)
-    while n < pieces.shape[0]:
-        attend_piece(
-            static, pieces[n], q, out, lse, strides, partials,
-            floats[worker], positions[worker], runs[worker], block_table, seq_lens, query_start_loc,
-            first_block, block_size, num_heads, head_dim, row_floats,
-            k_codes, k_scale, k_zero, k_format, v_codes, v_scale, v_zero, v_format,
-            sm_scale, window_left, soft_cap, sinks, slopes, bfloat16,
-        )  # fmt: skip
-        n = take(counter)
+    views, work, storage, scoring, memory = job
+    scratch = cut_scratch(
+        shape,
+        storage.keys.head_dim,
+        storage.values.head_dim,
+        memory.floats[worker],
+        memory.positions[worker],
+    )
+    n = take(work.counter)
+    while n < work.pieces.shape[0]:
+        piece = piece_of(work.pieces, n)
+        attend_piece(shape, piece, views, work, storage, scoring, scratch, memory.runs[worker])
+        n = take(work.counter)
 
 
 @kernel
 def merge(static, worker, workers, job):
-    """Combine the partial results of ranges that were split, weighted by their lse."""
-    out, lse, strides, merges, partials, head_dim = job
+    """Combine partial results over disjoint keys, weighted by their lse."""
+    views, merges, sources, partials, sinks = job
+    out, lse = memory_of(views.out), memory_of(views.lse)
+    width = partials.shape[1] - 1
     for m in range(worker, merges.shape[0], workers):
-        heads = merges[m, MERGE_HEADS]
-        first = merges[m, FIRST_PARTIAL]
-        end = first + merges[m, NUM_PARTIALS]
-        for r in range(merges[m, MERGE_TOKENS] * heads):
-            token, qo_head = merges[m, MERGE_TOKEN] + r // heads, merges[m, MERGE_HEAD] + r % heads
-            top, unseen = np.float32(-np.inf), True
-            for p in range(first, end):
-                top = max(top, partials[p, r, head_dim])  # NaN is passed over here, and weighs NaN below
-                unseen = unseen and partials[p, r, head_dim] == -np.inf
-            start = place(token, qo_head, strides[1])
-            out[start : start + head_dim] = 0
-            lse[place(token, qo_head, strides[2])] = top
+        token, begin, end = merges[m, MERGE_TOKEN], merges[m, MERGE_BEGIN], merges[m, MERGE_END]
+        for head in range(merges[m, MERGE_HEADS]):
+            qo_head = merges[m, MERGE_HEAD] + head
+            top, weight_sum = np.float32(-np.inf), np.float32(0)
+            if sinks.shape[0] > 0:
+                top = sinks[qo_head]
+            unseen = top == -np.inf
+            for n in range(begin, end):
+                row_lse = partials[sources[n] + head, width]
+                top = max(top, row_lse)  # NaN is passed over here, and weighs NaN below
+                unseen = unseen and row_lse == -np.inf
+            start = offset_of(views.out, token, qo_head)
+            out[start : start + width] = 0
+            lse[offset_of(views.lse, token, qo_head)] = top
             if unseen:
                 continue
-            weight_sum = np.float32(0)
-            for p in range(first, end):
-                weight = np.float32(math.exp(partials[p, r, head_dim] - top))
+            if sinks.shape[0] > 0:
+                weight_sum = np.float32(math.exp(sinks[qo_head] - top))
+            for n in range(begin, end):
+                row = sources[n] + head
+                weight = np.float32(math.exp(partials[row, width] - top))
                 weight_sum += weight
-                for d in range(head_dim):
-                    out[start + d] += weight * partials[p, r, d]
-            for d in range(head_dim):
+                for d in range(width):
+                    out[start + d] += weight * partials[row, d]
+            for d in range(width):
                 out[start + d] /= weight_sum
-            lse[place(token, qo_head, strides[2])] = top + np.float32(math.log(weight_sum))
+            lse[offset_of(views.lse, token, qo_head)] = top + np.float32(math.log(weight_sum))

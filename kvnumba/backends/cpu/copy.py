@@ -1,28 +1,36 @@
-"""Whole blocks from place to place."""
+"""Whole blocks from one place to another."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from kvnumba.backends.cpu.jit import kernel, plain
 
 
+class CopyJob(NamedTuple):
+    """Of `copy`: (source, destination) pairs (N, 2) int64, and all arrays as (num_layers * num_blocks, bytes) uint8."""
+
+    pairs: Any
+    num_layers: int
+    num_blocks: int
+    arrays: Any
+
+
 @plain
-def copy_row(part, source, destination):
-    for i in range(part.shape[1]):
-        part[destination, i] = part[source, i]
+def copy_row(array, source, destination):
+    """Copy a row of an array to another."""
+    for i in range(array.shape[1]):
+        array[destination, i] = array[source, i]
 
 
 @kernel
 def copy(static, worker, workers, job):
-    """Copy blocks of all layers: parts of the storage are (num_layers * num_blocks, bytes of a block)."""
-    pairs, num_layers, num_blocks, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = job
+    """Copy blocks of all layers."""
+    pairs, num_layers, num_blocks, arrays = job
     count = pairs.shape[0] * num_layers
     for item in range(worker * count // workers, (worker + 1) * count // workers):
         first_block = item % num_layers * num_blocks
         source = first_block + pairs[item // num_layers, 0]
         destination = first_block + pairs[item // num_layers, 1]
-        copy_row(k_codes, source, destination)
-        copy_row(k_scale, source, destination)
-        copy_row(k_zero, source, destination)
-        copy_row(v_codes, source, destination)
-        copy_row(v_scale, source, destination)
-        copy_row(v_zero, source, destination)
+        for array in arrays:
+            copy_row(array, source, destination)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llvmlite import ir
 from numba import njit, prange, typeof, types
-from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+from numba.core import cgutils
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import (
+    NativeValue,
+    intrinsic,
+    lower_getattr_generic,
+    models,
+    register_model,
+    typeof_impl,
+    unbox,
+)
 
 from kvnumba import formats
 
@@ -36,33 +48,39 @@ plain = njit(**OPTIONS)
 """A piece of a kernel, compiled with it."""
 
 
+@dataclass(frozen=True, eq=False)
 class Static:
-    """Numbers that kernels are compiled for: an argument whose value is its type.
+    """What a kernel is compiled for: an argument whose value is its type.
 
-    Every kernel takes one, with a digest of this folder's sources and of the formats in its name: Numba's disk
-    cache looks at the file of a kernel alone, and would not notice that a generator in another has changed.
+    In a kernel its attributes are read as usual: integers are constants there, and functions are called. Every kernel
+    takes one, with a digest of this folder's sources and of the formats in the name of its type: Numba's disk cache
+    looks at the file of a kernel alone, and would not notice that a generator in another has changed.
+
+    Attributes
+    ----------
+    scale_dtype : str
+        Of the scales that the kernel is given, "float32" or "float16".
     """
 
-    def __init__(self, *values: int) -> None:
-        self.values = values
+    scale_dtype: str = "float32"
 
 
 class StaticType(types.Type):
-    """The type of a `Static`, one for each tuple of values."""
+    """The type of a `Static`, one for each value."""
 
-    def __init__(self, values):
-        self.values = values
-        super().__init__(name=f"Static{values}@{_sources()}")
+    def __init__(self, static):
+        self.static = static
+        super().__init__(name=f"{static}@{_sources()}")
 
 
 @functools.cache
-def static(*values: int) -> Static:
-    """The one `Static` of some numbers."""
-    return Static(*values)
+def static(scale_dtype: str) -> Static:
+    """The one `Static` of kernels that differ in the dtype of scales only."""
+    return Static(scale_dtype)
 
 
-COMMON = static()
-"""Of kernels that are the same for all shapes."""
+COMMON = static("float32")
+"""Of kernels that meet no scales."""
 
 
 @functools.cache
@@ -75,7 +93,7 @@ def _sources() -> str:
 
 @typeof_impl.register(Static)
 def _typeof_static(value: Static, context: Any) -> StaticType:
-    return StaticType(value.values)
+    return StaticType(value)
 
 
 register_model(StaticType)(models.OpaqueModel)
@@ -86,24 +104,80 @@ def _unbox_static(kind: StaticType, value: Any, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
+@infer_getattr
+class _StaticAttributes(AttributeTemplate):
+    key = StaticType
+
+    def generic_resolve(self, kind, name):
+        value = getattr(kind.static, name)
+        return types.intp if isinstance(value, int) else self.context.resolve_value_type(value)
+
+
+@lower_getattr_generic(StaticType)
+def _static_attribute(context, builder, kind, value, name):
+    found = getattr(kind.static, name)
+    return context.get_constant(types.intp, found) if isinstance(found, int) else context.get_dummy_value()
+
+
+_WORD = ir.IntType(64)
+
+
 @intrinsic
-def _call(typing, address, static, worker, workers, job):
-    """Call a compiled kernel by its address."""
-    kinds = (static, types.intp, types.intp, job)
+def _share(typing, share, worker, workers, job):
+    """Call what `_spread` made, by its address."""
 
     def generate(context, builder, signature, arguments):
-        function = context.call_conv.get_function_type(types.none, kinds)
-        pointer = builder.inttoptr(arguments[0], function.as_pointer())
-        context.call_conv.call_function(builder, pointer, types.none, kinds, arguments[1:])
+        kind = ir.FunctionType(ir.VoidType(), [_WORD] * 3)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
         return context.get_dummy_value()
 
-    return types.void(types.intp, *kinds), generate
+    return types.void(*[types.intp] * 4), generate
 
 
 @_cached({"parallel": True, **OPTIONS})
-def _run(static, address, workers, job):
+def _loop(static, share, workers, job):
     for worker in prange(workers):
-        _call(address, static, worker, workers, job)
+        _share(share, worker, workers, job)
+
+
+@intrinsic
+def _spread(typing, loop, address, static, workers, job):
+    """Call a kernel by its address in each of some threads, which `_loop`, at the address `loop`, starts.
+
+    The job lies on this thread's stack meanwhile, and the threads are given its address.
+    """
+    kinds = (static, types.intp, types.intp, job)
+
+    def generate(context, builder, signature, arguments):
+        def call(b, address, kinds, values):
+            kind = context.call_conv.get_function_type(types.none, kinds)
+            context.call_conv.call_function(
+                b, b.inttoptr(address, kind.as_pointer()), types.none, kinds, values
+            )
+
+        loop, address, _, workers, job = arguments
+        kept = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, [address, job]))
+        name = builder.module.get_unique_name("share")
+        share = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_WORD] * 3), name)
+        share.linkage = "internal"
+        b = ir.IRBuilder(share.append_basic_block())
+        worker, of, pointer = share.args
+        address, job = cgutils.unpack_tuple(b, b.load(b.inttoptr(pointer, kept.type)), 2)
+        call(b, address, kinds, [context.get_dummy_value(), worker, of, job])
+        b.ret_void()
+        pointers = builder.ptrtoint(share, _WORD), workers, builder.ptrtoint(kept, _WORD)
+        call(builder, loop, _LOOP_KINDS, [context.get_dummy_value(), *pointers])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, static, types.intp, job), generate
+
+
+_LOOP_KINDS = (typeof(COMMON), *[types.intp] * 3)
+
+
+@kernel
+def _start(static, loop, address, workers, job):
+    _spread(loop, address, static, workers, job)
 
 
 _compiled: dict[tuple[Any, Static], tuple[int, Any]] = {}
@@ -117,19 +191,40 @@ def entry(function: Any, static: Static, *rest: Any) -> tuple[int, Any]:
     """
     key = (function, static)
     if key not in _compiled:
-        signature = tuple(typeof(argument) for argument in (static, *rest))
-        function.compile(signature)
-        compiled = function.overloads[signature]
-        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-        _compiled[key] = address, compiled.entry_point
+        _compiled[key] = _compile(function, static, *rest)
     return _compiled[key]
+
+
+def _kind(kind: types.Type) -> types.Type:
+    """The type that serves all values of an argument's kind.
+
+    A read-only array is of another type to Numba, and would be another compilation. Arrays of three axes and more are
+    views of new tokens, whose strides differ from call to call.
+    """
+    if isinstance(kind, types.BaseNamedTuple):
+        return types.NamedTuple([_kind(part) for part in kind.types], kind.instance_class)
+    if isinstance(kind, types.BaseTuple):
+        return types.Tuple([_kind(part) for part in kind.types])
+    if isinstance(kind, types.Array):
+        return types.Array(kind.dtype, kind.ndim, "A" if kind.ndim > 2 else "C")
+    return kind
+
+
+def _compile(function: Any, *arguments: Any) -> tuple[int, Any]:
+    signature = tuple(_kind(typeof(argument)) for argument in arguments)
+    function.compile(signature)
+    compiled = function.overloads[signature]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name), compiled.entry_point
+
+
+_starters: dict[tuple[Any, Static], tuple[Any, int, int]] = {}
 
 
 def launch(function: Any, static: Static, workers: int, job: tuple[Any, ...]) -> None:
     """Run ``function(static, worker, workers, job)`` in each of some threads; in this one, where it is one.
 
-    The parallel loop calls the kernel by its address. Calling it by name would compile it into the loop once
-    more, at each of the four levels of Numba's `prange`: 19 seconds instead of 5 for `attend`.
+    One parallel loop serves all kernels, which it calls by their address. Compiling a kernel into a loop of its own
+    would compile it at each of the four levels of Numba's `prange`: 19 seconds instead of 5 for `attend`.
 
     Parameters
     ----------
@@ -138,10 +233,16 @@ def launch(function: Any, static: Static, workers: int, job: tuple[Any, ...]) ->
     workers : int
         At most Numba's thread count is used at the same time.
     job : tuple
-        Arrays and scalars; each has the same type in every call of a function.
+        Arrays, scalars and named tuples of such; each has the same type in every call of a function and a `Static`.
     """
     address, call = entry(function, static, 0, 1, job)
     if workers == 1:  # a parallel region costs more than small work
         call(static, 0, 1, job)
-    else:
-        _run(COMMON, address, workers, job)
+        return
+    key = (function, static)
+    if key not in _starters:
+        loop, _ = entry(_loop, COMMON, 0, 1, 0)
+        _, start = _compile(_start, static, loop, address, workers, job)
+        _starters[key] = start, loop, address
+    start, loop, address = _starters[key]
+    start(static, loop, address, workers, job)

@@ -1,102 +1,204 @@
-"""Which thread attends to what: a batch cut into pieces, listed once for all its layers.
+"""Which thread attends to what: the parts of a batch cut into pieces, listed once for all its layers.
 
-A piece is some new tokens of one sequence, some query heads of one KV head, and a range of keys. Long ranges
-are split and merged by their lse (Flash-Decoding), so that a single sequence keeps every thread busy.
+A piece is some new tokens of one sequence, some query heads of one KV head, and a range of keys. Long ranges are split
+and merged by their lse (Flash-Decoding), so that a single sequence keeps every thread busy; so are several parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from kvnumba.backends.cpu import few, many
+from kvnumba.backends.cpu.attend import (
+    MERGE_BEGIN,
+    MERGE_COLUMNS,
+    MERGE_END,
+    MERGE_HEAD,
+    MERGE_HEADS,
+    MERGE_TOKEN,
+)
 from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
-from kvnumba.backends.cpu.tiles import FEW, MANY
+from kvnumba.backends.cpu.shapes import Piece, Shape
+from kvnumba.storage import Batch, Part
 
 MIN_SPLIT = 512  # keys that are worth a piece of their own
 SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
 
-MOST = MANY[-1]
+FEW_ROWS, SOME_ROWS, MOST_ROWS = few.MOST_ROWS, many.ROWS[0], many.ROWS[-1]
 
-# Columns of the table of pieces.
+PIECE_COLUMNS = len(Piece._fields)
 (
-    SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, FIRST_TOKEN, NUM_TOKENS, ROWS, FIRST_KEY, END_KEY, PART, PARTIAL
-) = range(11)  # fmt: skip
-PIECE_COLUMNS = 11
-# Columns of the table of merges.
-MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, FIRST_PARTIAL, NUM_PARTIALS, MERGE_TOKENS = range(6)
-MERGE_COLUMNS = 6
+    SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, TOKEN, NUM_TOKENS, POSITION, ROWS, FIRST_KEY, END_KEY, COUNTS_SINK,
+    PARTIAL,
+) = range(PIECE_COLUMNS)  # fmt: skip
+
+_ALL = np.empty(0, np.int32)  # tokens of a part that has all of them, in order
 
 
-class Plan(NamedTuple):
-    """What `attend` needs to know of a batch.
+def shape_of(rows: int, scale_dtype: str) -> Shape:
+    """The shape of kernel for a number of rows, one that `rows_of` returns."""
+    return (few if rows <= FEW_ROWS else many).shape(rows, scale_dtype)
+
+
+class PlannedPart(NamedTuple):
+    """A part cut up.
 
     Attributes
     ----------
-    block_table, seq_lens, query_start_loc
-        Of the batch.
-    pieces : list of (int, (N, 11) int64)
-        For each number of rows that kernels are compiled for, the pieces of that size. PART counts the pieces
-        of one range of keys, and PARTIAL is the number of a partial result, or -1 for a piece that is the
-        whole range.
-    merges : (M, 6) int64
-        Which partial results make which tokens and heads.
+    part : Part
+    tokens : (T',) int32
+        `Part.tokens`; empty where it is None.
+    pieces : list of (int, (N, 12) int64)
+        For each number of rows that kernels are compiled for, the pieces of that size.
+    """
+
+    part: Part
+    tokens: np.ndarray
+    pieces: list[tuple[int, np.ndarray]]
+
+
+class Plan(NamedTuple):
+    """What `attend` needs to know of the parts of a batch.
+
+    Attributes
+    ----------
+    parts : list of PlannedPart
     num_partials, partial_rows : int
         How many partial results there are, and the most rows of one.
+    merges, sources : (M, 5) int64, (N,) int64
+        Which partial results make which tokens and heads: see `attend.MergeJob`.
+    counts_sinks : bool
+        Whether the merge counts sinks. Otherwise the pieces do: of a range that is split, the first.
+    complete : bool
+        Whether every token is in a part, and so gets a result.
     workers : int
         Threads that the work is worth.
     """
 
-    block_table: np.ndarray
-    seq_lens: np.ndarray
-    query_start_loc: np.ndarray
-    pieces: list[tuple[int, np.ndarray]]
-    merges: np.ndarray
+    parts: list[PlannedPart]
     num_partials: int
     partial_rows: int
+    merges: np.ndarray
+    sources: np.ndarray
+    counts_sinks: bool
+    complete: bool
     workers: int
 
 
-def plan_batch(batch, num_kv_heads, group, head_dim, window_left, num_threads):
-    """Cut a batch into pieces that keep `num_threads` threads equally busy."""
-    arguments = (
-        batch.seq_lens, batch.query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads
-    )  # fmt: skip
-    _, call = entry(cut, COMMON, *arguments)
-    pieces, merges, num_partials, workers, least, most = call(COMMON, *arguments)
-    sizes = [(least, pieces)] if least == most else sort_by_size(pieces)
-    split = pieces[pieces[:, PARTIAL] >= 0] if num_partials else pieces[:0]
-    return Plan(
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        sizes,
-        merges,
-        num_partials,
-        int(split[:, ROWS].max(initial=0)),
-        workers,
-    )
+_NOTHING = np.empty((0, MERGE_COLUMNS), np.int64), np.empty(0, np.int64)
 
 
-def sort_by_size(pieces):
+def plan_parts(
+    parts: Sequence[Part], num_qo_heads: int, head_dim: int, window_left: int, num_threads: int
+) -> Plan:
+    """Cut parts into pieces that keep `num_threads` threads equally busy."""
+    num_kv_heads = parts[0].buffers.layout.num_kv_heads
+    group = num_qo_heads // num_kv_heads
+    if len(parts) == 1 and parts[0].tokens is None:
+        batch = parts[0].batch
+        pieces, num_partials, workers, least, most = _cut(
+            batch, num_kv_heads, group, head_dim, window_left, num_threads, 0, 0, -1
+        )
+        planned = [PlannedPart(parts[0], _ALL, sort_by_size(pieces, least, most))]
+        if not num_partials:
+            return Plan(planned, 0, 0, *_NOTHING, False, True, workers)
+        return _merged(planned, [pieces], _ALL, num_partials, num_qo_heads, batch.num_tokens, workers)
+    keys = scores = 0
+    for part in parts:
+        more = _call(measure, *_tables(part.batch), num_kv_heads, group, window_left)
+        keys, scores = keys + more[0], scores + more[1]
+    planned, tables, num_partials, workers = [], [], 0, 1
+    order = [np.arange(p.batch.num_tokens, dtype=np.int32) if p.tokens is None else p.tokens for p in parts]
+    first_token = 0
+    for part in parts:
+        pieces, num_partials, workers, least, most = _cut(
+            part.batch, num_kv_heads, group, head_dim, window_left, num_threads, num_partials, keys, scores
+        )
+        tokens = _ALL if part.tokens is None else part.tokens
+        planned.append(PlannedPart(part, tokens, sort_by_size(pieces, least, most)))
+        table = pieces.copy()
+        table[:, TOKEN] += first_token
+        first_token += part.batch.num_tokens
+        tables.append(table)
+    tokens = np.concatenate(order)
+    num_tokens = int(tokens.max(initial=-1)) + 1
+    plan = _merged(planned, tables, tokens, num_partials, num_qo_heads, num_tokens, workers)
+    return plan._replace(counts_sinks=True, complete=any(part.tokens is None for part in parts))
+
+
+def _merged(
+    parts: list[PlannedPart],
+    tables: list[np.ndarray],
+    tokens: np.ndarray,
+    num_partials: int,
+    num_qo_heads: int,
+    num_tokens: int,
+    workers: int,
+) -> Plan:
+    """A plan whose pieces are partial results."""
+    pieces = tables[0] if len(tables) == 1 else np.concatenate(tables)
+    pieces = pieces[pieces[:, PARTIAL] >= 0]
+    partial_rows = int((pieces[:, NUM_TOKENS] * pieces[:, NUM_HEADS]).max(initial=1))
+    merges, sources = _call(list_merges, pieces, tokens, num_tokens, num_qo_heads, partial_rows)
+    return Plan(parts, num_partials, partial_rows, merges, sources, False, True, workers)
+
+
+def _tables(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return batch.seq_lens, batch.query_start_loc, batch.positions
+
+
+def _cut(batch: Batch, *rest: int):
+    return _call(cut, *_tables(batch), *rest)
+
+
+def _call(function, *arguments):
+    _, call = entry(function, COMMON, *arguments)
+    return call(COMMON, *arguments)
+
+
+def sort_by_size(pieces, least, most):
     """Pieces of each number of rows."""
+    if least == most:
+        return [(least, pieces)]
     return [(int(size), pieces[pieces[:, ROWS] == size]) for size in np.unique(pieces[:, ROWS])]
 
 
 @kernel
-def cut(static, seq_lens, query_start_loc, num_kv_heads, group, head_dim, window_left, num_threads):
-    """The tables of a plan, the threads that it is worth, and its least and greatest number of rows."""
-    keys, scores = count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left)
+def measure(static, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
+    """Keys that all pieces see together, if none is split, and the scores that they make."""
+    return count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
+
+
+@kernel
+def cut(
+    static, seq_lens, query_start_loc, positions, num_kv_heads, group, head_dim, window_left, num_threads, partials,
+    keys, scores,
+):  # fmt: skip
+    """The pieces of a part, and the threads that the work is worth.
+
+    With `scores` of -1 the part is the only one. Otherwise `keys` and `scores` are those of all parts, every piece is a
+    partial result, and their numbers go on from `partials`.
+
+    Returns the table of pieces, the number of partial results so far, the threads, and the least and the greatest
+    number of rows.
+    """
+    alone = scores < 0
+    if alone:
+        keys, scores = count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
     workers = 1 if scores * head_dim <= SERIAL * 128 else num_threads
     split = max(MIN_SPLIT, (keys + 4 * workers - 1) // (4 * workers)) if workers > 1 else max(keys, 1)
-    pieces, merges = np.empty((0, PIECE_COLUMNS), np.int64), np.empty((0, MERGE_COLUMNS), np.int64)
-    num_pieces, num_merges, num_partials, least, most = list_pieces(
-        seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges
+    pieces = np.empty((0, PIECE_COLUMNS), np.int64)
+    num_pieces, _, _, _ = list_pieces(
+        seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, partials, pieces
     )
     pieces = np.empty((num_pieces, PIECE_COLUMNS), np.int64)
-    merges = np.empty((num_merges, MERGE_COLUMNS), np.int64)
-    list_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges)
-    return pieces, merges, num_partials, workers, least, most
+    _, partials, least, most = list_pieces(
+        seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, partials, pieces
+    )
+    return pieces, partials, workers, least, most
 
 
 @plain
@@ -105,27 +207,27 @@ def rows_of(rows, count):
 
     A single token has a kernel of its own size; other sizes are few, to compile few kernels.
     """
-    if rows <= FEW:
-        return rows if count == 1 else FEW
-    return MANY[0] if rows <= MANY[0] else MOST
+    if rows <= FEW_ROWS:
+        return rows if count == 1 else FEW_ROWS
+    return SOME_ROWS if rows <= SOME_ROWS else MOST_ROWS
 
 
 @plain
 def tile_of(count, group):
     """Tokens and query heads of a piece, of a sequence with `count` new tokens."""
-    return (max(1, min(count, MOST // group)), min(group, MOST))
+    return (max(1, min(count, MOST_ROWS // group)), min(group, MOST_ROWS))
 
 
 @plain
-def key_range(seq_len, count, first, tokens, window_left):
-    """The keys that `tokens` new tokens from `first` on see, of a sequence with `count` new ones."""
-    position = seq_len - count + first
+def key_range(seq_len, position, tokens, window_left):
+    """The keys that `tokens` new tokens from `position` on see."""
+    end = min(position + tokens, seq_len)
     begin = max(0, position - window_left) if window_left >= 0 else 0
-    return begin, position + tokens
+    return min(begin, end), end
 
 
 @plain
-def count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left):
+def count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
     """Keys that all pieces see together, if none is split, and the scores that they make."""
     keys, scores = 0, 0
     for s in range(seq_lens.shape[0]):
@@ -133,21 +235,23 @@ def count_keys(seq_lens, query_start_loc, num_kv_heads, group, window_left):
         tile, _ = tile_of(count, group)
         for first in range(0, count, tile):
             tokens = min(tile, count - first)
-            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
+            begin, end = key_range(seq_lens[s], positions[s] + first, tokens, window_left)
             keys += (end - begin) * num_kv_heads
             scores += (end - begin) * num_kv_heads * tokens * group
     return keys, scores
 
 
 @plain
-def list_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, split, pieces, merges):
-    """List pieces and merges with ranges of `split` keys at most, where their tables have room.
+def list_pieces(
+    seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, p, pieces
+):  # fmt: skip
+    """List pieces with ranges of `split` keys at most, where their table has room.
 
-    Of a sequence the last tokens, which see most, come first. Returns how many pieces, merges and partial
-    results there are, and the least and the greatest number of rows.
+    Of a sequence the last tokens, which see most, come first. Returns how many pieces there are, the number of partial
+    results, of which there were `p` before, and the least and the greatest number of rows.
     """
-    least, most = MOST, 0
-    n, m, p = 0, 0, 0
+    least, most = MOST_ROWS, 0
+    n = 0
     for s in range(seq_lens.shape[0]):
         count = query_start_loc[s + 1] - query_start_loc[s]
         tile, heads = tile_of(count, group)
@@ -155,36 +259,70 @@ def list_pieces(seq_lens, query_start_loc, num_kv_heads, group, window_left, spl
         for t in range(tiles - 1, -1, -1):
             first = t * tile
             tokens = min(tile, count - first)
-            begin, end = key_range(seq_lens[s], count, first, tokens, window_left)
-            parts = (end - begin + split - 1) // split
-            length = (end - begin + parts - 1) // parts
+            begin, end = key_range(seq_lens[s], positions[s] + first, tokens, window_left)
+            ranges = max(1, (end - begin + split - 1) // split)
+            length = (end - begin + ranges - 1) // ranges
+            partial = ranges > 1 or not alone
             for kv_head in range(num_kv_heads):
                 for head in range(0, group, heads):
                     num_heads = min(heads, group - head)
                     rows = rows_of(tokens * num_heads, count)
                     least, most = min(least, rows), max(most, rows)
-                    if parts > 1:
-                        if m < merges.shape[0]:
-                            merges[m, MERGE_TOKEN] = query_start_loc[s] + first
-                            merges[m, MERGE_HEAD] = kv_head * group + head
-                            merges[m, MERGE_HEADS] = num_heads
-                            merges[m, FIRST_PARTIAL] = p
-                            merges[m, NUM_PARTIALS] = parts
-                            merges[m, MERGE_TOKENS] = tokens
-                        m += 1
-                    for part in range(parts):
+                    for i in range(ranges):
                         if n < pieces.shape[0]:
                             pieces[n, SEQUENCE] = s
                             pieces[n, KV_HEAD] = kv_head
                             pieces[n, FIRST_HEAD] = kv_head * group + head
                             pieces[n, NUM_HEADS] = num_heads
-                            pieces[n, FIRST_TOKEN] = first
+                            pieces[n, TOKEN] = query_start_loc[s] + first
                             pieces[n, NUM_TOKENS] = tokens
+                            pieces[n, POSITION] = positions[s] + first
                             pieces[n, ROWS] = rows
-                            pieces[n, FIRST_KEY] = min(begin + part * length, end)
-                            pieces[n, END_KEY] = min(begin + (part + 1) * length, end)
-                            pieces[n, PART] = part
-                            pieces[n, PARTIAL] = p if parts > 1 else -1
-                        p += 1 if parts > 1 else 0
+                            pieces[n, FIRST_KEY] = min(begin + i * length, end)
+                            pieces[n, END_KEY] = min(begin + (i + 1) * length, end)
+                            pieces[n, COUNTS_SINK] = alone and i == 0
+                            pieces[n, PARTIAL] = p if partial else -1
+                        p += partial
                         n += 1
-    return n, m, p, least, most
+    return n, p, least, most
+
+
+@kernel
+def list_merges(static, pieces, tokens, num_tokens, num_qo_heads, partial_rows):
+    """The tables of a `MergeJob` for pieces that are partial results.
+
+    `tokens` says which packed token each of a piece's tokens is; empty: the same. Of one token and head the sources are
+    in the order of the pieces.
+    """
+    starts = np.zeros(num_tokens * num_qo_heads + 1, np.int64)
+    heads = np.zeros(num_tokens * num_qo_heads, np.int64)
+    for n in range(pieces.shape[0]):
+        for i in range(pieces[n, NUM_TOKENS]):
+            token = pieces[n, TOKEN] + i
+            token = tokens[token] if tokens.shape[0] > 0 else token
+            block = token * num_qo_heads + pieces[n, FIRST_HEAD]
+            heads[block] = pieces[n, NUM_HEADS]
+            starts[block + 1] += 1
+    num_merges = 0
+    for block in range(num_tokens * num_qo_heads):
+        num_merges += heads[block] > 0
+        starts[block + 1] += starts[block]
+    merges = np.empty((num_merges, MERGE_COLUMNS), np.int64)
+    m = 0
+    for block in range(num_tokens * num_qo_heads):
+        if heads[block] > 0:
+            merges[m, MERGE_TOKEN] = block // num_qo_heads
+            merges[m, MERGE_HEAD] = block % num_qo_heads
+            merges[m, MERGE_HEADS] = heads[block]
+            merges[m, MERGE_BEGIN] = starts[block]
+            merges[m, MERGE_END] = starts[block + 1]
+            m += 1
+    sources = np.empty(starts[-1], np.int64)
+    for n in range(pieces.shape[0]):
+        for i in range(pieces[n, NUM_TOKENS]):
+            token = pieces[n, TOKEN] + i
+            token = tokens[token] if tokens.shape[0] > 0 else token
+            block = token * num_qo_heads + pieces[n, FIRST_HEAD]
+            sources[starts[block]] = pieces[n, PARTIAL] * partial_rows + i * pieces[n, NUM_HEADS]
+            starts[block] += 1
+    return merges, sources

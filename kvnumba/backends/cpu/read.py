@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from kvnumba.backends.cpu.codecs import decode_row
-from kvnumba.backends.cpu.jit import kernel
+from kvnumba.backends.cpu.jit import kernel, plain
+from kvnumba.backends.cpu.storage import Rows, Storage, find_row
 
 
-@kernel
-def read(static, worker, workers, job):
-    """Gather the first `length` tokens of sequences into a flat out, (B, H, length, D)."""
-    block_table, first_block, block_size, length, num_heads, head_dim, codes, scale, zero, fmt, out = job
-    count = block_table.shape[0] * num_heads * length
-    item, end = worker * count // workers, (worker + 1) * count // workers
+class ReadJob(NamedTuple):
+    """Of `read`: the first `length` tokens of sequences, into k (B, H, length, D) and v (B, H, length, Dv), flat."""
+
+    block_table: Any
+    length: int
+    storage: Storage
+    k: Any
+    v: Any
+
+
+class DecodeJob(NamedTuple):
+    """Of `decode`: rows, and where their elements go, row after row."""
+
+    rows: Rows
+    out: Any
+
+
+@plain
+def read_rows(block_table, length, storage, rows, out, item, end):
+    """Gather the tokens from number `item` to number `end` of all tokens of all heads of all sequences."""
+    num_heads, block_size = storage.num_heads, storage.block_size
     while item < end:
         position = item % length
-        head = item // length % num_heads
-        offset = position % block_size
-        block = first_block + block_table[item // length // num_heads, position // block_size]
-        row = (block * num_heads + head) * block_size + offset
-        run = min(end - item, length - position, block_size - offset)
+        blocks = block_table[item // length // num_heads]
+        row = find_row(blocks, position, storage.first_block, block_size, num_heads, item // length % num_heads)
+        run = min(end - item, length - position, block_size - position % block_size)
         for t in range(run):
-            decode_row(codes, row + t, fmt, scale, zero, out, (item + t) * head_dim, head_dim)
+            decode_row(rows, row + t, out, (item + t) * rows.head_dim)
         item += run
 
 
 @kernel
+def read(static, worker, workers, job):
+    """Gather keys and values."""
+    block_table, length, storage, k, v = job
+    count = block_table.shape[0] * storage.num_heads * length
+    item, end = worker * count // workers, (worker + 1) * count // workers
+    read_rows(block_table, length, storage, storage.keys, k, item, end)
+    read_rows(block_table, length, storage, storage.values, v, item, end)
+
+
+@kernel
 def decode(static, worker, workers, job):
-    """Decode rows, one after the other in a flat out."""
-    head_dim, codes, scale, zero, fmt, out = job
-    count = codes.shape[0]
+    """Decode rows."""
+    rows, out = job
+    count = rows.codes.shape[0]
     for row in range(worker * count // workers, (worker + 1) * count // workers):
-        decode_row(codes, row, fmt, scale, zero, out, row * head_dim, head_dim)
+        decode_row(rows, row, out, row * rows.head_dim)

@@ -1,0 +1,332 @@
+"""Micro-kernels for many rows of queries, as of prompts: outer products, a matrix product in registers.
+
+A vector holds a lane for each row of queries, and elements of keys and values are broadcast. They are multiplied in
+float32, or in bfloat16 where that is asked for and the processor has it: what is stored otherwise is staged, brought to
+that format in scratch. In bfloat16 a unit of 32 bits is a pair: of keys and queries two elements of head_dim, of values
+and weights two tokens.
+
+Queries are (padded head_dim, columns), or in bfloat16 (padded head_dim / 2, columns, 2).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvnumba.backends.cpu.codecs import (
+    ARITHMETICS,
+    BFLOAT16,
+    CODECS,
+    FLOAT32,
+    FloatCodec,
+    decode_row,
+    interleave_rows,
+    nearest_bfloat16,
+    side_by_side,
+)
+from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.shapes import (
+    AHEAD,
+    PHASE_MAX,
+    QUERY_STEP,
+    Reading,
+    Run,
+    Shape,
+    finish_scores,
+    is_known,
+    prefetch_rows,
+    row_ahead,
+    state_at,
+)
+from kvnumba.backends.cpu.simd import F32, LANES, Emitter, Int, constant, vector
+from kvnumba.backends.cpu.weighing import weigh_rows
+
+ROWS = (16, 64) if LANES == 16 else (16,)
+"""Numbers of rows that kernels are compiled for."""
+
+STRETCH = 32  # elements of head_dim that are summed on their own: long sums would round their tail away
+ROWS_TOGETHER = 4  # rows of queries whose values are summed at once
+
+
+class _Pairs(FloatCodec):
+    """bfloat16 of two tokens in each unit of 32 bits."""
+
+    def multiply(self, e: Emitter, x: ir.Value, y: ir.Value, total: ir.Value) -> ir.Value:
+        return e.dot_bfloat16(x, y, total)
+
+
+_FLOATS = CODECS[FLOAT32]
+_PAIRS = _Pairs(_FLOATS.fmt, F32, lambda e, x: x, lambda e, x: x)
+
+
+@functools.cache
+def shape(rows: int, scale_dtype: str) -> Shape:
+    """The shape for a number of ROWS."""
+    vectors = rows // LANES
+    return Shape(scale_dtype, __name__, rows, rows, {1: 8, 2: 4, 4: 4}[vectors], vectors, 1, 64)
+
+
+@plain
+def choose(keys, values, scoring):
+    """Rows are read in place if they are stored in the format of the products; pairs of values never are."""
+    wanted = BFLOAT16 if scoring.bfloat16 and keys.head_dim % 2 == 0 else FLOAT32
+    v_direct = values.fmt == FLOAT32 and wanted == FLOAT32
+    return Reading(keys.fmt == wanted, v_direct, wanted, wanted, np.float32(-1))
+
+
+@plain
+def top_half(x):
+    """The bits of a finite x as bfloat16, rounded to nearest even."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@plain
+def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+    """A row of queries, scaled; in bfloat16 as it is, for scaling would round what came in bfloat16: scores are scaled."""
+    if reading.k_format == BFLOAT16:
+        pairs = scratch.query.view(np.uint16).reshape(-1, 2 * shape.columns)
+        for d in range(head_dim):
+            pairs[d // 2, 2 * r + d % 2] = top_half(q[start + d])
+        return scoring.sm_scale, np.float32(0)
+    query = scratch.query.reshape(-1, shape.columns)
+    for d in range(head_dim):
+        query[d, r] = q[start + d] * scoring.sm_scale
+    return np.float32(0), np.float32(0)
+
+
+@plain
+def stage(rows, run, tile):
+    """The rows of a run into a tile, of float32 or of bfloat16."""
+    for t in range(run.num_tokens):
+        decode_row(rows, run.row + t, tile, t * rows.head_dim)
+
+
+@plain
+def stage_pairs(rows, run, tile_halves):
+    """The rows of a run into a tile of bfloat16, two tokens side by side.
+
+    The partner of an odd last token is itself: its weight is 0.
+    """
+    head_dim = rows.head_dim
+    row_bytes = 2 * head_dim
+    spare = tile_halves.shape[0] - 2 * head_dim  # the last row of the tile holds two
+    for t in range(0, run.num_tokens, 2):
+        partner = min(t + 1, run.num_tokens - 1)
+        if rows.fmt == BFLOAT16:
+            first, second = (run.row + t) * row_bytes, (run.row + partner) * row_bytes
+            interleave_rows(rows.codes, first, second, head_dim, tile_halves, t * row_bytes)
+        else:
+            decode_row(rows, run.row + t, tile_halves, spare)
+            decode_row(rows, run.row + partner, tile_halves, spare + head_dim)
+            interleave_rows(
+                tile_halves, 2 * spare, 2 * spare + row_bytes, head_dim, tile_halves, t * row_bytes
+            )
+
+
+@plain
+def score_run(shape, reading, keys, run, following, masks, scratch):
+    codes, head_dim = keys.codes, keys.head_dim
+    row_bytes = codes.shape[1]
+    if not reading.k_direct:
+        prefetch_rows(codes, following, run.num_tokens)
+        if reading.k_format == BFLOAT16:
+            stage(keys, run, scratch.tile_halves)
+        else:
+            stage(keys, run, scratch.tile)
+        row_bytes = 2 * head_dim if reading.k_format == BFLOAT16 else 4 * head_dim
+        codes, following = scratch.tile_bytes, 0
+        run = Run(0, run.num_tokens, run.scores, run.key)
+    ahead = min(AHEAD, run.num_tokens)
+    score(shape, reading.k_format, codes, row_bytes, run, following, ahead, head_dim, masks, scratch)
+
+
+@intrinsic
+def score(typing, shape, fmt, codes, row_bytes, run, following, ahead, head_dim, masks, scratch):
+    """Scores of rows in one of ARITHMETICS."""
+    signature = types.void(
+        shape, types.intp, codes, types.intp, run, types.intp, types.intp, types.intp, masks, scratch
+    )
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        _, fmt, *rest = e.arguments(signature, args)
+        e.switch(fmt, ARITHMETICS, lambda fmt: _score(e, static, fmt == BFLOAT16, *rest))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _score(
+    e: Emitter,
+    shape: Shape,
+    pairs: bool,
+    codes: Any,
+    row_bytes: Int,
+    run: Any,
+    following: Int,
+    ahead: Int,
+    head_dim: Int,
+    masks: Any,
+    scratch: Any,
+) -> None:
+    b = e.builder
+    start, later_start = (codes.start + row * row_bytes for row in (run.row, following))
+    target = scratch.scores.start + run.scores * 4
+    units = head_dim // 2 if pairs else head_dim
+    multiply = _PAIRS.multiply if pairs else _FLOATS.multiply
+    parts = range(shape.vectors)
+
+    def tile(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
+        token = i * shape.tokens
+        base = start + token * row_bytes
+        tokens = [base + t * row_bytes for t in range(shape.tokens)]
+
+        def unit(d: Int, sums: list[ir.Value]) -> list[ir.Value]:
+            line = scratch.query.start + d * (4 * shape.columns)
+            queries = [e.load(line + 4 * part * LANES, vector(F32)) for part in parts]
+            results = []
+            for t in range(shape.tokens):
+                key = e.broadcast(tokens[t] + d * 4)
+                for part in parts:
+                    results.append(multiply(e, key, queries[part], sums[t * shape.vectors + part]))
+            return results
+
+        zeros = [constant(0.0)] * (shape.tokens * shape.vectors)
+        later = row_ahead(e, token, ahead, run.num_tokens, start, later_start, row_bytes)
+
+        def stretch(n: Int, totals: list[ir.Value]) -> list[ir.Value]:
+            first = n * STRETCH
+            size = (units - first).at_most(STRETCH)
+            for line in range(0, 4 * STRETCH * shape.tokens, 64):
+                e.prefetch(later + (first * (4 * shape.tokens) + line))
+            sums = e.loop(size, zeros, lambda d, sums: unit(first + d, sums))
+            return [e.add(x, y) for x, y in zip(totals, sums, strict=True)]
+
+        sums = e.loop((units + (STRETCH - 1)) // STRETCH, zeros, stretch)
+        if pairs:
+            steps = [e.load(state_at(scratch.state, QUERY_STEP, shape, part), vector(F32)) for part in parts]
+            sums = [e.mul(x, steps[at % shape.vectors]) for at, x in enumerate(sums)]
+        unknown = b.not_(is_known(e, shape, token, run, masks))
+
+        def finished() -> list[ir.Value]:
+            return [
+                finish_scores(
+                    e, shape, at % shape.vectors, x, token + at // shape.vectors, run, masks, scratch
+                )
+                for at, x in enumerate(sums)
+            ]
+
+        sums = e.when(unknown, sums, finished)
+        carried = list(carried)
+        for at, score in enumerate(sums):
+            e.store(score, target + (token * (4 * shape.columns) + 4 * at * LANES))
+            carried[at % shape.vectors] = e.max(score, carried[at % shape.vectors])
+        return carried
+
+    greatest = [state_at(scratch.state, PHASE_MAX, shape, part) for part in parts]
+    tiles = (run.num_tokens + (shape.tokens - 1)) // shape.tokens
+    found = e.loop(tiles, [e.load(where, vector(F32)) for where in greatest], tile)
+    for where, value in zip(greatest, found, strict=True):
+        e.store(value, where)
+
+
+@plain
+def weigh_run(shape, reading, values, run, following, rows, scratch):
+    codes, head_dim = values.codes, values.head_dim
+    row, row_bytes, count = run.row, codes.shape[1], run.num_tokens
+    pairs = reading.v_format == BFLOAT16
+    if pairs:
+        round_weights(shape, run, scratch)
+    if not reading.v_direct:
+        prefetch_rows(codes, following, count)
+        if pairs:
+            stage_pairs(values, run, scratch.tile_halves)
+            count = (count + 1) // 2
+        else:
+            stage(values, run, scratch.tile)
+        codes, row, following, row_bytes = scratch.tile_bytes, 0, 0, 4 * head_dim
+    ahead = min(AHEAD, count)
+    weigh(
+        shape, reading.v_format, codes, row_bytes, row, count, following, ahead, run.scores, rows, head_dim,
+        scratch,
+    )  # fmt: skip
+
+
+@intrinsic
+def weigh(typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch):
+    """Add weighted rows, or pairs of them, to the sums."""
+    signature = types.void(shape, types.intp, codes, *[types.intp] * 8, scratch)
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = e.arguments(
+            signature, args
+        )
+
+        def case(fmt: int) -> None:
+            weigh_rows(
+                e,
+                static,
+                _PAIRS if fmt == BFLOAT16 else _FLOATS,
+                ROWS_TOGETHER,
+                count + 1,  # all of them in one strip: tiles come from the cache
+                start=codes.start + row * row_bytes,
+                following=codes.start + following * row_bytes,
+                row_bytes=row_bytes,
+                count=count,
+                ahead=ahead,
+                weights=scratch.scores.start + weights * 4,
+                sums=scratch.sums,
+                rows_used=rows,
+                width=head_dim,
+            )
+
+        e.switch(fmt, ARITHMETICS, case)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def round_weights(typing, shape, run, scratch):
+    """Round the weights of a run to bfloat16, those of two tokens side by side: (pair of tokens, column, 2)."""
+    signature = types.void(shape, run, scratch)
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e, b = Emitter(context, builder), builder
+        _, run, scratch = e.arguments(signature, args)
+        memory = scratch.scores.start + run.scores * 4
+        row_bytes = 4 * static.columns
+
+        def two_tokens(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            source, target = (memory + i * size for size in (2 * row_bytes, row_bytes))
+            both = e.splat(i * 2 + 1 < run.num_tokens)
+            for part in range(static.vectors):
+                offset = 4 * part * LANES
+                first, second = (e.load(source + (offset + n), vector(F32)) for n in (0, row_bytes))
+                second = b.select(both, second, constant(0.0))
+                e.store(side_by_side(e, *(nearest_bfloat16(e, x) for x in (first, second))), target + offset)
+            return []
+
+        e.loop((run.num_tokens + 1) // 2, [], two_tokens)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@plain
+def add_phase(reading, rows, scratch):
+    """Add a phase's sums to those of all."""
+    total, sums = scratch.total, scratch.sums
+    for r in range(rows):
+        for d in range(sums.shape[1]):
+            total[r, d] += sums[r, d]

@@ -1,0 +1,511 @@
+"""Every micro-kernel of attention on its own, against formulas in NumPy: few rows of queries and many.
+
+The expected values are written out here, from the definition of the storage formats on; of the library only the
+numbers that say how a kernel's arrays lie are used.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TESTED
+from oracle import bfloat16
+
+if "cpu" not in TESTED:
+    pytest.skip("another backend is chosen", allow_module_level=True)
+
+from numba import njit
+
+from kvnumba.backends.cpu import attend, few, many, shapes, softmax
+from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
+from kvnumba.backends.cpu.plan import shape_of
+from kvnumba.backends.cpu.simd import LANES
+from kvnumba.backends.cpu.storage import Rows
+from kvnumba.formats import FORMATS
+
+FP8, INT8, INT4 = (FORMATS[name].number for name in ("fp8_e4m3", "int8", "int4"))
+ALL = range(len(FORMATS))
+
+ROWS = (1, 3, few.MOST_ROWS, *many.ROWS)
+TOKENS = (1, 7, 16, 17)
+HEAD_DIMS = (2, 80, 128)
+BEHIND = 16  # rows of NaN behind a run, and before it
+FIRST = 3  # the run's first row
+SM_SCALE = np.float32(0.3)
+
+LEVELS = {INT8: 255, INT4: 15}
+MIDDLE = {INT8: 128, INT4: 8}
+LARGEST = 2**15 - 1  # of the 16-bit integers that queries and weights become where they meet codes
+
+sizes = pytest.mark.parametrize(
+    ("count", "head_dim"), [(count, head_dim) for count in TOKENS for head_dim in HEAD_DIMS]
+)
+
+
+# One function to call from Python for each kernel; the format is a number.
+
+
+@njit
+def load_queries(shape, piece, work, q, head_dim, keys, scoring, scratch):
+    reading = shape.choose(keys, keys, scoring)
+    attend.load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch)
+
+
+@njit
+def score_few(shape, rows, run, masks, scratch):
+    codes, scale, zero, fmt, head_dim = rows
+    few.score(shape, fmt, codes, codes.shape[1], scale, zero, run, 0, 8, head_dim, masks, scratch)
+
+
+@njit
+def score_many(shape, rows, run, masks, scratch):
+    many.score(shape, rows.fmt, rows.codes, rows.codes.shape[1], run, 0, 8, rows.head_dim, masks, scratch)
+
+
+@njit
+def settle(shape, scratch):
+    return softmax.settle(shape, scratch)
+
+
+@njit
+def exponentiate(shape, run, reading, values, scratch):
+    softmax.exponentiate_run(shape, run, reading, values, scratch)
+
+
+@njit
+def round_weights(shape, run, scratch):
+    shape.round_weights(shape, run, scratch)
+
+
+@njit
+def weigh(shape, fmt, codes, row, count, rows, head_dim, scratch):
+    shape.weigh(shape, fmt, codes, codes.shape[1], row, count, 0, 8, 0, rows, head_dim, scratch)
+
+
+@njit
+def add_phase(shape, reading, rows, scratch):
+    shape.add_phase(reading, rows, scratch)
+
+
+@njit
+def stage(rows, run, tile):
+    many.stage(rows, run, tile)
+
+
+@njit
+def stage_pairs(rows, run, tile):
+    many.stage_pairs(rows, run, tile)
+
+
+# What storage holds, by the formats' definitions.
+
+
+def bits_of_bfloat16(x):
+    return (bfloat16(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def e4m3(bits):
+    """The numbers of fp8_e4m3 but for NaN: a sign, four bits of exponent and three of mantissa."""
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    return np.where(bits >> 7, -size, size)
+
+
+def stored_rows(fmt, count, head_dim, rng, groups=1):
+    """Rows of storage, all but `count` of them NaN; their codes, and the floats that they stand for."""
+    total = FIRST + count + BEHIND
+    run = slice(FIRST, FIRST + count)
+    no_scales = np.zeros((total, 0), np.float32)
+    if fmt in LEVELS:
+        integers = rng.integers(0, LEVELS[fmt] + 1, (total, head_dim))
+        codes = integers if fmt == INT8 else integers[:, ::2] << 4 | integers[:, 1::2]
+        scale, zero = (np.full((total, groups), np.nan, np.float32) for _ in range(2))
+        scale[run] = rng.uniform(0.001, 0.02, (count, groups))
+        zero[run] = rng.normal(size=(count, groups))
+        each = head_dim // groups
+        floats = integers * np.repeat(scale, each, axis=1) + np.repeat(zero, each, axis=1)
+        rows = Rows(with_room(codes.astype(np.uint8)), scale, zero, fmt, head_dim)
+        return rows, integers[run], floats[run].astype(np.float32)
+    if fmt == FP8:
+        held = rng.integers(0, 256, (total, head_dim))
+        held[held % 128 == 127] = 0
+        held[:FIRST], held[FIRST + count :] = 0x7F, 0xFF
+        rows = Rows(with_room(held.astype(np.uint8)), no_scales, no_scales, fmt, head_dim)
+        return rows, None, e4m3(held[run]).astype(np.float32)
+    x = np.full((total, head_dim), np.nan, np.float32)
+    x[run] = rng.normal(size=(count, head_dim))
+    if fmt == FLOAT32:
+        held, x = x, x
+    elif fmt == BFLOAT16:
+        held, x = bits_of_bfloat16(np.nan_to_num(x)), bfloat16(np.nan_to_num(x))
+        held[:FIRST], held[FIRST + count :] = 0x7FC0, 0x7FC0
+    else:
+        held = x.astype(np.float16)
+        x = held.astype(np.float32)
+    rows = Rows(with_room(held.view(np.uint8).reshape(total, -1)), no_scales, no_scales, fmt, head_dim)
+    return rows, None, x[run]
+
+
+def with_room(codes):
+    """The same bytes with memory behind them, as storage has it."""
+    memory = np.zeros(codes.size + 16 * codes.shape[1] + 128, np.uint8)
+    memory[: codes.size] = codes.reshape(-1)
+    return memory[: codes.size].reshape(codes.shape)
+
+
+def even_before_odd(x):
+    """Rows (N, D) as int4 is read: in each chunk of 4 vectors the even elements before the odd."""
+    size = 4 * LANES
+    padded = np.zeros((len(x), -(-x.shape[1] // size) * size), x.dtype)
+    padded[:, : x.shape[1]] = x
+    return padded.reshape(len(x), -1, size // 2, 2).swapaxes(2, 3).reshape(len(x), -1)
+
+
+class Columns:
+    """The memory that kernels of a shape share."""
+
+    def __init__(self, rows, head_dim=2, tokens=1):
+        self.rows = rows
+        self.shape = shape_of(rows, "float32")
+        self.count, self.width = self.shape.columns, self.shape.width
+        self.table = np.zeros((shapes.STATE_ROWS, self.width), np.float32)
+        self.positions = np.zeros(self.width, np.int32)
+        self.table[shapes.PHASE_MAX] = shapes.LEAST
+        self.table[shapes.ROW_MAX] = shapes.LEAST
+        floats = shapes.padded.py_func(head_dim)
+        self.query = np.full(self.count * floats, np.nan, np.float32)
+        self.total, self.sums = (np.zeros((self.count, floats), np.float32) for _ in range(2))
+        lines = tokens + max(self.shape.tokens, 2) + 2 * LANES  # kernels write behind the run
+        self.scores = np.full((lines, self.count), np.nan, np.float32)
+        self.run = shapes.Run(FIRST, tokens, 0, 0)
+
+    @property
+    def scratch(self):
+        tile = np.zeros(1, np.float32)
+        return shapes.Scratch(
+            self.table, self.positions, self.query.reshape(-1), self.total, self.sums, self.scores.reshape(-1),
+            tile, tile.view(np.uint16), tile.view(np.uint8).reshape(1, -1),
+        )  # fmt: skip
+
+    def spread(self, per_row):
+        """What each row has, for the lanes of all columns."""
+        padded = np.zeros(self.count, np.float32)
+        padded[: self.rows] = per_row
+        return np.tile(padded, self.width // self.count)
+
+    def sum_of(self, name):
+        return self.table[name].reshape(-1, self.count).sum(axis=0)[: self.rows]
+
+
+def reading_of(fmt, bias=-1):
+    return shapes.Reading(True, True, fmt, fmt, np.float32(bias))
+
+
+def laid_out(columns, fmt, q):
+    """Queries (rows, D) as kernels take them for a format, with their steps and sums."""
+    rows, head_dim = q.shape
+    floats = shapes.padded.py_func(head_dim)
+    scaled = q * SM_SCALE
+    if rows > few.MOST_ROWS:
+        query = np.zeros((floats, columns.count), np.float32)
+        if fmt == BFLOAT16:
+            pairs = bits_of_bfloat16(q).reshape(rows, head_dim // 2, 2).swapaxes(0, 1)
+            query[: head_dim // 2] = np.ascontiguousarray(pairs).view(np.float32)[..., 0]
+            return query, np.full(rows, SM_SCALE), np.zeros(rows)
+        query[:head_dim] = scaled.T
+        return query, np.zeros(rows), np.zeros(rows)
+    query = np.zeros((columns.count, floats), np.float32)
+    if fmt not in LEVELS:
+        query[:rows, :head_dim] = scaled
+        return query, np.zeros(rows), np.zeros(rows)
+    step = np.abs(scaled).max(axis=1) / min(LARGEST, (2**31 - 1) // (LEVELS[fmt] * head_dim))
+    integers = np.rint(scaled / step[:, None])
+    words = even_before_odd(integers) if fmt == INT4 else integers
+    query[:rows].view(np.int16)[:, : words.shape[1]] = words
+    return query, step, step * integers.sum(axis=1)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_load_queries(rows, head_dim, rng):
+    columns = Columns(rows, head_dim)
+    heads = 2 if rows % 2 == 0 else 1
+    tokens = rows // heads
+    q = rng.normal(size=(1, tokens, heads, head_dim)).astype(np.float32)
+    # of the packed tokens, in the other direction in memory
+    packed = np.ascontiguousarray(q[:, ::-1].swapaxes(1, 2)).swapaxes(1, 2)
+    order = np.arange(tokens, dtype=np.int32)[::-1].copy()
+    table = np.zeros((1, 1), np.int64)
+    work = attend.Work(np.zeros(1, np.int64), table, order, table.astype(np.int32), columns.total, 0)
+    sinks, slopes = (rng.normal(size=heads).astype(np.float32) for _ in range(2))
+
+    def load(fmt, q):
+        piece = shapes.Piece(0, 0, 0, heads, 0, tokens, 40, rows, 0, 1, 1, -1)
+        scoring = shapes.Score(SM_SCALE, -1, np.float32(0), sinks, slopes, False, fmt == BFLOAT16)
+        columns.query[:] = np.nan
+        load_queries(
+            columns.shape, piece, work, q, head_dim, stored_rows(fmt, 1, head_dim, rng)[0], scoring, columns.scratch
+        )
+
+    for fmt in ALL if rows <= few.MOST_ROWS else ARITHMETICS:
+        want, step, total = laid_out(columns, fmt, q.reshape(rows, head_dim))
+        load(fmt, packed)
+        query = columns.query.reshape(want.shape)
+        if fmt in LEVELS and rows <= few.MOST_ROWS:  # ties may fall to either side
+            integers = np.abs(query.view(np.int16).astype(int) - want.view(np.int16))
+            assert integers.max() <= 1
+            slack = step * head_dim
+        else:
+            np.testing.assert_array_equal(query.view(np.int32), want.view(np.int32))
+            slack = np.full(rows, 1e-6)
+        np.testing.assert_allclose(columns.table[shapes.QUERY_STEP, :rows], step, rtol=1e-6)
+        assert (np.abs(columns.table[shapes.QUERY_SUM, :rows] - total) <= slack).all()
+        np.testing.assert_array_equal(columns.positions[:rows], 40 + np.arange(rows) // heads)
+        assert (columns.positions[rows : columns.count] < 0).all()
+        np.testing.assert_array_equal(columns.table[shapes.SLOPE, :rows], np.tile(slopes, tokens))
+        np.testing.assert_array_equal(columns.table[shapes.ROW_MAX, :rows], np.tile(sinks, tokens))
+        np.testing.assert_array_equal(columns.sum_of(shapes.ROW_SUM), 1)
+    if rows <= few.MOST_ROWS:  # a query that is not finite shows in all its scores
+        packed[0, -1, 0, 0] = np.inf
+        load(INT8, packed)
+        assert np.isnan(columns.table[shapes.QUERY_STEP, 0])
+
+
+@sizes
+@pytest.mark.parametrize("rows", ROWS)
+def test_scores(rows, count, head_dim, rng):
+    columns = Columns(rows, head_dim, count)
+    q = rng.normal(size=(rows, head_dim)).astype(np.float32)
+    slopes = rng.uniform(0, 0.1, rows).astype(np.float32)
+    position, own = 100, 95 + np.arange(rows) % 20  # of the first key, of the queries
+    columns.positions[:] = -(1 << 30)
+    for column in range(columns.width):
+        if column % columns.count < rows:
+            columns.positions[column] = own[column % columns.count]
+    for fmt in ALL if rows <= few.MOST_ROWS else ARITHMETICS:
+        stored, integers, keys = stored_rows(fmt, count, head_dim, rng)
+        columns.query, step, total = laid_out(columns, fmt, q)
+        columns.table[shapes.QUERY_STEP] = columns.spread(step)
+        columns.table[shapes.QUERY_SUM] = columns.spread(total)
+        run = slice(FIRST, FIRST + count)
+        if fmt in LEVELS and rows <= few.MOST_ROWS:
+            rounded = np.rint(q * SM_SCALE / step[:, None].astype(np.float32)).astype(np.int64)
+            want = (integers @ rounded.T) * step * stored.scale[run] + total * stored.zero[run]
+        elif fmt == BFLOAT16 and rows > few.MOST_ROWS:
+            want = keys.astype(np.float64) @ bfloat16(q).T * SM_SCALE
+        else:
+            want = keys.astype(np.float64) @ q.T * SM_SCALE
+        for masked in (False, True):
+            columns.table[shapes.PHASE_MAX] = shapes.LEAST
+            columns.table[shapes.SLOPE] = columns.spread(slopes) if masked else 0
+            columns.scores[:] = np.nan
+            cap, reach = (np.float32(2.0), 9) if masked else (np.float32(0), 1 << 30)
+            first_key = position if masked else 0
+            score = score_few if rows <= few.MOST_ROWS else score_many
+            score(
+                columns.shape, stored, shapes.Run(FIRST, count, 0, first_key),
+                shapes.Masks(np.int32(reach), -1 if masked else 90, cap), columns.scratch,
+            )  # fmt: skip
+            expected, out = want, columns.scores
+            if masked:
+                distance = own - (first_key + np.arange(count))[:, None]
+                expected = 2 * np.tanh(want / 2) - slopes * distance
+                expected = np.where((distance >= 0) & (distance <= 9), expected, -np.inf)
+            largest = max(1, np.abs(want).max())
+            np.testing.assert_allclose(out[:count, :rows], expected, rtol=2e-5, atol=4e-5 * largest)
+            last = -(-count // columns.shape.tokens) * columns.shape.tokens
+            assert (out[count:last, :rows] == -np.inf).all()
+            top = columns.table[shapes.PHASE_MAX].reshape(-1, columns.count).max(axis=0)[:rows]
+            greatest = np.maximum(out[:count, :rows].max(axis=0), np.float32(shapes.LEAST))
+            np.testing.assert_array_equal(top, greatest)
+
+
+@pytest.mark.parametrize("count", TOKENS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_softmax(rows, count, rng):
+    """A phase after another: the maximum moves for some rows; a row that sees nothing stays as it was."""
+    columns = Columns(rows, tokens=count)
+    lines = -(-count // columns.shape.line) * columns.shape.line
+    out, table = columns.scores, columns.table
+    out[:count] = 5 * rng.normal(size=(count, columns.count))
+    out[count:lines] = -np.inf
+    if rows > 1:
+        out[:count, 1] = -np.inf
+    before = rng.normal(size=rows).astype(np.float32)
+    sums = rng.uniform(1, 2, rows).astype(np.float32)
+    for lane in range(columns.width):
+        if lane % columns.count < rows:
+            table[shapes.ROW_MAX, lane] = before[lane % columns.count]
+    table[shapes.ROW_SUM, :rows] = sums
+    table[shapes.ZERO_SUM, :rows] = sums
+    # the maximum of a row may stand in any of its lanes
+    greatest = np.maximum(out[:count, :rows].max(axis=0), np.float32(shapes.LEAST))
+    table[shapes.PHASE_MAX, columns.width - columns.count :][:rows] = greatest
+
+    moved = settle(columns.shape, columns.scratch)
+    top = np.maximum(before, out[:count, :rows].max(axis=0))
+    assert moved == (top > before).any()
+    np.testing.assert_array_equal(table[shapes.ROW_MAX, :rows], top)
+    rescale = np.exp(before.astype(np.float64) - top)
+    np.testing.assert_allclose(table[shapes.RESCALE, :rows], rescale, rtol=1e-6)
+    np.testing.assert_allclose(columns.sum_of(shapes.ROW_SUM), sums * rescale, rtol=1e-6)
+    assert (table[shapes.PHASE_MAX] == np.float32(shapes.LEAST)).all()
+
+    weights = np.exp(out[:count, :rows].astype(np.float64) - top)
+    start, scores = table.copy(), out.copy()
+    no_scales = stored_rows(FLOAT32, count, 2, rng)[0]
+    exponentiate(columns.shape, columns.run, reading_of(FLOAT32), no_scales, columns.scratch)
+    np.testing.assert_allclose(out[:count, :rows], weights, rtol=5e-6, atol=1e-30)
+    total = sums * rescale + weights.sum(axis=0)
+    np.testing.assert_allclose(columns.sum_of(shapes.ROW_SUM), total, rtol=5e-6)
+    if rows > few.MOST_ROWS:
+        return
+
+    for fmt, bias in MIDDLE.items():  # scales and zero points go into the weights
+        table[:], out[:] = start, scores
+        values, _, _ = stored_rows(fmt, count, 2, rng)
+        scale, zero = (x[FIRST : FIRST + count] for x in (values.scale, values.zero))
+        exponentiate(columns.shape, columns.run, reading_of(fmt, bias), values, columns.scratch)
+        np.testing.assert_allclose(out[:count, :rows], weights * scale, rtol=5e-6, atol=1e-30)
+        offset = (weights * (scale * bias + zero)).sum(axis=0)
+        np.testing.assert_allclose(columns.sum_of(shapes.ZERO_SUM), sums * rescale + offset, rtol=1e-5)
+        greatest = table[shapes.WEIGHT_MAX].reshape(-1, columns.count).max(axis=0)[:rows]
+        np.testing.assert_array_equal(greatest, out[:count, :rows].max(axis=0))
+
+
+@pytest.mark.parametrize("count", TOKENS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rounding(rows, count, rng):
+    """Weights become 16 bits wide, two tokens side by side; what stands behind the run does not count."""
+    columns = Columns(rows, tokens=count)
+    lines = -(-count // columns.shape.line) * columns.shape.line
+    out = columns.scores
+    weights = rng.uniform(0, 1, (count, rows)).astype(np.float32)
+    weights[:, -1] *= 1e-33 if rows > 1 else 1  # nothing that can be told from 0
+    out[:lines] = 0
+    out[:count, :rows] = weights
+    for lane in range(columns.width):
+        if lane % columns.count < rows:
+            columns.table[shapes.WEIGHT_MAX, lane] = weights[:, lane % columns.count].max()
+    round_weights(columns.shape, columns.run, columns.scratch)
+    pairs = -(-count // 2)
+    halves = out.view(np.int16).reshape(-1)[: pairs * columns.count * 2].reshape(pairs, columns.count, 2)
+    have = halves.swapaxes(1, 2).reshape(2 * pairs, columns.count)[:, :rows]
+    assert count == 2 * pairs or (have[count] == 0).all()
+    if rows > few.MOST_ROWS:
+        exact = ARITHMETICS[-1] != BFLOAT16 or weights > 1e-37  # processors take subnormals for 0
+        np.testing.assert_array_equal(have[:count].view(np.uint16) * exact, bits_of_bfloat16(weights) * exact)
+        return
+    top = weights.max(axis=0)
+    want = np.where(top > 1e-30, np.floor(weights.astype(np.float64) * LARGEST / top + 0.5), 0)
+    assert np.abs(have[:count] - want).max() <= 1  # ties may fall to either side
+    np.testing.assert_array_equal(columns.sum_of(shapes.WEIGHT_SUM), have[:count].sum(axis=0))
+
+
+def put_pairs(columns, weights):
+    """Weights of 16 bits (tokens, rows) where kernels expect them, two tokens side by side."""
+    count = len(weights)
+    pairs = np.zeros((count + count % 2, columns.count), weights.dtype)
+    pairs[:count, : columns.rows] = weights
+    memory = columns.scores.view(weights.dtype).reshape(-1)
+    memory[: pairs.size] = pairs.reshape(-1, 2, columns.count).swapaxes(1, 2).reshape(-1)
+
+
+@sizes
+@pytest.mark.parametrize("rows", ROWS)
+def test_weighing(rows, count, head_dim, rng):
+    columns = Columns(rows, head_dim, count)
+    sums = columns.sums
+    weights = rng.uniform(0, 1, (count, rows)).astype(np.float32)
+    for fmt in ALL if rows <= few.MOST_ROWS else ARITHMETICS:
+        columns.scores[:] = np.nan
+        columns.scores[:count, :rows] = weights
+        sums[:] = 0
+        if rows > few.MOST_ROWS and fmt == BFLOAT16:
+            x = rng.normal(size=(count + count % 2, head_dim)).astype(np.float32)
+            side_by_side = bits_of_bfloat16(x).reshape(-1, 2, head_dim).swapaxes(1, 2)
+            codes = with_room(np.ascontiguousarray(side_by_side).view(np.uint8).reshape(len(x) // 2, -1))
+            put_pairs(columns, bits_of_bfloat16(weights))
+            weigh(columns.shape, fmt, codes, 0, len(x) // 2, rows, head_dim, columns.scratch)
+            want = bfloat16(weights).T.astype(np.float64) @ bfloat16(x[:count])
+            np.testing.assert_allclose(sums[:rows, :head_dim], want, rtol=1e-5, atol=1e-4)
+            continue
+        stored, integers, x = stored_rows(fmt, count, head_dim, rng)
+        if fmt not in LEVELS:
+            sums[:] = 1  # is added to
+            weigh(columns.shape, fmt, stored.codes, FIRST, count, rows, head_dim, columns.scratch)
+            want = 1 + weights.T.astype(np.float64) @ x
+            slack = 1e-5 * max(1, np.abs(x).max())
+            np.testing.assert_allclose(sums[:rows, :head_dim], want, rtol=1e-5, atol=10 * slack)
+            continue
+        rounded = rng.integers(0, LARGEST + 1, (count, rows))
+        put_pairs(columns, rounded.astype(np.int16))
+        weigh(columns.shape, fmt, stored.codes, FIRST, count, rows, head_dim, columns.scratch)
+        want = rounded.T @ integers
+        have = sums[:rows].view(np.int32)
+        if fmt == INT4:
+            in_chunks = even_before_odd(np.arange(head_dim)[None])[0]
+            used = even_before_odd(np.ones((1, head_dim), int))[0] == 1
+            placed = np.zeros((rows, head_dim), np.int64)
+            placed[:, in_chunks[used]] = have[:, : len(used)][:, used]
+            have = placed
+        np.testing.assert_array_equal(have[:, :head_dim], want)
+
+        # the integers go into the phases' sum as floats: each code counts from the middle one
+        top = rng.uniform(0.5, 1, rows).astype(np.float32)
+        columns.table[shapes.WEIGHT_MAX] = columns.spread(top)
+        columns.table[shapes.WEIGHT_SUM] = 0
+        columns.table[shapes.WEIGHT_SUM, :rows] = rounded.sum(axis=0)
+        total = columns.total
+        total[:] = 1
+        add_phase(columns.shape, reading_of(fmt, MIDDLE[fmt]), rows, columns.scratch)
+        want = 1 + (rounded * top / LARGEST).T @ (integers - MIDDLE[fmt])
+        if fmt == INT4:
+            want = even_before_odd(want)
+        used = want != 0
+        np.testing.assert_allclose(total[:rows, : want.shape[1]][used], want[used], rtol=1e-5, atol=1e-3)
+        assert (columns.table[shapes.WEIGHT_SUM] == 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@sizes
+def test_staging(count, head_dim, groups, rng):
+    """Rows of any format become a tile of float32, or of bfloat16, of values two tokens side by side."""
+    run = shapes.Run(FIRST, count, 0, 0)
+    for fmt in ALL:
+        if (fmt not in LEVELS and groups > 1) or (fmt == INT4 and head_dim // groups % 2):
+            continue
+        stored, _, x = stored_rows(fmt, count, head_dim, rng, groups)
+        tile = np.full((count + 8) * head_dim, np.nan, np.float32)
+        halves = tile.view(np.uint16)
+        stage(stored, run, tile)
+        exact = tile[: x.size].reshape(x.shape).copy()
+        np.testing.assert_allclose(exact, x, rtol=1e-6, atol=1e-6)
+        stage(stored, run, halves)
+        np.testing.assert_array_equal(halves[: x.size].reshape(x.shape), bits_of_bfloat16(exact))
+        stage_pairs(stored, run, halves)
+        pairs = -(-count // 2)
+        have = halves[: 2 * pairs * head_dim].reshape(pairs, head_dim, 2)
+        have = have.swapaxes(1, 2).reshape(2 * pairs, head_dim)[:count]
+        np.testing.assert_array_equal(have, bits_of_bfloat16(exact))
+
+
+@pytest.mark.skipif(LANES == 8 and "KVNUMBA_NARROW" in os.environ, reason="these are the narrow vectors")
+def test_narrow_vectors(tmp_path):
+    """The tests above for one shape of each kind, with vectors of eight lanes, in a process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "(3 and not 16) or 16 or staging"],
+        env={
+            **os.environ,
+            "KVNUMBA_NARROW": "1",
+            "NUMBA_CPU_NAME": "haswell",
+            "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avx,+sse4.2",
+            "NUMBA_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
