@@ -1,4 +1,4 @@
-"""The attention function: out of the cache where a `KVNumbaCache` holds the keys, dense otherwise."""
+"""The attention function: it reads a `KVNumbaCache` directly where it can, and computes in torch where it cannot."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ REFUSED = {
     "block_indices": "sparse attention is not supported",
     "sinks": "sinks that differ from token to token are not supported",
 }
-"""Keywords that some models pass and that would change the result, if they are not None or False."""
+"""Keywords that some models pass and that would change the result. None and False are accepted."""
 
 
 def register() -> None:
-    """Make the name "kvnumba" known to `set_attn_implementation`. Twice: without its mask function there is none."""
+    """Make the name "kvnumba" known to `set_attn_implementation`, with its attention function and its mask function.
+
+    Without a mask function of that name models would pass no mask, and padding would be attended to.
+    """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, masks.attention_mask)
 
@@ -47,22 +50,22 @@ def attention_forward(
     Parameters
     ----------
     module : Module
-        The attention layer; its `is_causal` counts where there is neither a mask nor the argument.
+        The attention layer. Where there is no mask, its `is_causal` is the default of the argument `is_causal`.
     query : (B, Hq, q, D)
     key, value : (B, H, k, D)
-        All that there are. The very pair that `KVNumbaCache.update` returned is never computed: attention reads
-        the cache itself.
+        All keys and values. Where they are the two tensors that `KVNumbaCache.update` returned, they are not computed:
+        attention reads the cache.
     attention_mask : (B, 1 or Hq, q, k), optional
-        What `masks.attention_mask` returned, or another one, bool or additive, which is honoured by a dense path.
+        What `masks.attention_mask` returned, or any other one, bool or additive, which is applied in torch.
     dropout, scaling, is_causal
         As everywhere in transformers.
     sliding_window : int, optional
-        Used where there is no mask; a mask knows its own.
+        Used where there is no mask; a mask contains the window.
     softcap : float, optional
     s_aux : (Hq,), optional
         Learned sinks: one more logit a head.
     position_bias : optional
-        Added to the scores, by the dense path.
+        Added to the scores, in torch.
 
     Returns
     -------
@@ -130,7 +133,7 @@ def dense_attention(
 
 
 def _appended(key: torch.Tensor, value: torch.Tensor) -> Appended | None:
-    """What the latest `update` appended, where these are its keys and values and the model has changed neither."""
+    """The `update` that returned these keys and values, if the model has not changed either; otherwise None."""
     if type(key) is not DeferredKeys or type(value) is not DeferredValues:
         return None
     if key.source is not value.source or key.looked_into or value.looked_into:
@@ -141,7 +144,7 @@ def _appended(key: torch.Tensor, value: torch.Tensor) -> Appended | None:
 def _causal(
     module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None, sliding_window: int | None
 ) -> CausalMask | None:
-    """The causal mask that is meant; None where another mask, or the lack of any, says what is seen."""
+    """The causal mask that is meant; None if the mask is another one, or if there is none and all keys are seen."""
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return CausalMask(None, (sliding_window or 0) - 1, None) if causal else None

@@ -34,7 +34,7 @@ KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Appended:
-    """What one `update` appended to a layer: the attention function finds it behind the keys and values.
+    """What one `update` appended to a layer. The keys and values that it returns lead the attention function here.
 
     Parameters
     ----------
@@ -202,7 +202,9 @@ class KVNumbaCache(Cache):
     group_size : int, optional
         Elements along head_dim that share a scale in int8 and int4. Default: all.
     arithmetic : {"float32", "bfloat16"}, optional
-        In which the tokens of a prompt are multiplied, where the processor does that faster. Default: the model's.
+        In which queries, keys and values are multiplied, as in `kvnumba.options.ScoringOptions`: "bfloat16" makes
+        prompts faster on some processors, at its precision. Default: "bfloat16" for models in bfloat16, otherwise what
+        is fastest within the rounding of the storage format.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
         Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto": "cuda" for tensors on a GPU, else "cpu".
 
@@ -253,9 +255,9 @@ class KVNumbaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, given as a number of 0 or less.
 
-        Sliding layers find what falls out of their windows again if `activate_past_recording` was called before
-        the first token; what the latest forward pass appended can be cropped in any case. A pass that did not
-        reach the last layer is forgotten first.
+        The tokens of the latest forward pass can always be cropped. More than these, from layers with a sliding window,
+        can be cropped only if `activate_past_recording` was called before the first token: otherwise tokens that the
+        window would reach again are gone. A pass that did not reach the last layer is forgotten first.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected 0 or less; got {tokens_to_remove}")
@@ -263,7 +265,7 @@ class KVNumbaCache(Cache):
             group.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """Let sequences that begin from here on keep what falls out of a sliding window, for `crop`."""
+        """Before the first token: keep what falls out of a sliding window, so that `crop` can return to it."""
         for group in self._groups.values():
             group.record_past = True
 
@@ -273,11 +275,11 @@ class KVNumbaCache(Cache):
             group.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let sequence b become what sequence ``beam_idx[b]`` is; no token is copied."""
+        """Replace each sequence b by sequence ``beam_idx[b]``; no token is copied."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences only, in this order; one may be named several times."""
+        """Keep only these sequences, in this order; a sequence that is named several times is continued each time."""
         for group in self._groups.values():
             group.select(indices)
 
@@ -293,7 +295,8 @@ class KVNumbaCache(Cache):
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the cache to a folder, which is made where it does not exist.
 
-        The file ``cache.json`` names the others and is replaced last: whatever happens before leaves what was there.
+        The file ``cache.json`` names the others and is replaced last, so that a save that fails or is killed leaves the
+        folder as it was; what it has written already is removed by the next save.
 
         Parameters
         ----------
@@ -316,7 +319,7 @@ class KVNumbaCache(Cache):
                     head_dim=group.pool.head_dim,
                     value_head_dim=group.pool.value_head_dim,
                     dtypes=[group.pool.key_format, group.pool.value_format],
-                    padding=group.padding.tolist(),
+                    padding=[0] * len(group.ids) if group.padding is None else group.padding.tolist(),
                 )
                 group.pool.save(path / entry["file"], fingerprint=fingerprint)
             groups.append(entry)
@@ -329,7 +332,7 @@ class KVNumbaCache(Cache):
         clear_unfinished(path, GROUP_FILE)
 
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
-        """Take what `save` wrote in the place of what the cache holds; if it fails, that stays.
+        """Replace the cache's contents by what `save` wrote. If that fails, the cache is as it was.
 
         Raises
         ------
@@ -378,7 +381,7 @@ class KVNumbaCache(Cache):
 
 
 def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
-    """What layers must have in common to share a pool, their window first; None for a layer without keys."""
+    """For each layer, what layers that share a pool have in common, the window first; None if it has no keys."""
     types, options = get_layer_types_and_kwargs(config)
     for kind, kwargs, layer in zip(types, options, config.per_layer_config, strict=True):
         if kind == "dummy":
@@ -393,7 +396,7 @@ def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
 
 
 def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
-    """A group like this one with what a folder says of it."""
+    """A group like this one, with the contents that a folder has of it."""
     new = LayerGroup(group.settings, group.num_layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
@@ -408,5 +411,6 @@ def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprin
     own = [ids.pop(seq_id) for seq_id in entry["ids"]]
     for seq_id in ids.values():  # of copies of the cache
         new.pool.finish_sequence(seq_id)
-    new.restore(own, entry["length"], np.array(entry["padding"], np.int64))
+    padding = np.array(entry["padding"], np.int64)
+    new.restore(own, entry["length"], padding if padding.any() else None)
     return new

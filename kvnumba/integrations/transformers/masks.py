@@ -1,4 +1,4 @@
-"""The mask function: plain causal and sliding masks are not computed, everything else becomes a 4-D bool mask."""
+"""The mask function: plain causal and sliding masks are described, not computed; all others are computed."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def attention_mask(
     Returns
     -------
     mask : (B, 1, q_length, kv_length) bool
-        A `DeferredMask` where queries see all keys up to their own, or those in a sliding window, but for padding
-        on the left.
+        A `DeferredMask` if it is causal, perhaps with a sliding window, and hides nothing else but padding on the left.
     """
     length = kv_offset + kv_length
     window_left = _window_left(mask_function)
@@ -84,8 +83,8 @@ def attention_mask(
         padding, known = _left_padding(attention_mask, length)
         if known:
             shape = (batch_size, 1, q_length, kv_length)
-            device = torch.device(options.get("device", "cpu"))
-            return DeferredMask(shape, torch.bool, device, CausalMask(length, window_left, padding))
+            causal = CausalMask(length, window_left, padding)
+            return DeferredMask(shape, torch.bool, options.get("device", "cpu"), causal)
     options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options
@@ -96,7 +95,8 @@ def _window_left(mask_function: Any) -> int | None:
     """-1 for transformers' causal function, the window of its sliding one, None for any other."""
     if mask_function is causal_mask_function:
         return -1
-    # The sliding one is a closure over a closure: the same code, over an overlay with a window and the causal one.
+    # The sliding one is made by and_masks(sliding_window_overlay(window), causal_mask_function): it is recognised by
+    # its code, and the window is found in the closure of the overlay.
     if getattr(mask_function, "__code__", None) is not sliding_window_causal_mask_function(1).__code__:
         return None
     parts = mask_function.__closure__[0].cell_contents

@@ -33,8 +33,10 @@ SHARE_OF_GPU = 0.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose. A format of None is the dtype of the model's keys and values, the backend "auto" follows
-    the device that they are on.
+    """What the user chose.
+
+    A format of None stands for the dtype of the model's keys or values, the backend "auto" for the one that works where
+    they are.
     """
 
     key_format: str | None
@@ -167,7 +169,9 @@ class LayerGroup:
             _finish(self._pool, self.ids)
         self._pool = None
         self.ids: list[int] = []  # the sequences' ids in the pool; this list is changed in place
-        self.padding = np.zeros(0, np.int64)  # tokens of each that were left out
+        self.padding: np.ndarray | None = (
+            None  # tokens on the left of each that were left out; None: no padding
+        )
         self.forward: ForwardPass | None = None  # the latest, if nothing else has changed the sequences since
         self._length = 0  # tokens of every sequence, padding included, where there is no such pass
 
@@ -187,15 +191,14 @@ class LayerGroup:
         )
         window_left = -1 if self.sliding_window is None or self.record_past else self.sliding_window - 1
         self.ids.extend(self.pool.add_sequence(window_left=window_left) for _ in range(len(k)))
-        self.padding = np.zeros(len(k), np.int64)
 
     def adopt(self, pool: PagedKVCache) -> None:
-        """Use a pool, and give back what this group holds of it when nobody uses the group any more."""
+        """Use this pool, and finish the group's sequences in it when the group is no longer used."""
         self._pool = pool
         self.ids = []
         weakref.finalize(self, _finish, pool, self.ids).atexit = False
 
-    def restore(self, ids: list[int], length: int, padding: np.ndarray) -> None:
+    def restore(self, ids: list[int], length: int, padding: np.ndarray | None) -> None:
         """Hold sequences that are in the pool already, of so many tokens, padding included."""
         self.ids.extend(ids)
         self._length, self.padding = length, padding
@@ -261,29 +264,30 @@ class LayerGroup:
             )
         # a mask without the window shows all tokens that `update` returned, however far apart they are
         window_fits = self.sliding_window is None or 0 <= mask.window_left < self.sliding_window
-        padding = mask.padding
-        if padding is None:
-            if not self.padding.any():
-                return window_fits
-            padding = np.zeros_like(self.padding)
-        if (padding < self.padding).any():
+        if mask.padding is None and self.padding is None:
+            return window_fits
+        shown, left_out = self._padding_or_zeros(mask.padding), self._padding_or_zeros(self.padding)
+        if (shown < left_out).any():
             raise ValueError(
-                f"attention_mask: expected the padding that earlier calls had, {self.padding.tolist()} tokens on "
-                f"the left, which is not in the cache; got {padding.tolist()}"
+                f"attention_mask: expected the padding that earlier calls had, {left_out.tolist()} tokens on "
+                f"the left, which is not in the cache; got {shown.tolist()}"
             )
         # the first layer leaves padding out among the new tokens; if it did not, they are stored for good
         stored = forward.first if index == 0 else length
-        return window_fits and bool((np.minimum(padding, stored) <= self.padding).all())
+        return window_fits and bool((np.minimum(shown, stored) <= left_out).all())
+
+    def _padding_or_zeros(self, padding: np.ndarray | None) -> np.ndarray:
+        return np.zeros(len(self.ids), np.int64) if padding is None else padding
 
     def leave_out(self, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the new tokens of the first layer again, without those that turn out to be padding."""
         forward = self.forward
         assert forward is not None
         first, count = forward.first, forward.count
-        padding = np.minimum(padding, first + count)
-        if (padding <= self.padding).all():
+        padding, before = np.minimum(padding, first + count), self._padding_or_zeros(self.padding)
+        if (padding <= before).all():
             return
-        for seq_id, left_out in zip(self.ids, self.padding.tolist(), strict=True):
+        for seq_id, left_out in zip(self.ids, before.tolist(), strict=True):
             self.pool.truncate(seq_id, first - left_out)
         real = np.arange(first, first + count) >= padding[:, None]
         forward.step, forward.real = self.pool.step(self.ids, real.sum(axis=1)), real
@@ -355,13 +359,14 @@ class LayerGroup:
         if not self.started:
             return
         length = max(self.complete_length - tokens_to_remove, 0)
-        padding = np.minimum(self.padding, length)
+        padding = np.minimum(self._padding_or_zeros(self.padding), length)
         for seq_id, kept in zip(self.ids, (length - padding).tolist(), strict=True):
             self.pool.truncate(seq_id, kept)
-        self._length, self.padding, self.forward = length, padding, None
+        self._length, self.forward = length, None
+        self.padding = padding if padding.any() else None
 
     def select(self, parents: torch.Tensor) -> None:
-        """Let sequence n become what sequence ``parents[n]`` is; blocks are shared, nothing is copied."""
+        """Replace each sequence n by sequence ``parents[n]``; blocks are shared, nothing is copied."""
         if not self.started:
             return
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
@@ -376,16 +381,17 @@ class LayerGroup:
         for row in rows:
             self.ids.append(self.pool.fork(before[row]) if row in kept else before[row])
             kept.add(row)
-        self.padding = self.padding[rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
     def fork(self) -> LayerGroup:
-        """A group that goes its own way from here; blocks are shared until one of the two writes to them."""
+        """A copy that changes independently; blocks are shared until one of the two writes to them."""
         twin = LayerGroup(self.settings, self.num_layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
         if self.started:
             twin.adopt(self.pool)
             ids = [self.pool.fork(seq_id) for seq_id in self.ids]
-            twin.restore(ids, self.complete_length, self.padding.copy())
+            twin.restore(ids, self.complete_length, self.padding)
         return twin
 
     def used_bytes(self) -> int:
