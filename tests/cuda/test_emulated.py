@@ -1,0 +1,257 @@
+"""The kernels for hardware, line by line, against the oracle on a machine without a GPU: see `emulator`."""
+
+from types import SimpleNamespace
+
+import emulator
+import numba
+import numpy as np
+import oracle
+import pytest
+
+import kvnumba
+from kvnumba.backends import registry
+from kvnumba.backends.numpy import NumpyBackend
+from kvnumba.formats import FORMATS
+
+UNIT = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Of results as large as 1: what rounding queries, weights and results to a precision may cost."""
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The backend, its device, and its class of arrays, in the place of what a real GPU or the simulator gives."""
+    attempt = registry._attempt
+    with emulator.cuda_backend() as (package, device), pytest.MonkeyPatch.context() as patch:
+        backend = package.CudaBackend()
+        patch.setattr(registry, "_attempt", lambda name: backend if name == "cuda" else attempt(name))
+        yield SimpleNamespace(backend=backend, device=device, array=package.memory.DeviceArray)
+
+
+@pytest.fixture
+def check(gpu, normal):
+    """``check(kernels, kind, key_format, value_format, ...)``: a ragged batch, written and attended on the device."""
+
+    def on_device(x, kind):
+        if kind == "bfloat16":
+            x = oracle.bfloat16(x)
+            return gpu.array.of((x.view(np.uint32) >> 16).astype(np.uint16)), x
+        return gpu.array.of(x.astype(kind)), x.astype(kind).astype(np.float32)
+
+    def on_host(x, kind):
+        host = x.copy()
+        return (
+            (host.astype(np.uint32) << 16).view(np.float32) if kind == "bfloat16" else host.astype(np.float32)
+        )
+
+    def run(
+        kernels, kind, key_format, value_format, *, lengths, new, heads=2, group=4, head_dim=64, block_size=16,
+        options=(),
+    ):  # fmt: skip
+        blocks = sum(-(-length // block_size) for length in lengths) + 3
+        cache = kvnumba.PagedKVCache(
+            blocks, block_size, heads, head_dim, len(lengths),
+            key_format=key_format, value_format=value_format, backend="cuda",
+        )  # fmt: skip
+        for part, fmt in ((cache.k_pool, key_format), (cache.v_pool, value_format)):
+            part[...] = {"bfloat16": 0x7FC0, "int8": 255, "int4": 255}.get(fmt, np.nan)
+        for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
+            part[...] = np.nan
+        ids = [cache.add_sequence() for _ in lengths]
+        for counts in (np.subtract(lengths, new), new):
+            step = cache.step(ids, counts)
+            k, v = (on_device(normal(sum(counts), heads, head_dim), kind)[0] for _ in range(2))
+            step.write(k, v)
+        q, q_host = on_device(normal(sum(new), heads * group, head_dim), kind)
+        gpu.device.launched.clear()
+        out, lse = step.attend(q, return_lse=True, **dict(options))
+        assert set(gpu.device.launched) == kernels
+        got, got_lse, start = on_host(out, kind), lse.copy(), 0
+        for seq_id, n in zip(ids, new, strict=True):
+            rows = slice(start, start + n)
+            want, want_lse = oracle.attention(q_host[rows], *cache.get_kv(seq_id), **dict(options))
+            largest, largest_lse = (max(1, np.abs(x).max(initial=0)) for x in (want, want_lse))
+            assert np.abs(got[rows] - want).max(initial=0) <= 2 * UNIT[kind] * largest
+            assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= UNIT[kind] / 4 * largest_lse
+            start += n
+        return out, got_lse
+
+    return run
+
+
+MATRIX_KINDS = [
+    ("float16", "float16"), ("float16", "int8"), ("float16", "int4"),
+    ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int4"),
+]  # fmt: skip
+"""Of queries and of the storage, for which there are kernels with matrix instructions."""
+
+OPTIONS = [
+    {"window_left": 0},
+    {"window_left": 37},
+    {"logits_soft_cap": 3.0},
+    {"sinks": np.array([0.5, 3.0, -1.0, 2.0], np.float32)},
+    {"alibi_slopes": np.array([0.01, 0.1, 0.5, 1.0], np.float32)},
+    {"sm_scale": 0.4, "window_left": 70, "logits_soft_cap": 5.0, "alibi_slopes": [0.1, 0.2, 0.3, 0.4]},
+]
+
+
+@pytest.mark.parametrize(("kind", "fmt"), MATRIX_KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding(kind, fmt, head_dim, check):
+    """Ranges within a step of the block's eight warps, ranges of several, and split ones."""
+    check({"decode"}, kind, fmt, fmt, head_dim=head_dim, lengths=[1, 16, 17, 700], new=[1] * 4)
+
+
+@pytest.mark.parametrize(("kind", "fmt"), MATRIX_KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prompts(kind, fmt, head_dim, check):
+    """Warps with rows of several tokens, with few and without any."""
+    check({"prefill"}, kind, fmt, fmt, group=3, head_dim=head_dim, lengths=[50, 77], new=[40, 23])
+
+
+@pytest.mark.parametrize(
+    ("key_format", "value_format"), [("int8", "int4"), ("float16", "int4"), ("int4", "float16")]
+)
+def test_keys_and_values_in_different_formats(key_format, value_format, check):
+    formats = ("float16", key_format, value_format)
+    check({"decode", "prefill"}, *formats, group=2, lengths=[200, 20, 30], new=[1, 2, 25])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("fmt", ["float16", "int8"])
+def test_options(options, fmt, check):
+    for kernel, new in (("decode", [1]), ("decode", [3]), ("prefill", [40])):
+        check({kernel}, "float16", fmt, fmt, group=2, lengths=[200], new=new, options=options)
+
+
+@pytest.mark.parametrize("group", [1, 5, 8, 20])
+def test_group_sizes(group, check):
+    check(
+        {"decode" if group <= 8 else "prefill"},
+        "float16",
+        "int8",
+        "int8",
+        group=group,
+        lengths=[300, 33],
+        new=[1, 1],
+    )
+    check({"prefill"}, "float16", "int8", "int8", group=group, lengths=[50], new=[45])
+
+
+@pytest.mark.parametrize("block_size", [32, 48])
+def test_blocks_of_several_tiles(block_size, check):
+    sizes = {"group": 2, "block_size": block_size}
+    check({"decode", "prefill"}, "float16", "int4", "int4", lengths=[100, 40], new=[1, 35], **sizes)
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e4])
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("new", [1, 40])
+def test_values_far_from_one(fmt, magnitude, new, gpu, normal):
+    """Weights times scales stay within what float16 can hold."""
+    cache = kvnumba.KVCache(1, 100, 2, 64, fmt, backend="cuda")
+    k, v = normal(1, 2, 100, 64), normal(1, 2, 100, 64) * np.float32(magnitude)
+    cache.update(k, v)
+    q = normal(1, 4, new, 64).astype(np.float16)
+    want, _ = oracle.attention(q[0].swapaxes(0, 1).astype(np.float32), *cache.get_kv(0))
+    out = cache.attend(gpu.array.of(q)).copy()[0].swapaxes(0, 1).astype(np.float32)
+    assert np.abs(out - want).max() <= 2 * UNIT["float16"] * np.abs(want).max() + 2.0**-25
+
+
+@pytest.mark.parametrize(
+    ("kind", "fmt", "shape"),
+    [
+        ("float32", "float32", {"head_dim": 40}),
+        ("float32", "float16", {"head_dim": 128, "group": 1}),
+        ("float32", "int8", {"block_size": 5}),
+        ("float16", "bfloat16", {"head_dim": 6, "block_size": 1}),
+        ("bfloat16", "int4", {"head_dim": 128, "group": 9, "block_size": 5}),
+    ],
+)
+@pytest.mark.parametrize("new", [[1, 1], [3, 9]])
+def test_the_float32_kernel(kind, fmt, shape, new, check):
+    options = {"window_left": 90, "logits_soft_cap": 7.0} if kind == "float32" else {}
+    check({"attend"}, kind, fmt, fmt, lengths=[150, 30], new=new, options=options, **{"group": 2, **shape})
+
+
+@pytest.mark.parametrize(("bits", "head_dim", "group_size"), [(8, 24, 6), (4, 32, 2)])
+def test_several_scales_a_row(bits, head_dim, group_size, gpu, normal):
+    cache = kvnumba.QuantizedKVCache(1, 50, 2, head_dim, bits=bits, group_size=group_size, backend="cuda")
+    cache.update(normal(1, 2, 40, head_dim), normal(1, 2, 40, head_dim))
+    q = normal(1, 4, 3, head_dim)
+    want, _ = oracle.attention(q[0].swapaxes(0, 1), *cache.get_kv(0))
+    assert np.abs(cache.attend(q)[0].swapaxes(0, 1) - want).max() <= 2 * UNIT["float32"] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("group_size", [None, 8, 2])
+def test_rows_are_encoded_as_numpy_does(fmt, group_size, gpu, normal):
+    """And decoded: bit for bit."""
+    fmt = FORMATS[fmt]
+    x = normal(40, 48) * np.float32(1e3)
+    x[3], x[4, 5:] = 7.25, -0.0
+    group_size = group_size or 48
+    want = NumpyBackend().encode(x, fmt, group_size)
+    got = gpu.backend.encode(x, fmt, group_size)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(gpu.backend.decode(got, fmt), NumpyBackend().decode(want, fmt))
+
+
+class TestEmulator:
+    """What the tests above rely on."""
+
+    def run(self, gpu, function, count=64):
+        function.__module__ = emulator.PACKAGE
+        jit = gpu.backend._write.__globals__["Kernel"]
+        memory = gpu.array.of(np.zeros(count, np.float32))
+        jit(function, "q", 64).launch((1, 1), 256, 0, memory.address)
+        return memory.copy()
+
+    def test_threads_that_part_ways(self, gpu):
+        cuda, store = numba.cuda, emulator._hardware()["store_float"]
+
+        def kernel(out):
+            thread = cuda.threadIdx.x
+            steps = numba.int32(0)
+            x = thread
+            while x > 1:
+                x = x // 2 if x % 2 == 0 else 3 * x + 1
+                steps += 1
+            if thread % 3 == 1:
+                for i in range(thread, 64, 7):
+                    steps += i
+            store(out + 4 * thread, numba.float32(steps))
+
+        def plain(thread):
+            x, steps = thread, 0
+            while x > 1:
+                x, steps = x // 2 if x % 2 == 0 else 3 * x + 1, steps + 1
+            return steps + (sum(range(thread, 64, 7)) if thread % 3 == 1 else 0)
+
+        assert self.run(gpu, kernel).tolist() == [plain(thread) for thread in range(64)]
+
+    def test_mistakes_are_seen(self, gpu):
+        cuda, hw = numba.cuda, emulator._hardware()
+        barrier, store, shuffle = hw["barrier"], hw["store_float"], cuda.shfl_sync
+
+        def some_at_a_barrier(out):
+            if cuda.threadIdx.x < 40:
+                barrier()
+
+        def some_of_a_warp(out):
+            if cuda.threadIdx.x < 40:
+                shuffle(0xFFFFFFFF, 1, 0)
+
+        def beside(out):
+            store(out + 4 * 64, numba.float32(1))
+
+        def wide(out):
+            store(out, cuda.threadIdx.x * numba.float32(1))
+
+        for kernel, error in (
+            (some_at_a_barrier, RuntimeError),
+            (some_of_a_warp, RuntimeError),
+            (beside, IndexError),
+            (wide, TypeError),
+        ):
+            with pytest.raises(error):
+                self.run(gpu, kernel)
