@@ -5,7 +5,6 @@ Importing this module loads NumPy only; a backend is loaded when the first cache
 
 import logging
 
-from kvnumba.arguments import AttentionOptions
 from kvnumba.attention.merging import merge_states
 from kvnumba.backends.quantization import dequantize, quantize
 from kvnumba.backends.registry import available_backends, use_backend
@@ -20,6 +19,8 @@ from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.decoder import IncrementalDecoder
+from kvnumba.options import AttentionOptions, Scoring
+from kvnumba.storage import Layout
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
@@ -34,9 +35,11 @@ __all__ = [
     "ContinuousBatcher",
     "IncrementalDecoder",
     "KVCache",
+    "Layout",
     "PagedKVCache",
     "QuantizedKVCache",
     "Request",
+    "Scoring",
     "Step",
     "available_backends",
     "dequantize",

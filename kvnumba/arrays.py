@@ -1,7 +1,8 @@
-"""Arrays that other libraries hold on a GPU, as the caches see them: an address, a shape and strides.
+"""Arrays at the public edge: checked, brought to float32 on the host, or taken as they lie on a GPU.
 
-Taken from torch tensors, from anything with ``__cuda_array_interface__`` (CuPy, Numba, JAX), and through DLPack.
-Nothing is copied and none of these libraries is imported.
+On a GPU an array is seen as an address, a shape and strides (`DeviceView`). Views are taken of torch tensors, of
+anything with ``__cuda_array_interface__`` (CuPy, Numba, JAX), and through DLPack. Nothing is copied and none of these
+libraries is imported.
 """
 
 from __future__ import annotations
@@ -10,11 +11,161 @@ import ctypes
 import functools
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kvnumba.formats import FORMATS
+import numpy as np
+
+from kvnumba.arguments import check_shape
+from kvnumba.formats import FORMATS, bfloat16_to_float, float_to_bfloat16
+
+if TYPE_CHECKING:
+    from kvnumba.storage import Layout, RowLayout
+
+DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
+
+_LARGEST = {
+    "float32": np.float32(np.finfo(np.float32).max / 2),  # the difference of two such values is finite
+    "float16": np.float32(np.finfo(np.float16).max),
+}
+"""Dtype of scales -> the largest value that rows with scales can hold."""
+
+
+class Destination(Protocol):
+    """What is asked here of the backend that will take an array."""
+
+    name: str
+    device: int | None
+
+
+def float_array(argument: str, x: Any) -> np.ndarray:
+    """`x` as float32: from float32 itself, float16, float64, or bfloat16 (its own dtype or uint16 bits)."""
+    x = np.asarray(x)
+    if x.dtype == np.float32:
+        return x
+    if is_bfloat16(x.dtype):
+        return bfloat16_to_float(x.view(np.uint16))
+    if x.dtype in (np.float16, np.float64):
+        with np.errstate(over="ignore"):
+            return x.astype(np.float32)
+    raise TypeError(
+        f"{argument}: expected float32, float16, float64 or bfloat16 (its bits as uint16); got {x.dtype}"
+    )
+
+
+@functools.lru_cache(64)  # NumPy takes microseconds to name a dtype
+def is_bfloat16(dtype: Any) -> bool:
+    """Whether a dtype stands for bfloat16, of which NumPy knows the bits only."""
+    return dtype == np.uint16 or getattr(dtype, "name", dtype) == "bfloat16"
+
+
+def new_tokens(
+    names: tuple[str, str],
+    k: Any,
+    v: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    layout: Layout,
+    backend: Destination,
+) -> tuple[Any, Any]:
+    """New keys (*shape, D) and values (*shape, Dv), fit for the layout; None in `shape` is any length.
+
+    float32 arrays, or views of what lies on the backend's device: these are taken as they are, and nobody looks whether
+    they are finite.
+    """
+    views = [on_device(name, x, backend) for name, x in zip(names, (k, v), strict=True)]
+    if (views[0] is None) != (views[1] is None):
+        raise TypeError(
+            f"{names[1]}: expected an array on the same device as {names[0]}; got a {type(v).__name__} "
+            f"beside a {type(k).__name__}"
+        )
+    found: list[Any] = []
+    for name, x, view, rows in zip(names, (k, v), views, (layout.keys, layout.values), strict=True):
+        array = float_array(name, x) if view is None else view
+        check_shape(name, array, (*(found[0].shape[:-1] if found else shape), rows.head_dim), axes)
+        if view is None:
+            check_finite(name, array, rows)
+        found.append(array)
+    return found[0], found[1]
+
+
+def queries(
+    argument: str,
+    x: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    head_axis: int,
+    num_kv_heads: int,
+    backend: Destination,
+) -> Any:
+    """Queries of a shape in which None is any length, their heads a multiple of `num_kv_heads`.
+
+    A float32 array, or a view of what lies on the backend's device.
+    """
+    view = on_device(argument, x, backend)
+    array = float_array(argument, x) if view is None else view
+    check_shape(argument, array, shape, axes)
+    num_qo_heads = array.shape[head_axis]
+    if num_qo_heads == 0 or num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"{argument}: expected a multiple of num_kv_heads={num_kv_heads} query heads; "
+            f"got {num_qo_heads} in shape {array.shape}"
+        )
+    return array
+
+
+def in_precision_of(x: Any, out: np.ndarray) -> np.ndarray:
+    """`out`, which is float32, in the precision of the user's array `x`; float64 stays float32."""
+    dtype = getattr(x, "dtype", None)
+    if dtype == np.float16:
+        with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
+            return out.astype(np.float16)
+    if dtype is not None and is_bfloat16(dtype):
+        return float_to_bfloat16(out).view(dtype)
+    return out
+
+
+def on_device(argument: str, x: Any, backend: Destination) -> DeviceView | None:
+    """A view of `x` where it lies on a GPU; raises where it cannot be used there, None where it is the host's."""
+    view = device_view(x)
+    if view is None:
+        return None
+    if backend.device is None:
+        raise TypeError(
+            f"{argument}: expected an array in host memory for the {backend.name} backend; "
+            f"got a {type(x).__name__} on a GPU"
+        )
+    if view.device not in (None, backend.device):
+        raise ValueError(
+            f"{argument}: expected an array on GPU {backend.device}, where the {backend.name} backend works; "
+            f"got one on GPU {view.device}"
+        )
+    if view.dtype not in DEVICE_DTYPES:
+        raise TypeError(f"{argument}: expected {', '.join(DEVICE_DTYPES)} on a GPU; got {view.dtype}")
+    if view.size and view.strides[-1] != 1 and view.shape[-1] != 1:
+        raise ValueError(
+            f"{argument}: expected adjacent elements along the last axis; got strides {view.strides} elements"
+        )
+    return view
+
+
+def check_finite(argument: str, array: np.ndarray, rows: RowLayout) -> None:
+    """Raise if rows with scales cannot hold a value: NaN, infinity, or beyond what their scales reach."""
+    if not rows.fmt.has_scale:
+        return
+    limit = _LARGEST[rows.scale_dtype.name]
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)  # one pass that allocates nothing
+    if float(squares) <= float(limit) ** 2:  # false of NaN and of a sum that overflows
+        return
+    outside = ~(np.abs(array) <= limit)
+    if outside.any():
+        raise ValueError(
+            f"{argument}: expected finite values up to {limit:.2g} for {rows.fmt.name}"
+            f"{'' if rows.scale_dtype == np.float32 else ' with float16 scales'}; got {array[outside][0]}"
+        )
 
 
 class DeviceView:
@@ -80,18 +231,6 @@ class DeviceView:
     def _reshaped(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> DeviceView:
         return DeviceView(self.address, shape, strides, self.dtype, self.owner, self.stream, self.device)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
-        """A new C-contiguous array of the same library, on the same device."""
-        kind = type(self.owner).__module__.partition(".")[0]
-        if kind == "torch":
-            torch = sys.modules["torch"]
-            made = self.owner.new_empty(shape, dtype=getattr(torch, dtype))
-            address = made.data_ptr()
-        else:
-            made = _empty(kind, shape, dtype)
-            address = made.__cuda_array_interface__["data"][0]
-        return DeviceView(address, shape, contiguous_strides(shape), dtype, made, self.stream, self.device)
-
     def nowhere(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
         """An array that is not there, at address 0."""
         return DeviceView(0, shape, contiguous_strides(shape), dtype, None, self.stream, self.device)
@@ -146,17 +285,6 @@ def _of_interface(x: Any, kind: str, interface: dict[str, Any]) -> DeviceView:
         stream, device = sys.modules["cupy"].cuda.get_current_stream().ptr, x.device.id
     # the interface's own names of the two default streams are the driver's
     return DeviceView(interface["data"][0], shape, strides, dtype, x, stream, device)
-
-
-def _empty(kind: str, shape: tuple[int, ...], dtype: str) -> Any:
-    name = "uint16" if dtype == "bfloat16" else dtype
-    if kind == "cupy":
-        return sys.modules["cupy"].empty(shape, name)
-    if kind in ("numba", "numba_cuda"):
-        return sys.modules["numba.cuda"].device_array(shape, name)
-    from kvnumba.backends.cuda.memory import DeviceArray
-
-    return DeviceArray.empty(shape, name)
 
 
 _DLPACK_CUDA = 2

@@ -1,4 +1,4 @@
-"""Storage formats: how one row (``head_dim`` values of one token and head) lies in memory."""
+"""Storage formats: how one number of a key or a value is stored. A format is one row of the table below."""
 
 from __future__ import annotations
 
@@ -7,48 +7,70 @@ from typing import Any
 
 import numpy as np
 
-SCALE_DTYPE = np.dtype(np.float32)
-"""Of scales and zero points. float32 keeps constant rows exact and the full range of the input; float16
-would save 4 of 72 bytes a row in int4 at head_dim 128."""
-
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table below."""
+    """One row of the table below; everything else about a format follows from it.
+
+    Attributes
+    ----------
+    name : str
+    bits : int
+        Of one stored element.
+    kind : {"float", "code"}
+        Whether the stored bits are a number themselves, or an integer that counts steps of a scale.
+    code_dtype : dtype
+        Of the arrays that hold it. Several elements may share one of its elements, as in int4.
+    has_scale, has_zero : bool
+        Whether a group of elements has a scale, and the value of code 0 (`zero`): value = code * scale + zero.
+    """
 
     name: str
     bits: int
+    kind: str
     code_dtype: np.dtype[Any]
-    quantized: bool
+    has_scale: bool
+    has_zero: bool
+
+    @property
+    def number(self) -> int:
+        """The place in the table of formats, by which kernels choose at run time."""
+        return list(FORMATS).index(self.name)
 
     @property
     def max_code(self) -> int:
-        """The largest code of a quantised format."""
+        """The largest code, of the kind "code"."""
         return (1 << self.bits) - 1
 
+    @property
+    def multiple(self) -> int:
+        """How many elements are stored together: lengths of rows and groups are multiples of it."""
+        return max(1, 8 // self.bits)
+
     def row_length(self, head_dim: int) -> int:
-        """Elements of ``code_dtype`` that hold one row."""
+        """Elements of `code_dtype` that hold `head_dim` elements."""
         return head_dim * self.bits // (8 * self.code_dtype.itemsize)
 
-    def scales_per_row(self, head_dim: int, group_size: int) -> int:
-        """Scales of one row, and as many zero points."""
-        return head_dim // group_size if self.quantized else 0
+    def head_dim(self, row_length: int) -> int:
+        """The inverse of `row_length`."""
+        return row_length * 8 * self.code_dtype.itemsize // self.bits
 
-    def row_bytes(self, head_dim: int, group_size: int) -> int:
-        """Bytes of one row, scales and zero points included."""
-        scales = 2 * self.scales_per_row(head_dim, group_size) * SCALE_DTYPE.itemsize
-        return self.row_length(head_dim) * self.code_dtype.itemsize + scales
 
+_UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
 
 FORMATS: dict[str, Format] = {
-    "float32":  Format("float32",  32, np.dtype(np.float32), quantized=False),
-    "float16":  Format("float16",  16, np.dtype(np.float16), quantized=False),
-    "bfloat16": Format("bfloat16", 16, np.dtype(np.uint16),  quantized=False),
-    "int8":     Format("int8",      8, np.dtype(np.uint8),   quantized=True),
-    "int4":     Format("int4",      4, np.dtype(np.uint8),   quantized=True),
+    fmt.name: fmt
+    for fmt in (
+        Format("float32",  32, "float", np.dtype(np.float32), has_scale=False, has_zero=False),
+        Format("float16",  16, "float", np.dtype(np.float16), has_scale=False, has_zero=False),
+        Format("bfloat16", 16, "float", _UINT16,              has_scale=False, has_zero=False),
+        Format("fp8_e4m3",  8, "float", _UINT8,               has_scale=False, has_zero=False),
+        Format("int8",      8, "code",  _UINT8,               has_scale=True,  has_zero=True),
+        Format("int4",      4, "code",  _UINT8,               has_scale=True,  has_zero=True),
+    )
 }  # fmt: skip
-"""Codes of the quantised formats are unsigned: value = code * scale + zero. bfloat16 is kept as its bits,
-int4 two neighbours a byte, the first in the high nibble."""
+"""Codes are unsigned. NumPy has no bfloat16 and no fp8: these are kept as their bits. int4 has two neighbours in a
+byte, the first in the high four bits."""
 
 
 def resolve_format(argument: str, value: Any) -> Format:
@@ -75,6 +97,48 @@ def float_to_bfloat16(x: np.ndarray) -> np.ndarray:
 def bfloat16_to_float(bits: np.ndarray) -> np.ndarray:
     """The float32 values of bfloat16 bits (uint16)."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+FP8_E4M3_MAX = 448.0
+"""The largest number of fp8_e4m3."""
+
+
+def float_to_fp8_e4m3(x: np.ndarray) -> np.ndarray:
+    """The bits (uint8) of float32 values in the OCP format E4M3, rounded to nearest even.
+
+    There is no infinity: what is larger than 448, infinity too, becomes 448 of its sign. A NaN stays a NaN
+    (0x7f or 0xff). As PTX's ``cvt.rn.satfinite.e4m3x2.f32``; the format is that of "FP8 Formats for Deep Learning"
+    (Micikevicius et al., 2022).
+    """
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    size = np.minimum(np.abs(x), np.float32(FP8_E4M3_MAX))
+    # three bits after the leading one, but never finer than 2**-9, the smallest subnormal number
+    exponent = np.maximum(np.frexp(np.where(np.isnan(size), 0, size))[1] - 1, -6)
+    units = np.rint(np.ldexp(size, 3 - exponent))  # 8 to 16; less where the number is subnormal
+    with np.errstate(invalid="ignore"):
+        # the leading one adds to the exponent by itself, and so does a carry
+        code = (exponent + 6) * 8 + units
+        code = np.where(np.isnan(x), 0x7F, code).astype(np.uint8)
+    return code | (np.signbit(x).astype(np.uint8) << np.uint8(7))
+
+
+def fp8_e4m3_to_float(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of E4M3 bits (uint8)."""
+    return _FP8_E4M3_VALUES[bits]
+
+
+def _fp8_e4m3_values() -> np.ndarray:
+    """The value of each of the 256 codes."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    value = np.where(
+        exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7)
+    ).astype(np.float32)
+    value[127] = np.nan
+    return np.concatenate((value, -value))
+
+
+_FP8_E4M3_VALUES = _fp8_e4m3_values()
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

@@ -1,44 +1,238 @@
-"""What a cache is made of: a layout (numbers only) and the buffers that a backend allocates for it."""
+"""What a cache is made of: a layout (numbers only), buffers that a backend allocates for it, and batches of tokens."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from kvnumba.formats import SCALE_DTYPE, Format
+from kvnumba import arguments
+from kvnumba.formats import Format, resolve_format
+
+SCALE_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How one row lies in memory: the elements of one token and head, of the keys or of the values.
+
+    Attributes
+    ----------
+    fmt : Format
+    head_dim : int
+        Elements of the row.
+    group_size : int
+        Elements that share a scale; divides `head_dim`. Of no meaning where the format has no scale.
+    scale_dtype : dtype
+        Of scales and zero points, float32 or float16.
+    """
+
+    fmt: Format
+    head_dim: int
+    group_size: int
+    scale_dtype: np.dtype[Any]
+
+    @classmethod
+    def of(
+        cls, argument: str, fmt: Format, head_dim: int, group_size: int | None, scale_dtype: Any
+    ) -> RowLayout:
+        """A checked one; `argument` names `head_dim` in errors. A group is the whole row by default."""
+        if head_dim % fmt.multiple:
+            raise ValueError(f"{argument}: expected an even number, {fmt.name} packs pairs; got {head_dim}")
+        size = head_dim
+        if group_size is not None and fmt.has_scale:
+            size = arguments.integer("group_size", group_size, minimum=1)
+            if head_dim % size:
+                raise ValueError(f"group_size: expected a divisor of {argument} {head_dim}; got {size}")
+            if size % fmt.multiple:
+                raise ValueError(f"group_size: expected an even number, {fmt.name} packs pairs; got {size}")
+        try:
+            dtype = np.dtype(scale_dtype)
+        except TypeError:
+            dtype = np.dtype(object)
+        if dtype.name not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype: expected one of {', '.join(SCALE_DTYPES)}; got {scale_dtype!r}")
+        return cls(fmt, head_dim, size, dtype)
+
+    @property
+    def row_length(self) -> int:
+        """Elements of the format's `code_dtype` that hold a row."""
+        return self.fmt.row_length(self.head_dim)
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return self.head_dim // self.group_size if self.fmt.has_scale else 0
+
+    @property
+    def num_zeros(self) -> int:
+        """Zero points of a row."""
+        return self.num_groups if self.fmt.has_zero else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, scales and zero points included."""
+        scales = (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
+        return self.row_length * self.fmt.code_dtype.itemsize + scales
+
+    def empty(self, *shape: int) -> Encoded:
+        """Room on the host for rows (*shape, ...), to be written."""
+        return self.parts(shape, np.empty)
+
+    def parts(self, shape: tuple[int, ...], make: Callable[[tuple[int, ...], np.dtype[Any]], Any]) -> Encoded:
+        """What holds rows (*shape, ...): codes, scales and zero points, each made by ``make(shape, dtype)``."""
+        return Encoded(
+            make((*shape, self.row_length), self.fmt.code_dtype),
+            make((*shape, self.num_groups), self.scale_dtype),
+            make((*shape, self.num_zeros), self.scale_dtype),
+        )
+
+
+class RowTransform(Protocol):
+    """What is done to rows before they are stored, and undone after: it leaves ``q . k`` as it is.
+
+    Every method takes and returns float32 (..., D) of a layer, whose heads are the axis before the last.
+    """
+
+    name: str
+    """Says which transform it is; saved with a cache's contents and compared when they are loaded."""
+
+    def store_keys(self, k: np.ndarray, layer: int) -> np.ndarray:
+        """Keys as they are stored."""
+        ...
+
+    def load_keys(self, k: np.ndarray, layer: int) -> np.ndarray:
+        """The inverse of `store_keys`."""
+        ...
+
+    def queries(self, q: np.ndarray, layer: int) -> np.ndarray:
+        """Queries as they meet stored keys."""
+        ...
+
+    def store_values(self, v: np.ndarray, layer: int) -> np.ndarray:
+        """Values as they are stored."""
+        ...
+
+    def load_values(self, v: np.ndarray, layer: int) -> np.ndarray:
+        """The inverse of `store_values`, of stored values and of attention's output alike."""
+        ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a cache's storage: blocks of ``block_size`` tokens, for every layer the same."""
+    """The shape of a cache's storage: blocks of `block_size` tokens, the same for every layer.
+
+    `Layout.of` makes one from what a user gives, and tells how much memory a cache would take before there is one:
+    ``Layout.of(1000, 16, 8, 128, "int8", num_layers=32).memory_bytes()``.
+
+    Attributes
+    ----------
+    num_layers, num_blocks, block_size, num_kv_heads : int
+    keys, values : RowLayout
+        How a row of keys, and of values, is stored.
+    transform : RowTransform, optional
+        What is done to rows before they are stored. None: nothing.
+    """
 
     num_layers: int
     num_blocks: int
     block_size: int
     num_kv_heads: int
-    head_dim: int
-    key_format: Format
-    value_format: Format
-    group_size: int
+    keys: RowLayout
+    values: RowLayout
+    transform: RowTransform | None = None
 
-    def codes_shape(self, fmt: Format) -> tuple[int, ...]:
-        """``(num_layers, num_blocks, H, block_size, row length)``: a block's tokens of a head lie in one run."""
-        return (*self._rows_shape(), fmt.row_length(self.head_dim))
+    @classmethod
+    def of(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Any = "float32",
+        *,
+        key_format: Any = None,
+        value_format: Any = None,
+        value_head_dim: int | None = None,
+        group_size: int | None = None,
+        scale_dtype: Any = "float32",
+        num_layers: int = 1,
+        transform: RowTransform | None = None,
+    ) -> Layout:
+        """Check the numbers of a layout and fill in the defaults.
 
-    def scales_shape(self, fmt: Format) -> tuple[int, ...]:
-        """``(num_layers, num_blocks, H, block_size, groups)``, of the scales and of the zero points."""
-        return (*self._rows_shape(), fmt.scales_per_row(self.head_dim, self.group_size))
+        Parameters
+        ----------
+        num_blocks, block_size : int
+            Of a contiguous cache the batch elements, and the most tokens of one.
+        num_kv_heads, head_dim : int
+            H and D.
+        dtype : str or dtype
+            Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8" or "int4".
+        key_format, value_format : str, optional
+            Format of one of them, where it differs from `dtype`.
+        value_head_dim : int, optional
+            Elements of a value (Dv), where they are not as many as those of a key.
+        group_size : int, optional
+            Elements of a row that share a scale in int8 and int4; divides the width of what has scales. Default: all.
+        scale_dtype : {"float32", "float16"}
+            Of scales and zero points. float32 keeps rows of one repeated value exact; float16 takes half as much:
+            4 of 72 bytes less a row in int4 at D = 128.
+        num_layers : int
+        transform : RowTransform, optional
+
+        Raises
+        ------
+        ValueError, TypeError
+            An argument is not as above; the message names it.
+        """
+        default = resolve_format("dtype", dtype)
+        key = default if key_format is None else resolve_format("key_format", key_format)
+        value = default if value_format is None else resolve_format("value_format", value_format)
+        if group_size is not None and not (key.has_scale or value.has_scale):
+            raise ValueError("group_size: expected None, the formats have no scales")
+        head_dim = arguments.integer("head_dim", head_dim, minimum=1)
+        width = head_dim
+        if value_head_dim is not None:
+            width = arguments.integer("value_head_dim", value_head_dim, minimum=1)
+        return cls(
+            num_layers=arguments.integer("num_layers", num_layers, minimum=1),
+            num_blocks=arguments.integer("num_blocks", num_blocks, minimum=1),
+            block_size=arguments.integer("block_size", block_size, minimum=1),
+            num_kv_heads=arguments.integer("num_kv_heads", num_kv_heads, minimum=1),
+            keys=RowLayout.of("head_dim", key, head_dim, group_size, scale_dtype),
+            values=RowLayout.of(
+                "head_dim" if value_head_dim is None else "value_head_dim",
+                value,
+                width,
+                group_size,
+                scale_dtype,
+            ),
+            transform=transform,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key, and of a query (D)."""
+        return self.keys.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Elements of a value, and of an output (Dv)."""
+        return self.values.head_dim
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """``(num_layers, num_blocks, H, block_size)``, before the elements of a row: a head's tokens lie in one run."""
+        return (self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size)
 
     def bytes_per_token(self) -> int:
         """Bytes that a token takes: keys, values, scales and zero points over all layers and heads."""
-        formats = (self.key_format, self.value_format)
-        row_bytes = sum(fmt.row_bytes(self.head_dim, self.group_size) for fmt in formats)
-        return self.num_layers * self.num_kv_heads * row_bytes
+        return self.num_layers * self.num_kv_heads * (self.keys.row_bytes + self.values.row_bytes)
 
     def memory_bytes(self) -> int:
         """Bytes of the whole storage."""
@@ -46,28 +240,20 @@ class Layout:
 
     def describe_formats(self) -> str:
         """``int8``, or ``keys int8, values int4``."""
-        if self.key_format == self.value_format:
-            return self.key_format.name
-        return f"keys {self.key_format.name}, values {self.value_format.name}"
-
-    def _rows_shape(self) -> tuple[int, ...]:
-        return (self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size)
+        if self.keys.fmt == self.values.fmt:
+            return self.keys.fmt.name
+        return f"keys {self.keys.fmt.name}, values {self.values.fmt.name}"
 
 
 class Encoded(NamedTuple):
-    """Rows in a storage format; `scale` and `zero` have no groups where the format is not quantised."""
+    """Rows as a format stores them; `scale` and `zero` have no groups where the format has none.
+
+    Unpacks as ``codes, scale, zero``.
+    """
 
     codes: Any
     scale: Any
     zero: Any
-
-
-def empty_rows(count: int, head_dim: int, fmt: Format, group_size: int) -> Encoded:
-    """Room on the host for rows (count, ...) of a format, to be written."""
-    groups = fmt.scales_per_row(head_dim, group_size)
-    codes = np.empty((count, fmt.row_length(head_dim)), fmt.code_dtype)
-    scale, zero = (np.empty((count, groups), SCALE_DTYPE) for _ in range(2))
-    return Encoded(codes, scale, zero)
 
 
 @dataclass(frozen=True)
@@ -83,16 +269,8 @@ def allocate_on_host(
     layout: Layout, zeros: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray] = np.zeros
 ) -> Buffers:
     """Zeroed NumPy buffers, made by ``zeros(shape, dtype)``; pages that are never written take no memory."""
-
-    def encoded(fmt: Format) -> Encoded:
-        shape = layout.scales_shape(fmt)
-        return Encoded(
-            zeros(layout.codes_shape(fmt), fmt.code_dtype),
-            zeros(shape, SCALE_DTYPE),
-            zeros(shape, SCALE_DTYPE),
-        )
-
-    return Buffers(layout, encoded(layout.key_format), encoded(layout.value_format))
+    shape = layout.blocks_shape
+    return Buffers(layout, layout.keys.parts(shape, zeros), layout.values.parts(shape, zeros))
 
 
 def host_memory_bytes() -> int:
@@ -103,63 +281,74 @@ def host_memory_bytes() -> int:
         return 1 << 34
 
 
-def part_shapes(layout: Layout, num_blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+def array_specs(layout: Layout, num_blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of what `Backend.read_blocks` returns, keys before values: codes, scales, zero points."""
-    parts = []
-    for fmt in (layout.key_format, layout.value_format):
-        codes, scales = layout.codes_shape(fmt), layout.scales_shape(fmt)
-        parts += [(codes, fmt.code_dtype), (scales, SCALE_DTYPE), (scales, SCALE_DTYPE)]
-    return [((shape[0], num_blocks, *shape[2:]), dtype) for shape, dtype in parts]
+    shape = (layout.num_layers, num_blocks, *layout.blocks_shape[2:])
+
+    def spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        return shape, dtype
+
+    return [*layout.keys.parts(shape, spec), *layout.values.parts(shape, spec)]
 
 
 def copy_blocks_on_host(buffers: Buffers, pairs: np.ndarray) -> None:
     """Copy whole blocks of NumPy buffers, as `Backend.copy_blocks`."""
     source, destination = pairs.T
-    for part in (*buffers.keys, *buffers.values):
-        part[:, destination] = part[:, source]
+    for array in (*buffers.keys, *buffers.values):
+        array[:, destination] = array[:, source]
 
 
 def read_blocks_on_host(buffers: Buffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
     """Copies of whole blocks of NumPy buffers, as `Backend.read_blocks`."""
-    keys, values = (Encoded(*(part[:, blocks] for part in kept)) for kept in (buffers.keys, buffers.values))
+    keys, values = (Encoded(*(array[:, blocks] for array in kept)) for kept in (buffers.keys, buffers.values))
     return keys, values
 
 
 def write_blocks_on_host(buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
     """Whole blocks into NumPy buffers, as `Backend.write_blocks`."""
-    for part, new in zip((*buffers.keys, *buffers.values), (*keys, *values), strict=True):
-        part[:, blocks] = new
+    for array, new in zip((*buffers.keys, *buffers.values), (*keys, *values), strict=True):
+        array[:, blocks] = new
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """The new tokens of some sequences and the blocks that these lie in: integers only.
+    """New tokens of some sequences, and the blocks in which the keys lie that they see: integers only.
+
+    Token i of sequence s sees key j if ``j < seq_lens[s]`` and ``j <= positions[s] + i``.
 
     Attributes
     ----------
     block_table : (B, max_blocks) int32
         Block ids of each sequence, in order; entries past its length are not read.
     seq_lens : (B,) int32
-        Tokens of each sequence, the new ones included.
+        Keys of each sequence, those of the new tokens included.
     query_start_loc : (B + 1,) int32
         Where each sequence's new tokens begin among all T of them.
     block_size : int
         Tokens of a block.
+    positions : (B,) int32
+        Where each sequence's first new token stands among these keys. Usually its last keys are those of the new
+        tokens: ``seq_lens`` less their number. Tokens that come after all keys have positions from ``seq_lens`` on.
+    kept : dict
+        What a backend has derived from the batch, to use it again in the next layer.
     """
 
     block_table: np.ndarray
     seq_lens: np.ndarray
     query_start_loc: np.ndarray
     block_size: int
+    positions: np.ndarray
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, block_table: np.ndarray, seq_lens: np.ndarray, num_new_tokens: Any, block_size: int) -> Batch:
         """A batch from what each sequence adds; `seq_lens` counts these tokens already."""
         query_start_loc = np.zeros(len(seq_lens) + 1, np.int32)
-        np.cumsum(num_new_tokens, out=query_start_loc[1:])
-        return cls(block_table, seq_lens, query_start_loc, block_size)
+        np.add.accumulate(num_new_tokens, out=query_start_loc[1:])
+        positions = np.subtract(seq_lens, num_new_tokens, dtype=np.int32)
+        return cls(block_table, seq_lens, query_start_loc, block_size, positions)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """New tokens of all sequences together (T)."""
         return int(self.query_start_loc[-1])
@@ -168,21 +357,33 @@ class Batch:
     def slot_mapping(self) -> np.ndarray:
         """``block * block_size + offset`` of each new token, (T,) int64."""
         block_size = self.block_size
+        if self.num_tokens == len(self.seq_lens) == 1:  # the commonest batch: one token of one sequence
+            position = int(self.positions[0])
+            block = int(self.block_table[0, position // block_size])
+            return np.array([block * block_size + position % block_size], np.int64)
         num_new_tokens = np.diff(self.query_start_loc)
         sequence = np.repeat(np.arange(len(num_new_tokens)), num_new_tokens)
-        first_position = self.seq_lens - self.query_start_loc[1:]
+        first_position = self.positions - self.query_start_loc[:-1]
         position = np.arange(len(sequence)) + first_position[sequence]
         block = self.block_table[sequence, position // block_size].astype(np.int64)
         return block * block_size + position % block_size
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How scores are made from ``q . k``; checked, every default filled in."""
+class Part(NamedTuple):
+    """Some of the keys that new tokens attend to, and which tokens these are.
 
-    sm_scale: float
-    window_left: int
-    logits_soft_cap: float
-    sinks: np.ndarray | None
-    alibi_slopes: np.ndarray | None
-    arithmetic: str
+    Attention over several parts is one softmax over all their keys. Common prefixes are a part: they are read once for
+    the tokens of all sequences that begin with them.
+
+    Attributes
+    ----------
+    buffers : Buffers
+    batch : Batch
+        ``query_start_loc`` counts within `tokens`.
+    tokens : (T',) int32, optional
+        Which of the packed tokens the part's new tokens are. None: they are all the packed tokens, in order.
+    """
+
+    buffers: Buffers
+    batch: Batch
+    tokens: np.ndarray | None = None

@@ -93,6 +93,20 @@ def bfloat16(x):
     return np.where((to_below < to_above) | ((to_below == to_above) & even_below), below, above)
 
 
+E4M3 = np.array([n / 8 * 2.0**-6 if n < 8 else (1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(127)])
+"""The numbers of the format E4M3 that are not negative, in order."""
+
+
+def fp8_e4m3(x):
+    """The nearest E4M3 number of each float32, ties to the even one, at most 448; NaN for NaN."""
+    size = np.minimum(np.abs(np.asarray(x, np.float64)), E4M3[-1])
+    above = np.searchsorted(E4M3, np.nan_to_num(size))
+    below = np.maximum(above - 1, 0)
+    to_below, to_above = size - E4M3[below], E4M3[above] - size
+    nearest = np.where((to_below < to_above) | ((to_below == to_above) & (below % 2 == 0)), below, above)
+    return np.copysign(np.where(np.isnan(x), np.nan, E4M3[nearest]), x).astype(np.float32)
+
+
 def assert_stored(actual, x, fmt, group_size=None):
     """`actual` is what a format makes of the float32 rows x (..., D): the nearest value that it can hold."""
     assert actual.dtype == np.float32
@@ -102,6 +116,8 @@ def assert_stored(actual, x, fmt, group_size=None):
         np.testing.assert_array_equal(actual, x.astype(np.float16).astype(np.float32))
     elif fmt == "bfloat16":
         np.testing.assert_array_equal(actual, bfloat16(x))
+    elif fmt == "fp8_e4m3":
+        np.testing.assert_array_equal(actual, fp8_e4m3(x))
     else:
         levels = {"int8": 255, "int4": 15}[fmt]
         size = group_size or x.shape[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvnumba import arguments
+from kvnumba.arrays import float_array
 
 
 def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stack(argument: str, states: Any) -> np.ndarray:
-    arrays = [arguments.float_array(argument, state) for state in states]
+    arrays = [float_array(argument, state) for state in states]
     if not arrays or any(array.shape != arrays[0].shape for array in arrays):
         shapes = [array.shape for array in arrays]
         raise ValueError(f"{argument}: expected one state or more, all of one shape; got shapes {shapes}")

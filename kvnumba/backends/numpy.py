@@ -6,22 +6,28 @@ and values in float32 nor the scores of a whole sequence exist at any time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 
+from kvnumba.arrays import DeviceView
 from kvnumba.formats import (
-    SCALE_DTYPE,
-    Format,
     bfloat16_to_float,
     float_to_bfloat16,
+    float_to_fp8_e4m3,
+    fp8_e4m3_to_float,
     pack_int4,
     unpack_int4,
 )
+from kvnumba.options import Scoring
 from kvnumba.storage import (
     Batch,
     Buffers,
     Encoded,
     Layout,
-    Scoring,
+    Part,
+    RowLayout,
     allocate_on_host,
     copy_blocks_on_host,
     host_memory_bytes,
@@ -32,6 +38,40 @@ from kvnumba.storage import (
 QUERY_TILE = 64
 KEY_TILE = 256
 
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
+def _to_float16(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
+        return x.astype(np.float16)
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+class Codec(NamedTuple):
+    """How elements of a format are stored: of floats the numbers themselves, of codes the integers 0 to max_code."""
+
+    store: Convert
+    load: Convert
+
+
+CODECS: dict[str, Codec] = {
+    "float32":  Codec(_same,             _same),
+    "float16":  Codec(_to_float16,       lambda x: x.astype(np.float32)),
+    "bfloat16": Codec(float_to_bfloat16, bfloat16_to_float),
+    "fp8_e4m3": Codec(float_to_fp8_e4m3, fp8_e4m3_to_float),
+    "int8":     Codec(_same,             _same),
+    "int4":     Codec(pack_int4,         unpack_int4),
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What new tokens attend to."""
+
+    parts: Sequence[Part]
+
 
 class NumpyBackend:
     """Runs anywhere NumPy does."""
@@ -39,6 +79,7 @@ class NumpyBackend:
     name = "numpy"
     simulated = False
     device: int | None = None
+    cascade = None  # the definition: every sequence for itself
 
     def allocate(self, layout: Layout) -> Buffers:
         return allocate_on_host(layout)
@@ -46,53 +87,44 @@ class NumpyBackend:
     def memory_bytes(self) -> int:
         return host_memory_bytes()
 
-    def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
-        no_scales = np.empty((len(x), 0), SCALE_DTYPE)
-        if fmt.name == "bfloat16":
-            return Encoded(float_to_bfloat16(x), no_scales, no_scales)
-        if not fmt.quantized:
-            with np.errstate(over="ignore"):  # beyond float16's range is infinity, as everywhere in NumPy
-                return Encoded(x.astype(fmt.code_dtype), no_scales, no_scales)
-        groups = x.reshape(len(x), x.shape[1] // group_size, group_size)
-        zero = groups.min(axis=-1)
-        scale = (groups.max(axis=-1) - zero) / np.float32(fmt.max_code)
+    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+        raise NotImplementedError("device arrays are not taken here")
+
+    def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
+        fmt, codec = rows.fmt, CODECS[rows.fmt.name]
+        if not fmt.has_scale:
+            none = np.empty((len(x), 0), rows.scale_dtype)
+            return Encoded(codec.store(x), none, none)
+        groups = x.reshape(len(x), rows.num_groups, rows.group_size)
+        low = groups.min(axis=-1)
+        zero = low.astype(rows.scale_dtype)
+        scale = ((groups.max(axis=-1) - low) / np.float32(fmt.max_code)).astype(rows.scale_dtype)
         # a constant group has scale 0: all its codes are 0, and code * scale + zero is exact
-        divisor = np.where(scale > 0, scale, np.float32(1))
-        codes = np.rint((groups - zero[..., None]) / divisor[..., None])
+        step, offset = (part.astype(np.float32)[..., None] for part in (scale, zero))
+        codes = np.rint((groups - offset) / np.where(step > 0, step, np.float32(1)))
         codes = np.clip(codes, 0, fmt.max_code).astype(np.uint8).reshape(x.shape)
-        return Encoded(pack_int4(codes) if fmt.bits == 4 else codes, scale, zero)
+        return Encoded(codec.store(codes), scale, zero)
 
-    def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
-        if fmt.name == "bfloat16":
-            return bfloat16_to_float(rows.codes)
-        if not fmt.quantized:
-            return rows.codes.astype(np.float32)
-        codes = unpack_int4(rows.codes) if fmt.bits == 4 else rows.codes
-        groups = codes.reshape(*rows.scale.shape, codes.shape[-1] // rows.scale.shape[-1]).astype(np.float32)
-        return (groups * rows.scale[..., None] + rows.zero[..., None]).reshape(codes.shape)
+    def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
+        elements = CODECS[rows.fmt.name].load(encoded.codes)
+        if not rows.fmt.has_scale:
+            return elements
+        groups = elements.reshape(*encoded.scale.shape, rows.group_size).astype(np.float32)
+        scale, zero = (part.astype(np.float32)[..., None] for part in (encoded.scale, encoded.zero))
+        return (groups * scale + zero).reshape(elements.shape)
 
-    def place(self, batch: Batch) -> Batch:
-        return batch
-
-    def write(self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, placed: Batch) -> None:
-        layout, slot_mapping = buffers.layout, placed.slot_mapping
-        block, offset = np.divmod(slot_mapping, layout.block_size)
-        for new, kept, fmt in (
-            (k, buffers.keys, layout.key_format),
-            (v, buffers.values, layout.value_format),
-        ):
-            rows = self.encode(new.reshape(-1, layout.head_dim), fmt, layout.group_size)
-            for part, store in zip(rows, kept, strict=True):
-                store[layer][block, :, offset] = part.reshape(len(slot_mapping), layout.num_kv_heads, -1)
+    def write(self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, batch: Batch) -> None:
+        layout = buffers.layout
+        block, offset = np.divmod(batch.slot_mapping, layout.block_size)
+        for new, kept, rows in ((k, buffers.keys, layout.keys), (v, buffers.values, layout.values)):
+            encoded = self.encode(new.reshape(-1, rows.head_dim), rows)
+            for array, store in zip(encoded, kept, strict=True):
+                store[layer][block, :, offset] = array.reshape(len(block), layout.num_kv_heads, -1)
 
     def read(
         self, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(length)
-        return (
-            self._gather(buffers, buffers.keys, layer, block_table, positions),
-            self._gather(buffers, buffers.values, layer, block_table, positions),
-        )
+        return self._gather(buffers, layer, block_table, np.arange(length))
 
     def copy_blocks(self, buffers: Buffers, pairs: np.ndarray) -> None:
         copy_blocks_on_host(buffers, pairs)
@@ -103,63 +135,87 @@ class NumpyBackend:
     def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, layout: Layout, placed: Batch, num_qo_heads: int, window_left: int) -> Batch:
-        return placed
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Plan:
+        return Plan(parts)
 
-    def prepare(self, buffers: Buffers, q: np.ndarray, plan: Batch, scoring: Scoring) -> None:
+    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring) -> None:
         pass
 
     def attend(
         self,
-        buffers: Buffers,
         layer: int,
         q: np.ndarray,
-        plan: Batch,
+        plan: Plan,
         scoring: Scoring,
         out: np.ndarray,
         lse: np.ndarray,
     ) -> None:
-        tokens_per_row = q.shape[1]
-        for block_ids, seq_len, begin, end in zip(
-            plan.block_table, plan.seq_lens, plan.query_start_loc[:-1], plan.query_start_loc[1:], strict=True
-        ):
-            for first in range(begin, end, QUERY_TILE):
-                count = min(QUERY_TILE, end - first)
-                row, column = divmod(first, tokens_per_row)
-                tile = np.s_[row, column : column + count]
-                positions = np.arange(count) + (seq_len - end + first)
-                out[tile], lse[tile] = self._attend_tile(
-                    buffers, layer, block_ids, q[tile], positions, scoring
-                )
+        # the state of the online softmax of every row: its maximum, the sum of its weights, the weighted sum of values
+        row_max = np.full(lse.shape, -np.inf, np.float32)
+        row_sum = np.zeros(lse.shape, np.float32)
+        if scoring.sinks is not None:  # a key that every query sees, whose value is 0
+            row_max[:] = scoring.sinks
+            row_sum[:] = 1
+        weighted = out
+        weighted[...] = 0
+        for part in plan.parts:
+            batch = part.batch
+            tokens = np.arange(batch.num_tokens) if part.tokens is None else part.tokens
+            for sequence, (begin, end) in enumerate(
+                zip(batch.query_start_loc[:-1], batch.query_start_loc[1:], strict=True)
+            ):
+                for first in range(begin, end, QUERY_TILE):
+                    last = min(first + QUERY_TILE, end)
+                    tile = np.divmod(tokens[first:last], q.shape[1])
+                    positions = batch.positions[sequence] + np.arange(first - begin, last - begin)
+                    row_max[tile], row_sum[tile], weighted[tile] = self._attend_tile(
+                        part,
+                        layer,
+                        sequence,
+                        positions,
+                        scoring,
+                        q[tile],
+                        row_max[tile],
+                        row_sum[tile],
+                        weighted[tile],
+                    )
+        # a row that has seen no key has a sum of 0, an output of 0 and an lse of -inf
+        np.divide(weighted, row_sum[..., None], out=out, where=row_sum[..., None] != 0)
+        with np.errstate(divide="ignore"):
+            np.add(row_max, np.log(row_sum), out=lse)
 
     def _attend_tile(
         self,
-        buffers: Buffers,
+        part: Part,
         layer: int,
-        block_ids: np.ndarray,
-        q: np.ndarray,
+        sequence: int,
         positions: np.ndarray,
         scoring: Scoring,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Attention of a few tokens (n, Hq, D) of one sequence at consecutive `positions` (n,)."""
-        count, num_qo_heads, head_dim = q.shape
-        num_kv_heads = buffers.layout.num_kv_heads
-        heads = (num_kv_heads, num_qo_heads // num_kv_heads)
-        # query heads of one KV head side by side: scores are (H, G, n, keys)
-        query = q.reshape(count, *heads, head_dim).transpose(1, 2, 0, 3)
-        row_max = np.full((*heads, count), -np.inf, np.float32)
-        row_sum = np.zeros((*heads, count), np.float32)
-        if scoring.sinks is not None:  # a key that every query sees, whose value is 0
-            row_max[:] = scoring.sinks.reshape(*heads, 1)
-            row_sum[:] = 1
-        weighted = np.zeros((*heads, count, head_dim), np.float32)
+        q: np.ndarray,
+        row_max: np.ndarray,
+        row_sum: np.ndarray,
+        weighted: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Let a few tokens (n, Hq, D) at `positions` (n,) attend to a sequence's keys; returns their state after it."""
+        count, num_qo_heads, _ = q.shape
+        num_kv_heads = part.buffers.layout.num_kv_heads
+        group = num_qo_heads // num_kv_heads
 
+        def by_kv_head(x: np.ndarray) -> np.ndarray:
+            """(n, Hq, ...) -> (H, G, n, ...): the query heads of a KV head side by side."""
+            return np.moveaxis(x.reshape(count, num_kv_heads, group, *x.shape[2:]), 0, 2)
+
+        def by_token(x: np.ndarray) -> np.ndarray:
+            return np.moveaxis(x, 2, 0).reshape(count, num_qo_heads, *x.shape[3:])
+
+        query, row_max, row_sum, weighted = (by_kv_head(x) for x in (q, row_max, row_sum, weighted))
+        block_ids, seq_len = part.batch.block_table[sequence], part.batch.seq_lens[sequence]
         first_key = 0 if scoring.window_left < 0 else max(0, positions[0] - scoring.window_left)
-        for start in range(first_key, positions[-1] + 1, KEY_TILE):
-            keys = np.arange(start, min(start + KEY_TILE, positions[-1] + 1))
-            k = self._gather(buffers, buffers.keys, layer, block_ids, keys)
-            v = self._gather(buffers, buffers.values, layer, block_ids, keys)
-            scores = _scores(query, k, positions, keys, scoring)
+        end_key = min(positions[-1] + 1, seq_len)
+        for start in range(first_key, end_key, KEY_TILE):
+            keys = np.arange(start, min(start + KEY_TILE, end_key))
+            k, v = self._gather(part.buffers, layer, block_ids, keys)
+            scores = score(query, k, positions, keys, scoring)
             tile_max = np.maximum(row_max, scores.max(axis=-1))
             # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
             shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
@@ -168,26 +224,44 @@ class NumpyBackend:
             row_sum = row_sum * rescale + weights.sum(axis=-1)
             weighted = weighted * rescale[..., None] + weights @ v[:, None]
             row_max = tile_max
-
-        out = weighted / row_sum[..., None]
-        lse = row_max + np.log(row_sum)
-        return out.transpose(2, 0, 1, 3).reshape(q.shape), lse.transpose(2, 0, 1).reshape(count, num_qo_heads)
+        return by_token(row_max), by_token(row_sum), by_token(weighted)
 
     def _gather(
-        self, buffers: Buffers, kept: Encoded, layer: int, block_ids: np.ndarray, positions: np.ndarray
-    ) -> np.ndarray:
-        """Keys or values (..., H, n, D) float32 at some positions of sequences with blocks (..., max_blocks)."""
+        self, buffers: Buffers, layer: int, block_ids: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values (..., H, n, D) float32 at some positions of sequences with blocks (..., max_blocks)."""
         layout = buffers.layout
-        fmt = layout.key_format if kept is buffers.keys else layout.value_format
         block, offset = np.divmod(positions, layout.block_size)
-        rows = Encoded(*(part[layer][block_ids[..., block], :, offset].swapaxes(-2, -3) for part in kept))
-        return self.decode(rows, fmt)
+        k, v = (
+            self.decode(
+                Encoded(*(array[layer][block_ids[..., block], :, offset].swapaxes(-2, -3) for array in kept)),
+                rows,
+            )
+            for kept, rows in ((buffers.keys, layout.keys), (buffers.values, layout.values))
+        )
+        return k, v
 
 
-def _scores(
+def score(
     query: np.ndarray, k: np.ndarray, positions: np.ndarray, keys: np.ndarray, scoring: Scoring
 ) -> np.ndarray:
-    """Scores (H, G, n, keys), -inf where a query does not see a key."""
+    """The definition of a score, which every kernel follows: scale, cap, bias and mask, in this order.
+
+    Parameters
+    ----------
+    query : (H, G, n, D) float32
+    k : (H, m, D) float32
+    positions : (n,) int
+        Of the queries.
+    keys : (m,) int
+        Positions of the keys.
+    scoring : Scoring
+
+    Returns
+    -------
+    (H, G, n, m) float32
+        -inf where a query does not see a key.
+    """
     scores = (query @ k[:, None].swapaxes(-1, -2)) * np.float32(scoring.sm_scale)
     if scoring.logits_soft_cap > 0:
         cap = np.float32(scoring.logits_soft_cap)

@@ -1,18 +1,38 @@
 """What a backend is: the few operations that touch floats. Arguments are checked before they get here.
 
-New tokens come as views of shape (B, n, heads, D) with adjacent last elements: B sequences of n tokens
-each, or B = 1 and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``. They are float32
-NumPy arrays; where a backend takes device arrays they may be `DeviceView` of any float type, all of one call.
+New tokens come as views of shape (B, n, heads, D) with adjacent last elements: B sequences of n tokens each, or B = 1
+and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``. They are float32 NumPy arrays; where
+a backend takes device arrays they may be `DeviceView` of any float type, all of one call.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from kvnumba.formats import Format
-from kvnumba.storage import Batch, Buffers, Encoded, Layout, Scoring
+from kvnumba.arrays import DeviceView
+from kvnumba.options import Scoring
+from kvnumba.storage import Batch, Buffers, Encoded, Layout, Part, RowLayout
+
+
+class CascadeLimits(NamedTuple):
+    """From when on it is faster to read the blocks that several sequences begin with once for all of them.
+
+    Attributes
+    ----------
+    tile_rows : int
+        Rows (tokens times query heads of a KV head) that a kernel attends to at once: more read the keys again.
+    min_rows : int
+        Rows with which a common prefix is worth a part of its own.
+    min_bytes : int
+        Of a layer's prefix: what is smaller stays in the processor's cache between the reads.
+    """
+
+    tile_rows: int
+    min_rows: int
+    min_bytes: int
 
 
 class Backend(Protocol):
@@ -23,6 +43,8 @@ class Backend(Protocol):
     """Whether it imitates a device that is not there: ``auto`` passes it over."""
     device: int | None
     """The GPU with its storage, by number, where new tokens and queries may lie too. None: it is the host's."""
+    cascade: CascadeLimits | None
+    """When a common prefix becomes a part of its own; None: never."""
 
     def allocate(self, layout: Layout) -> Buffers:
         """Zeroed storage. Raises MemoryError where there is no room for it."""
@@ -32,26 +54,26 @@ class Backend(Protocol):
         """Bytes that storage may take: what is free on a GPU, all that a host has, which gives it page by page."""
         ...
 
-    def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
-        """Rows (N, D) float32 in a storage format: codes (N, row length), scale and zero (N, groups)."""
+    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+        """A new C-contiguous array of the library that another one is of, beside it; where `device` is a GPU."""
         ...
 
-    def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
+    def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
+        """Rows (N, D) float32 as they are stored: codes (N, row length), scale and zero (N, groups)."""
+        ...
+
+    def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
         """The float32 rows (N, D) that `encode` stored."""
         ...
 
-    def place(self, batch: Batch) -> Any:
-        """A batch as the methods below take it, made once for all layers."""
-        ...
-
-    def write(self, buffers: Buffers, layer: int, k: Any, v: Any, placed: Any) -> None:
-        """Encode keys and values (B, n, H, D) into a layer, where the batch's new tokens belong."""
+    def write(self, buffers: Buffers, layer: int, k: Any, v: Any, batch: Batch) -> None:
+        """Encode keys (B, n, H, D) and values (B, n, H, Dv) into a layer, where the batch's new tokens belong."""
         ...
 
     def read(
         self, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values (B, H, length, D) float32 of the first `length` tokens in the blocks of B sequences."""
+        """Keys (B, H, length, D) and values (B, H, length, Dv) of the first `length` tokens of B sequences, float32."""
         ...
 
     def copy_blocks(self, buffers: Buffers, pairs: np.ndarray) -> None:
@@ -64,7 +86,7 @@ class Backend(Protocol):
     def read_blocks(self, buffers: Buffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
         """Copies of blocks (N,) of all layers as they are stored, in NumPy arrays: keys and values.
 
-        Each part is shaped as its buffer with N blocks: (num_layers, N, H, block_size, row length or groups).
+        Each array is shaped as its buffer with N blocks: (num_layers, N, H, block_size, row length or groups).
         """
         ...
 
@@ -72,31 +94,22 @@ class Backend(Protocol):
         """Store what `read_blocks` returned into blocks (N,), bit for bit."""
         ...
 
-    def plan(self, layout: Layout, placed: Any, num_qo_heads: int, window_left: int) -> Any:
-        """The part of `attend` that is the same for all layers of a batch.
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Any:
+        """What `attend` needs to know of the parts that new tokens attend to, the same for all layers.
 
-        `num_qo_heads` is any multiple of H: for a common prefix, the queries of many sequences come as the heads
-        of one token (`cascade.py`).
+        The parts have the same number of KV heads and the same widths; their formats and block sizes may differ.
         """
         ...
 
-    def prepare(self, buffers: Buffers, q: Any, plan: Any, scoring: Scoring) -> None:
+    def prepare(self, q: Any, plan: Any, scoring: Scoring) -> None:
         """What calls of `write` and `attend` with tokens and queries such as q would do before their kernels run."""
         ...
 
-    def attend(
-        self,
-        buffers: Buffers,
-        layer: int,
-        q: Any,
-        plan: Any,
-        scoring: Scoring,
-        out: Any,
-        lse: Any,
-    ) -> None:
-        """Causal attention of the plan's new tokens, lower-right aligned, straight out of the storage.
+    def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:
+        """Attention of new tokens over the keys of all parts of a plan, straight out of the storage.
 
-        q and out are views (B, n, Hq, D) of one type, lse (B, n, Hq) float32; out and lse are written. A value
-        that is not finite may reach new tokens before its own: tiles weigh what is masked with 0.
+        q (B, n, Hq, D) and out (B, n, Hq, Dv) are of one type, lse (B, n, Hq) is float32; out and lse are written. A
+        token that sees no key gets 0, and an lse of -inf. Where a key or value is NaN or infinite, that may also show
+        in the results of tokens that do not see it: kernels multiply whole tiles, what is masked by the weight 0.
         """
         ...

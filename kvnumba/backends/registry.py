@@ -32,7 +32,8 @@ def _check_name(source: str, name: object) -> str:
 class use_backend:  # noqa: N801 (read as a verb: ``with use_backend("cpu"):``)
     """Choose the backend of the caches made from here on.
 
-    Takes effect at once, in the current thread (context); as a context manager, until the block ends.
+    Takes effect at once, in the current thread (context). As a context manager it holds until the block ends, when what
+    was chosen before the block is chosen again; one object may serve several blocks.
 
     Parameters
     ----------
@@ -47,18 +48,23 @@ class use_backend:  # noqa: N801 (read as a verb: ``with use_backend("cpu"):``)
     """
 
     def __init__(self, name: str) -> None:
-        _check_name("use_backend", name)
+        self._name = _check_name("use_backend", name)
         if name != "auto":
             _load(name)
-        self._token = _chosen.set(name)
+        self._before: list[str | None] = [_chosen.get()]  # of each block that is to come or has begun
+        self._entered = False
+        _chosen.set(name)
 
     def __enter__(self) -> None:
-        pass
+        if self._entered:  # the first block began when the object was made
+            self._before.append(_chosen.get())
+            _chosen.set(self._name)
+        self._entered = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _chosen.reset(self._token)
+        _chosen.set(self._before.pop())
 
 
 def get_backend(name: str | None = None, *, on_host: bool = False) -> Backend:

@@ -58,7 +58,7 @@ class BlockPool:
         self.num_windowed = 0  # rows that have one
         self.swapped = np.zeros(max_num_seqs, bool)
         self.chains: dict[int, Chain] = {}
-        self._bookings = np.zeros(max_num_seqs, np.int64)
+        self._generations = np.zeros(max_num_seqs, np.int64)
         self.version = 0
         """Another number after every change that makes steps and plans stale."""
 
@@ -82,26 +82,37 @@ class BlockPool:
             raise ValueError(f"seq_id: sequence {ids[self.swapped[rows]][0]} is swapped out")
         return rows
 
+    def row(self, seq_id: int, *, swapped: bool = False) -> int:
+        """`rows` of one sequence."""
+        row = seq_id % self.max_num_seqs
+        if self.ids[row] != seq_id or (self.swapped[row] and not swapped):
+            self.rows([seq_id])  # raises, and says why
+        return row
+
+    def generation(self, seq_id: int) -> int:
+        """`generations` of one sequence."""
+        return int(self._generations[self.row(seq_id)])
+
     def lengths(self, seq_ids: Any) -> np.ndarray:
         """Tokens that sequences hold, (B,) int32."""
         return self.lens[self.rows(seq_ids)]
 
-    def bookings(self, seq_ids: Any) -> np.ndarray:
-        """How often each sequence was changed, (B,): a number that makes steps and plans before it stale."""
-        return self._bookings[self.rows(seq_ids)]
+    def generations(self, seq_ids: Any) -> np.ndarray:
+        """A number for each sequence, (B,), that grows with every change: what was planned before it is stale."""
+        return self._generations[self.rows(seq_ids)]
 
     def blocks(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order, NO_BLOCK for those given back."""
-        row = self.rows([seq_id])[0]
+        row = self.row(seq_id)
         return self.table[row, : self.end[row]].copy()
 
     def filled_blocks(self, seq_id: int) -> np.ndarray:
         """The blocks in which a sequence holds tokens, in order; those given back are left out."""
-        return self.state(int(self.rows([seq_id])[0])).blocks
+        return self.state(self.row(seq_id)).blocks
 
     def first_position(self, seq_id: int) -> int:
         """The first position of a sequence whose block it still holds."""
-        return int(self.begin[self.rows([seq_id])[0]]) * self.block_size
+        return int(self.begin[self.row(seq_id)]) * self.block_size
 
     def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
         """The widest window through which new tokens see nothing that was given back or may be; None for any."""
@@ -143,7 +154,7 @@ class BlockPool:
     def fork(self, seq_id: int) -> int:
         """A new sequence with the same tokens in the same blocks; returns its id."""
         with self.lock:
-            state = self.state(int(self.rows([seq_id])[0]))
+            state = self.state(self.row(seq_id))
             row = self._new_row()
             self._become(row, state)
             return int(self.ids[row])
@@ -170,7 +181,7 @@ class BlockPool:
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget a sequence's tokens from `length` on, and give back the blocks that are empty then."""
         with self.lock:
-            row = int(self.rows([seq_id])[0])
+            row = self.row(seq_id)
             if length > self.lens[row]:
                 raise ValueError(
                     f"length: expected at most the sequence's {self.lens[row]} tokens; got {length}"
@@ -186,7 +197,7 @@ class BlockPool:
             released = self.table[row, keep : self.end[row]].copy()
             self.end[row] = min(keep, self.end[row])
             self.lens[row] = length
-            self._bookings[row] += 1
+            self._generations[row] += 1
             self.version += 1
             self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
@@ -194,7 +205,7 @@ class BlockPool:
     def finish(self, seq_id: int) -> None:
         """Take back a sequence's blocks and its row. Findable blocks go idle, the last first in line."""
         with self.lock:
-            row = int(self.rows([seq_id], swapped=True)[0])
+            row = self.row(seq_id, swapped=True)
             # reversed, so that the next sequence is given free blocks in the same order
             self.allocator.release(self._slice(row)[::-1])
             self._clear(row)
@@ -204,11 +215,11 @@ class BlockPool:
     def swap_out(self, seq_id: int) -> None:
         """Give back a sequence's blocks, though not its row."""
         with self.lock:
-            row = int(self.rows([seq_id])[0])
+            row = self.row(seq_id)
             self.allocator.release(self._slice(row)[::-1])
             self.end[row] = self.begin[row]
             self.swapped[row] = True
-            self._bookings[row] += 1
+            self._generations[row] += 1
             self.version += 1
 
     def swap_in(self, seq_id: int, before: np.ndarray, fill: Fill) -> None:
@@ -218,7 +229,7 @@ class BlockPool:
         block for each of `before`, and NO_BLOCK where there is nothing to fill.
         """
         with self.lock:
-            row = int(self.rows([seq_id], swapped=True)[0])
+            row = self.row(seq_id, swapped=True)
             begin = int(self.begin[row])
             blocks = np.full(len(before), NO_BLOCK, np.int32)
             entries = self.chains[row].entries[begin:]
@@ -307,7 +318,7 @@ class BlockPool:
             if len(self.prefixes):
                 for block in sources[~copied & self.prefixes.findable[sources]].tolist():
                     self.prefixes.forget(block)
-            self._bookings[rows] += 1
+            self._generations[rows] += 1
             self.version += 1
             return self._batch(rows, total.astype(np.int32), new)
 
@@ -343,7 +354,7 @@ class BlockPool:
         self.windows[row] = -1
         self.swapped[row] = False
         self.chains.pop(row, None)
-        self._bookings[row] += 1
+        self._generations[row] += 1
         self.version += 1
 
     def _slice(self, row: int) -> np.ndarray:
@@ -371,7 +382,7 @@ class BlockPool:
         self.table[row, :begin] = NO_BLOCK
         self.table[row, begin:end] = blocks
         self.begin[row], self.end[row] = begin, end
-        self._bookings[row] += 1
+        self._generations[row] += 1
         self.version += 1
 
     def _written_to(

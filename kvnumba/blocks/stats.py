@@ -16,11 +16,11 @@ class CacheStats:
     Attributes
     ----------
     num_blocks : int
-        ``free_blocks + cached_blocks + used_blocks``.
+        ``free_blocks + used_blocks``.
     free_blocks : int
-        Blocks that hold nothing.
+        Blocks that no sequence holds, as `PagedKVCache.num_free_blocks`.
     cached_blocks : int
-        Blocks that no sequence holds but a new one may find; taken, oldest first, when no free ones are left.
+        Those of the free blocks that a new sequence may find by its tokens; taken last, the oldest first.
     used_blocks, shared_blocks : int
         Blocks that sequences hold, and those of them that several hold.
     num_sequences, swapped_sequences : int
@@ -77,11 +77,10 @@ def collect(pool: BlockPool, bytes_per_token: int) -> CacheStats:
             blocks = pool.table[row, columns]
             filled[blocks] = np.maximum(filled[blocks], tokens)
         used = int((pool.allocator.references > 0).sum())
-        cached = len(pool.prefixes.idle)
         return CacheStats(
             num_blocks=pool.num_blocks,
-            free_blocks=pool.num_blocks - used - cached,
-            cached_blocks=cached,
+            free_blocks=pool.num_blocks - used,
+            cached_blocks=len(pool.prefixes.idle),
             used_blocks=used,
             shared_blocks=int((pool.allocator.references > 1).sum()),
             num_sequences=len(live),

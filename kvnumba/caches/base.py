@@ -9,44 +9,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvnumba import arguments
+import numpy as np
+
+from kvnumba.attention import passes
+from kvnumba.attention.passes import Pass
 from kvnumba.backends.registry import get_backend
-from kvnumba.formats import resolve_format
 from kvnumba.storage import Layout
 
 
 class Cache:
     """What the caches that users hold have in common."""
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: Any,
-        key_format: Any,
-        value_format: Any,
-        group_size: int | None,
-        num_layers: int,
-        backend: str | None,
-    ) -> None:
-        default = resolve_format("dtype", dtype)
-        keys = default if key_format is None else resolve_format("key_format", key_format)
-        values = default if value_format is None else resolve_format("value_format", value_format)
-        head_dim = arguments.integer("head_dim", head_dim, minimum=1)
-        self._layout = Layout(
-            num_layers=arguments.integer("num_layers", num_layers, minimum=1),
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=arguments.integer("num_kv_heads", num_kv_heads, minimum=1),
-            head_dim=head_dim,
-            key_format=keys,
-            value_format=values,
-            group_size=arguments.group_size(group_size, head_dim, (keys, values)),
-        )
+    def __init__(self, layout: Layout, backend: str | None) -> None:
+        self._layout = layout
         self._backend = get_backend(backend)
-        self._buffers = self._backend.allocate(self._layout)
+        self._buffers = self._backend.allocate(layout)
+        # the latest pass that attended or was written, under what it is found by again: attention in several layers, or
+        # after an update, is planned once
+        self._latest: tuple[Any, Pass] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The shape of the storage."""
+        return self._layout
 
     @property
     def backend(self) -> str:
@@ -65,21 +50,26 @@ class Cache:
 
     @property
     def head_dim(self) -> int:
-        """Elements of a head (D)."""
+        """Elements of a key, and of a query (D)."""
         return self._layout.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Elements of a value, and of an output (Dv)."""
+        return self._layout.value_head_dim
 
     @property
     def key_format(self) -> str:
         """The name of the keys' storage format."""
-        return self._layout.key_format.name
+        return self._layout.keys.fmt.name
 
     @property
     def value_format(self) -> str:
         """The name of the values' storage format."""
-        return self._layout.value_format.name
+        return self._layout.values.fmt.name
 
     def memory_bytes(self) -> int:
-        """Bytes of the storage, scales and zero points included."""
+        """Bytes of the whole storage, filled or not; scales and zero points included."""
         return self._layout.memory_bytes()
 
     def bytes_per_token(self) -> int:
@@ -88,10 +78,7 @@ class Cache:
 
     @property
     def k_scale(self) -> Any:
-        """The keys' scales, float32, writable, shaped as the stored keys with one element a group.
-
-        A format that is not quantised has no groups.
-        """
+        """The keys' scales, writable, shaped as the stored keys with one element a group; no groups without scales."""
         return self._stored(self._buffers.keys.scale)
 
     @property
@@ -109,14 +96,20 @@ class Cache:
         """The values' zero points, as `k_scale`."""
         return self._stored(self._buffers.values.zero)
 
-    def _stored(self, part: Any) -> Any:
-        """A part of the storage; without the layer axis where there is one layer."""
-        return part[0] if self.num_layers == 1 else part
+    def _stored(self, array: Any) -> Any:
+        """An array of the storage; without the layer axis where there is one layer."""
+        return array[0] if self.num_layers == 1 else array
+
+    def _read(self, layer: int, block_table: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return passes.read(self._backend, self._buffers, layer, block_table, length)
 
     def _describe(self) -> str:
         layout = self._layout
         layers = f"layers={layout.num_layers}, " if layout.num_layers > 1 else ""
+        width = f"D={layout.head_dim}"
+        if layout.value_head_dim != layout.head_dim:
+            width += f", Dv={layout.value_head_dim}"
         return (
-            f"{layers}H={layout.num_kv_heads}, D={layout.head_dim}, {layout.describe_formats()}, "
+            f"{layers}H={layout.num_kv_heads}, {width}, {layout.describe_formats()}, "
             f"{self.backend}, {self.memory_bytes() / 1e6:.1f} MB"
         )

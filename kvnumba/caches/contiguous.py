@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvnumba import arguments
-from kvnumba.arguments import AttentionOptions
+from kvnumba import arguments, arrays
+from kvnumba.attention.passes import Pass, as_returned, room_for_results
+from kvnumba.backends.quantization import code_format
+from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
-from kvnumba.caches.step import BatchAttention
 from kvnumba.errors import CacheFull
-from kvnumba.storage import Batch
+from kvnumba.options import AttentionOptions
+from kvnumba.storage import Batch, Layout
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class KVCache(Cache):
@@ -29,11 +33,15 @@ class KVCache(Cache):
     batch_size, max_seq_len, num_kv_heads, head_dim : int
         B, S_max, H (also accepted as `num_heads`) and D.
     dtype : str or dtype
-        Format of keys and values: "float32", "float16", "bfloat16", "int8" or "int4".
+        Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8" or "int4".
     key_format, value_format : str, optional
         Format of one of them, where it differs from `dtype`.
+    value_head_dim : int, optional
+        Elements of a value (Dv), where they are not D.
     group_size : int, optional
-        Elements along head_dim that share a scale in int8 and int4. Default: all D.
+        Elements of a row that share a scale in int8 and int4. Default: all.
+    scale_dtype : {"float32", "float16"}
+        Of scales and zero points.
     num_layers : int
         Layers that move together: a sequence's length is one number, which `update` moves with the last.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
@@ -63,33 +71,54 @@ class KVCache(Cache):
         *,
         key_format: Any = None,
         value_format: Any = None,
+        value_head_dim: int | None = None,
         group_size: int | None = None,
+        scale_dtype: Any = "float32",
         num_layers: int = 1,
         backend: str | None = None,
     ) -> None:
-        self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
-        self.max_seq_len = arguments.integer("max_seq_len", max_seq_len, minimum=1)
-        super().__init__(
-            self.batch_size,
-            self.max_seq_len,
+        layout = Layout.of(
+            arguments.integer("batch_size", batch_size, minimum=1),
+            arguments.integer("max_seq_len", max_seq_len, minimum=1),
             num_kv_heads,
             head_dim,
             dtype,
-            key_format,
-            value_format,
-            group_size,
-            num_layers,
-            backend,
+            key_format=key_format,
+            value_format=value_format,
+            value_head_dim=value_head_dim,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            num_layers=num_layers,
         )
-        self._block_table = np.arange(self.batch_size, dtype=np.int32)[:, None]
-        self._attention: tuple[list[int], BatchAttention] | None = None
+        self._start(layout, backend)
+
+    @classmethod
+    def from_layout(cls, layout: Layout, *, backend: str | None = None) -> Self:
+        """A cache of this layout, whose blocks are the batch elements."""
+        cache = cls.__new__(cls)
+        cache._start(layout, backend)
+        return cache
+
+    def _start(self, layout: Layout, backend: str | None) -> None:
+        super().__init__(layout, backend)
+        self._block_table = np.arange(layout.num_blocks, dtype=np.int32)[:, None]
         self.reset()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that the cache holds (B)."""
+        return self._layout.num_blocks
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens for which every batch element has room."""
+        return self._layout.block_size
 
     @property
     def k_cache(self) -> Any:
         """The stored keys, writable: (B, H, S_max, D), with a layer axis in front where there are several.
 
-        float32 and float16 as such, bfloat16 as uint16 bits, int8 and int4 as codes.
+        float32 and float16 as such, bfloat16 and fp8_e4m3 as their bits, int8 and int4 as codes.
         """
         return self._stored(self._buffers.keys.codes)
 
@@ -101,8 +130,79 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.seq_lens = [0] * self.batch_size
-        self._forward: tuple[list[int], int, Any] | None = None  # begin of each element, tokens, these placed
-        self._layers_written = 0
+        self._latest = None
+        self._pass: Pass | None = None  # the one that `update` is writing, until its last layer
+
+    def truncate(self, batch_idx: int, length: int) -> None:
+        """Forget a batch element's tokens from `length` on, and a pass that has layers to go.
+
+        Raises
+        ------
+        ValueError
+            There is no such element, or it holds fewer tokens.
+        """
+        batch_idx = self._element("batch_idx", batch_idx)
+        length = arguments.integer("length", length, minimum=0)
+        lengths = self._checked_lengths()
+        if length > lengths[batch_idx]:
+            raise ValueError(
+                f"length: expected at most the element's {lengths[batch_idx]} tokens; got {length}"
+            )
+        lengths[batch_idx] = length
+        self.seq_lens, self._pass = lengths, None
+
+    def fork(self, batch_idx: int, into: int) -> None:
+        """Let batch element `into` hold what element `batch_idx` holds; what it held is forgotten.
+
+        The tokens are copied: only a `PagedKVCache` shares them. A pass that has layers to go is forgotten.
+
+        Raises
+        ------
+        ValueError
+            There is no such element.
+        """
+        batch_idx, into = self._element("batch_idx", batch_idx), self._element("into", into)
+        lengths = self._checked_lengths()
+        if batch_idx != into:
+            self._backend.copy_blocks(self._buffers, np.array([[batch_idx, into]], np.int64))
+        lengths[into] = lengths[batch_idx]
+        self.seq_lens, self._pass = lengths, None
+
+    def save(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
+        """Write the tokens of all batch elements to a file, which takes the place of `path` when it is complete.
+
+        Whatever happens before that leaves what was there. Tokens of a pass that has layers to go are left out.
+
+        Parameters
+        ----------
+        path : path
+        fingerprint : str
+            Says what computed the keys and values: the model's name and revision, say. `load` compares it.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written, or its disk is full.
+        """
+        snapshot.save_elements(Path(path), self._backend, self._buffers, self._checked_lengths(), fingerprint)
+
+    def load(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
+        """Hold what a file of `save` holds, in place of what the cache holds.
+
+        The backend and `max_seq_len` may differ from those of the cache that was saved.
+
+        Raises
+        ------
+        CacheFull
+            An element of the file has more than `max_seq_len` tokens.
+        ValueError
+            The file is not one of `save`, is cut short or damaged, or was made with another batch size, shape, format
+            or fingerprint. The cache is as it was.
+        OSError
+            The file cannot be read.
+        """
+        lengths = snapshot.load_elements(Path(path), self._backend, self._buffers, fingerprint)
+        self.seq_lens, self._pass = lengths, None
 
     def require_room(self, num_new_tokens: int) -> None:
         """Raise CacheFull unless every batch element can take so many more tokens."""
@@ -123,7 +223,8 @@ class KVCache(Cache):
 
         Parameters
         ----------
-        new_k, new_v : (B, H, T, D) float32, float16, float64 or bfloat16
+        new_k : (B, H, T, D) float32, float16, float64 or bfloat16
+        new_v : (B, H, T, Dv)
         positions : sequence of B ints, optional
             Where each element's first new token goes; its length is ``positions[b] + T`` afterwards. Between
             the old end and a later position stands what stood there before: zeros, in a new cache.
@@ -139,40 +240,40 @@ class KVCache(Cache):
             A shape or dtype is not as above, a position is out of range, a quantised format is given a value
             that is not finite, or the layer is not the next one. The cache is as it was.
         """
-        layout = self._layout
-        shape = (self.batch_size, self.num_kv_heads, None, self.head_dim)
-        k, v = arguments.new_tokens(("new_k", "new_v"), new_k, new_v, shape, "B H T D", layout, self._backend)
+        k, v = arrays.new_tokens(
+            ("new_k", "new_v"),
+            new_k,
+            new_v,
+            (self.batch_size, self.num_kv_heads, None),
+            "B H T D",
+            self._layout,
+            self._backend,
+        )
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[2]
-        if layer == 0:
-            begin = self._begin(positions, count)
-            _, placed = self._place([first + count for first in begin], count)
-        else:
-            begin, _, placed = self._resume(positions, count, layer)
-        if count:
-            self._backend.write(self._buffers, layer, k.swapaxes(1, 2), v.swapaxes(1, 2), placed)
-        self._forward = (begin, count, placed)
-        self._layers_written = layer + 1
-        if self._layers_written == self.num_layers:
-            self.seq_lens = [first + count for first in begin]
-            self._forward = None
+        # a pass that does not get to its last layer is forgotten when the next one begins
+        running = self._begin(positions, count) if layer == 0 else self._running(positions, count, layer)
+        running.write(layer, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        lengths = running.batch.seq_lens.tolist()
+        self._latest = ([count, *lengths], running)
+        self._pass = running
+        if running.complete:
+            self.seq_lens, self._pass = lengths, None
 
     def get_kv(self, batch_idx: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of the keys and values of a batch element: (H, S, D) float32 twice."""
-        batch_idx = arguments.integer("batch_idx", batch_idx, minimum=0)
-        if batch_idx >= self.batch_size:
-            raise ValueError(f"batch_idx: expected 0 to {self.batch_size - 1}; got {batch_idx}")
+        """Copies of the keys (H, S, D) and values (H, S, Dv) of a batch element, float32."""
+        batch_idx = self._element("batch_idx", batch_idx)
         layer = arguments.layer_index(layer, self.num_layers)
         length = self._lengths(layer)[batch_idx]
         row = self._block_table[batch_idx : batch_idx + 1]
-        k, v = self._backend.read(self._buffers, layer, row, length)
+        k, v = self._read(layer, row, length)
         return k[0], v[0]
 
     def get_full_kv(self, *, layer: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """`get_kv` of every batch element: a list of keys and a list of values."""
         layer = arguments.layer_index(layer, self.num_layers)
         lengths = self._lengths(layer)
-        k, v = self._backend.read(self._buffers, layer, self._block_table, max(lengths))
+        k, v = self._read(layer, self._block_table, max(lengths))
         return [x[:, :n] for x, n in zip(k, lengths, strict=True)], [
             x[:, :n] for x, n in zip(v, lengths, strict=True)
         ]
@@ -195,83 +296,81 @@ class KVCache(Cache):
 
         Returns
         -------
-        out : (B, Hq, T, D), in the precision of q (float64: float32)
+        out : (B, Hq, T, Dv), in the precision of q (float64: float32)
         lse : (B, Hq, T) float32
             With ``return_lse``.
         """
         layer = arguments.layer_index(layer, self.num_layers)
-        query = arguments.queries(
-            "q",
-            q,
-            (self.batch_size, None, None, self.head_dim),
-            "B Hq T D",
-            1,
-            self.num_kv_heads,
-            self._backend,
-        )
+        shape = (self.batch_size, None, None, self.head_dim)
+        query = arrays.queries("q", q, shape, "B Hq T D", 1, self.num_kv_heads, self._backend)
         count = query.shape[2]
         lengths = self._lengths(layer)
         if count > min(lengths):
             raise ValueError(
                 f"q: expected at most as many tokens as an element holds, {min(lengths)}; got shape {query.shape}"
             )
-        key = [count, *lengths]
-        planned = self._attention  # read once: another thread may replace it
-        if planned is None or planned[0] != key:
-            planned = (key, BatchAttention(self._backend, self._buffers, *self._place(lengths, count)))
-            self._attention = planned
-        out, lse = arguments.results(query, options)
+        key, latest = [count, *lengths], self._latest  # read once: another thread may replace it
+        if latest is None or latest[0] != key:
+            latest = (key, Pass(self._backend, self._buffers, self._batch(lengths, count), written=True))
+            self._latest = latest
+        out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
-        planned[1].attend(layer, *views, options, q)
-        return arguments.returned(q, out, lse, options)
+        latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
+        return as_returned(q, out, lse, options)
 
     def __repr__(self) -> str:
         longest = max(self.seq_lens)
         return f"{type(self).__name__}(B={self.batch_size}, tokens={longest}/{self.max_seq_len}, {self._describe()})"
 
-    def _place(self, lengths: list[int], count: int) -> tuple[Batch, Any]:
-        """The last `count` tokens of elements of such lengths, and these as the backend takes them."""
+    def _batch(self, lengths: list[int], count: int) -> Batch:
+        """The last `count` tokens of elements of such lengths."""
         new = np.full(self.batch_size, count, np.int32)
-        batch = Batch.of(self._block_table, np.array(lengths, np.int32), new, self.max_seq_len)
-        return batch, self._backend.place(batch)
+        return Batch.of(self._block_table, np.array(lengths, np.int32), new, self.max_seq_len)
 
-    def _begin(self, positions: Sequence[int] | None, count: int) -> list[int]:
-        """Where a forward pass of `count` tokens begins in each element."""
+    def _begin(self, positions: Sequence[int] | None, count: int) -> Pass:
+        """A new pass of `count` tokens of each element."""
         if positions is None:
             begin = self._checked_lengths()
             self._require_room(begin, count)
-            return begin
-        begin = arguments.integers("positions", positions, length=self.batch_size).tolist()
-        if min(begin) < 0 or max(begin) + count > self.max_seq_len:
-            raise ValueError(
-                f"positions: expected 0 to {self.max_seq_len - count} for {count} new tokens with "
-                f"max_seq_len={self.max_seq_len}; got {begin}"
-            )
-        return begin
+        else:
+            begin = arguments.integers("positions", positions, length=self.batch_size).tolist()
+            if min(begin) < 0 or max(begin) + count > self.max_seq_len:
+                raise ValueError(
+                    f"positions: expected 0 to {self.max_seq_len - count} for {count} new tokens with "
+                    f"max_seq_len={self.max_seq_len}; got {begin}"
+                )
+        batch = self._batch([first + count for first in begin], count)
+        return Pass(self._backend, self._buffers, batch)
 
-    def _resume(self, positions: Sequence[int] | None, count: int, layer: int) -> tuple[list[int], int, Any]:
-        """The running forward pass, for a later layer, which goes where the first one went."""
-        if self._forward is None or layer != self._layers_written:
-            due = 0 if self._forward is None else self._layers_written
-            raise ValueError(f"layer: layers are written in order, next is layer {due}; got {layer}")
-        begin, expected, _ = self._forward
+    def _running(self, positions: Sequence[int] | None, count: int, layer: int) -> Pass:
+        """The pass that is being written, for a later layer, which goes where the first one went."""
+        running = self._pass
+        if running is None:
+            raise ValueError(f"layer: layers are written in order, next is layer 0; got {layer}")
+        running.require_next(layer)
+        expected = running.batch.num_tokens // self.batch_size
         if count != expected:
             raise ValueError(
                 f"new_k: expected {expected} new tokens, as in layer 0; got {count} in layer {layer}"
             )
         if positions is not None:
+            begin = running.batch.positions.tolist()
             given = arguments.integers("positions", positions, length=self.batch_size).tolist()
             if given != begin:
                 raise ValueError(f"positions: expected {begin}, as in layer 0; got {given}")
-        return self._forward
+        return running
 
     def _lengths(self, layer: int) -> list[int]:
-        """Tokens of each element that a layer holds, those of the running forward pass included."""
-        forward = self._forward
-        if forward is not None and layer < self._layers_written:
-            begin, count, _ = forward
-            return [first + count for first in begin]
+        """Tokens of each element that a layer holds, those of a pass that has layers to go included."""
+        if self._pass is not None and self._pass.covers(layer):
+            return self._pass.batch.seq_lens.tolist()
         return self._checked_lengths()
+
+    def _element(self, argument: str, value: int) -> int:
+        index = arguments.integer(argument, value, minimum=0)
+        if index >= self.batch_size:
+            raise ValueError(f"{argument}: expected 0 to {self.batch_size - 1}; got {index}")
+        return index
 
     def _checked_lengths(self) -> list[int]:
         lengths = arguments.integers("seq_lens", self.seq_lens, length=self.batch_size).tolist()
@@ -283,15 +382,15 @@ class KVCache(Cache):
 class QuantizedKVCache(KVCache):
     """A contiguous cache in INT8 or INT4: `KVCache` with one format for keys and values.
 
-    Codes are unsigned and asymmetric, with a float32 scale and zero point per (batch, head, token), or per
-    group of `group_size` elements.
+    Codes are unsigned and asymmetric, with a scale and a zero point for each (batch, head, token), or each group of
+    `group_size` elements.
 
     Parameters
     ----------
     batch_size, max_seq_len, num_kv_heads, head_dim : int
         As in `KVCache`.
     bits : {8, 4}
-    group_size, num_layers, backend
+    group_size, scale_dtype, num_layers, backend
         As in `KVCache`.
     """
 
@@ -305,30 +404,35 @@ class QuantizedKVCache(KVCache):
         bits: int = 8,
         *,
         group_size: int | None = None,
+        scale_dtype: Any = "float32",
         num_layers: int = 1,
         backend: str | None = None,
     ) -> None:
-        if bits not in (4, 8):
-            raise ValueError(f"bits: expected 8 or 4; got {bits!r}")
-        self.bits = bits
         super().__init__(
             batch_size,
             max_seq_len,
             num_kv_heads,
             head_dim,
-            f"int{bits}",
+            code_format(bits).name,
             group_size=group_size,
+            scale_dtype=scale_dtype,
             num_layers=num_layers,
             backend=backend,
         )
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self._layout.keys.fmt.bits
+
     def savings_vs_fp32(self) -> float:
-        """This cache's bytes, scales included, over those of a float32 cache of the same shape."""
+        """The fraction of a float32 cache's bytes that this cache takes: 0.27 means 27 % of them, not 27 % less.
+
+        Scales and zero points are counted. The name is that of the first sketch of this class.
+        """
         layout = self._layout
-        values = (
-            2 * layout.num_layers * layout.num_blocks * layout.block_size * self.num_kv_heads * self.head_dim
-        )
-        return self.memory_bytes() / (4 * values)
+        elements = layout.num_kv_heads * (layout.head_dim + layout.value_head_dim)
+        return layout.bytes_per_token() / (4 * layout.num_layers * elements)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, {self.savings_vs_fp32():.3f} of float32)"

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvnumba import arguments
-from kvnumba.arguments import AttentionOptions
+from kvnumba import arguments, arrays
+from kvnumba.attention.passes import Pass, as_returned, room_for_results
 from kvnumba.blocks.integrity import check_pool
 from kvnumba.blocks.pool import BlockPool
 from kvnumba.blocks.stats import CacheStats, collect
 from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
-from kvnumba.caches.step import BatchAttention, Step
+from kvnumba.caches.step import Step
 from kvnumba.caches.swap import SwappedBlocks, fill_blocks, save_blocks
+from kvnumba.options import AttentionOptions
+from kvnumba.storage import Layout
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 logger = logging.getLogger("kvnumba")
 
@@ -44,7 +47,7 @@ class PagedKVCache(Cache):
         H (also accepted as `num_heads`) and D.
     max_num_seqs : int
         Sequences that may be live at the same time.
-    dtype, key_format, value_format, group_size, num_layers, backend
+    dtype, key_format, value_format, value_head_dim, group_size, scale_dtype, num_layers, backend
         As in `KVCache`.
     """
 
@@ -60,29 +63,40 @@ class PagedKVCache(Cache):
         *,
         key_format: Any = None,
         value_format: Any = None,
+        value_head_dim: int | None = None,
         group_size: int | None = None,
+        scale_dtype: Any = "float32",
         num_layers: int = 1,
         backend: str | None = None,
     ) -> None:
-        num_blocks = arguments.integer("num_blocks", num_blocks, minimum=1)
-        block_size = arguments.integer("block_size", block_size, minimum=1)
-        max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
-        super().__init__(
+        layout = Layout.of(
             num_blocks,
             block_size,
             num_kv_heads,
             head_dim,
             dtype,
-            key_format,
-            value_format,
-            group_size,
-            num_layers,
-            backend,
+            key_format=key_format,
+            value_format=value_format,
+            value_head_dim=value_head_dim,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            num_layers=num_layers,
         )
-        self._pool = BlockPool(num_blocks, block_size, max_num_seqs)
+        self._start(layout, max_num_seqs, backend)
+
+    @classmethod
+    def from_layout(cls, layout: Layout, max_num_seqs: int, *, backend: str | None = None) -> Self:
+        """A cache of this layout."""
+        cache = cls.__new__(cls)
+        cache._start(layout, max_num_seqs, backend)
+        return cache
+
+    def _start(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
+        max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
+        super().__init__(layout, backend)
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, max_num_seqs)
         self._swapped: dict[int, SwappedBlocks] = {}
-        self._steps: dict[int, Step] = {}  # forward passes through `update` that have layers to go
-        self._attention: tuple[tuple[int, ...], BatchAttention] | None = None
+        self._steps: dict[int, Step] = {}  # passes through `update` that have layers to go
 
     @property
     def k_pool(self) -> Any:
@@ -115,9 +129,15 @@ class PagedKVCache(Cache):
         return self._pool.num_free_blocks
 
     @property
-    def seq_lens(self) -> dict[int, int]:
-        """Id -> tokens held, of the live sequences; a copy."""
-        return self._pool.live()
+    def seq_lens(self) -> Mapping[int, int]:
+        """Id -> tokens held, of the live sequences: a copy that cannot be changed; `truncate` shortens a sequence."""
+        return MappingProxyType(self._pool.live())
+
+    def seq_len(self, seq_id: int) -> int:
+        """Tokens that a sequence holds: right after `add_sequence`, what was found of its tokens."""
+        return int(
+            self._pool.lens[self._pool.row(arguments.integer("seq_id", seq_id, minimum=0), swapped=True)]
+        )
 
     def block_table(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order: (blocks,) int32, a copy; -1 for blocks outside its window."""
@@ -125,20 +145,12 @@ class PagedKVCache(Cache):
         return self._pool.blocks(seq_id)
 
     def utilization(self) -> float:
-        """Fraction of the blocks that sequences hold."""
+        """Fraction of the blocks that sequences hold, from 0 to 1."""
         return 1 - self.num_free_blocks / self.num_blocks
 
-    @overload
-    def add_sequence(self, token_ids: None = None, *, cache_salt: str = "", window_left: int = -1) -> int: ...
-
-    @overload
     def add_sequence(
-        self, token_ids: Any, *, cache_salt: str = "", window_left: int = -1
-    ) -> tuple[int, int]: ...
-
-    def add_sequence(
-        self, token_ids: Any = None, *, cache_salt: str = "", window_left: int = -1
-    ) -> int | tuple[int, int]:
+        self, token_ids: Any = None, *, cache_salt: str = "", window_left: int | None = None
+    ) -> int:
         """Begin a sequence, with what is cached of its first tokens.
 
         Parameters
@@ -146,19 +158,18 @@ class PagedKVCache(Cache):
         token_ids : (n,) int, optional
             The sequence's first tokens. The longest run of full blocks that holds the same tokens from the
             first on becomes its beginning; the last token is never among them, so that its logits are computed.
-            Blocks are found if the tokens in them were given to `step` or `update`.
+            Blocks are found if the tokens in them were given to `step` or `update`. `seq_len` says how many
+            tokens were found.
         cache_salt : str
             Sequences find blocks of the same salt only: one for each tenant keeps them apart.
         window_left : int
             The widest `window_left` with which the sequence will be attended. Blocks before it are given back
-            as the sequence grows. -1: it may see everything.
+            as the sequence grows. -1, the default: it may see everything.
 
         Returns
         -------
         seq_id : int
             Which no other sequence of this cache ever gets.
-        num_cached_tokens : int
-            With `token_ids`: tokens that the sequence holds already.
 
         Raises
         ------
@@ -169,13 +180,9 @@ class PagedKVCache(Cache):
         """
         if not isinstance(cache_salt, str):
             raise TypeError(f"cache_salt: expected a str; got {type(cache_salt).__name__}")
-        window_left = arguments.integer("window_left", window_left, minimum=-1)
-        if token_ids is None:
-            return self._pool.add(None, cache_salt, window_left)
-        tokens = arguments.tokens("token_ids", token_ids)
-        with self._pool.lock:
-            seq_id = self._pool.add(tokens, cache_salt, window_left)
-            return seq_id, int(self._pool.lengths([seq_id])[0])
+        window_left = -1 if window_left is None else arguments.integer("window_left", window_left, minimum=-1)
+        tokens = None if token_ids is None else arguments.tokens("token_ids", token_ids)
+        return self._pool.add(tokens, cache_salt, window_left)
 
     def fork(self, seq_id: int) -> int:
         """Begin a sequence with the same tokens, in the same blocks; returns its id.
@@ -357,7 +364,8 @@ class PagedKVCache(Cache):
         Parameters
         ----------
         seq_id : int
-        new_k, new_v : (H, T, D) float32, float16, float64 or bfloat16
+        new_k : (H, T, D) float32, float16, float64 or bfloat16
+        new_v : (H, T, Dv)
         layer : int
             Layers are written in order; the length moves with the last.
         token_ids : (T,) int, optional
@@ -373,34 +381,48 @@ class PagedKVCache(Cache):
             value that is not finite, or the layer is not the next one. The cache is as it was.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
-        layout = self._layout
-        shape = (self.num_kv_heads, None, self.head_dim)
-        k, v = arguments.new_tokens(("new_k", "new_v"), new_k, new_v, shape, "H T D", layout, self._backend)
+        k, v = arrays.new_tokens(
+            ("new_k", "new_v"),
+            new_k,
+            new_v,
+            (self.num_kv_heads, None),
+            "H T D",
+            self._layout,
+            self._backend,
+        )
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[1]
         if layer == 0:
             step = self.step([seq_id], [count], token_ids=None if token_ids is None else [token_ids])
         else:
-            if token_ids is not None:
-                raise ValueError(
-                    f"token_ids: expected with layer 0, for all layers; got them with layer {layer}"
-                )
-            self._pool.rows([seq_id])
-            if seq_id not in self._steps:
-                raise ValueError(f"layer: layers are written in order, next is layer 0; got {layer}")
-            step = self._steps[seq_id]
-            if count != step.num_tokens:
-                raise ValueError(
-                    f"new_k: expected {step.num_tokens} new tokens, as in layer 0; got {count} in layer {layer}"
-                )
-        step._write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
+            step = self._running(seq_id, count, layer, token_ids)
+        step.write_views(k[None].swapaxes(1, 2), v[None].swapaxes(1, 2), layer)
         if layer < self.num_layers - 1:
             self._steps[seq_id] = step
         else:
             self._steps.pop(seq_id, None)
+        self._latest = (self._key(seq_id, int(step.batch.seq_lens[0]), count), step._pass)
+
+    def _running(self, seq_id: int, count: int, layer: int, token_ids: Any) -> Step:
+        """The step that `update` is writing, for a later layer."""
+        if token_ids is not None:
+            raise ValueError(f"token_ids: expected with layer 0, for all layers; got them with layer {layer}")
+        self._pool.row(seq_id)
+        step = self._steps.get(seq_id)
+        if step is None:
+            raise ValueError(f"layer: layers are written in order, next is layer 0; got {layer}")
+        if count != step.num_tokens:
+            raise ValueError(
+                f"new_k: expected {step.num_tokens} new tokens, as in layer 0; got {count} in layer {layer}"
+            )
+        return step
+
+    def _key(self, seq_id: int, length: int, count: int) -> tuple[int, ...]:
+        """What the pass of a sequence's last `count` tokens is found by; another one after any change."""
+        return (seq_id, self._pool.generation(seq_id), length, count)
 
     def get_kv(self, seq_id: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of the keys and values of a sequence: (H, T, D) float32 twice.
+        """Copies of the keys (H, T, D) and values (H, T, Dv) of a sequence, float32.
 
         Of a sequence with a window, those of the last tokens, whose blocks it still holds.
         """
@@ -409,7 +431,7 @@ class PagedKVCache(Cache):
         first = self._pool.first_position(seq_id)
         length = self._length(seq_id, layer) - first
         table = self._pool.blocks(seq_id)[None, first // self.block_size :]
-        k, v = self._backend.read(self._buffers, layer, np.ascontiguousarray(table), length)
+        k, v = self._read(layer, np.ascontiguousarray(table), length)
         return k[0], v[0]
 
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
@@ -429,33 +451,33 @@ class PagedKVCache(Cache):
 
         Returns
         -------
-        out : (Hq, T, D), in the precision of q (float64: float32)
+        out : (Hq, T, Dv), in the precision of q (float64: float32)
         lse : (Hq, T) float32
             With ``return_lse``.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
-        query = arguments.queries(
-            "q", q, (None, None, self.head_dim), "Hq T D", 0, self.num_kv_heads, self._backend
-        )
+        shape = (None, None, self.head_dim)
+        query = arrays.queries("q", q, shape, "Hq T D", 0, self.num_kv_heads, self._backend)
         count = query.shape[1]
         length = self._length(seq_id, layer)
         if count > length:
             raise ValueError(
                 f"q: expected at most as many tokens as the sequence holds, {length}; got shape {query.shape}"
             )
-        key = (seq_id, int(self._pool.bookings([seq_id])[0]), length, count)
-        planned = self._attention  # read once: another thread may replace it
-        if planned is None or planned[0] != key:
+        key, latest = (
+            self._key(seq_id, length, count),
+            self._latest,
+        )  # read once: another thread may replace it
+        if latest is None or latest[0] != key:
             batch = self._pool.view([seq_id], [length], [count])
             widest = self._pool.widest_window([seq_id], batch)
-            placed = self._backend.place(batch)
-            planned = (key, BatchAttention(self._backend, self._buffers, batch, placed, widest))
-            self._attention = planned
-        out, lse = arguments.results(query, options)
+            latest = (key, Pass(self._backend, self._buffers, batch, widest, written=True))
+            self._latest = latest
+        out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
-        planned[1].attend(layer, *views, options, q)
-        return arguments.returned(q, out, lse, options)
+        latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
+        return as_returned(q, out, lse, options)
 
     def step(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int], *, token_ids: Any = None) -> Step:
         """Book the blocks of a ragged batch, all or nothing, for a pass through all layers.
@@ -492,8 +514,8 @@ class PagedKVCache(Cache):
         )
 
     def _length(self, seq_id: int, layer: int) -> int:
-        """Tokens of a sequence that a layer holds, those of a running forward pass included."""
-        length = int(self._pool.lengths([seq_id])[0])
+        """Tokens of a sequence that a layer holds, those of a pass that has layers to go included."""
+        length = int(self._pool.lens[self._pool.row(seq_id)])
         step = self._steps.get(seq_id)
         if step is not None and step.covers(layer) and step.is_latest():
             return int(step.batch.seq_lens[0])

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvnumba import arguments
-from kvnumba.arguments import AttentionOptions
+from kvnumba import arguments, arrays
 from kvnumba.caches.contiguous import KVCache
 from kvnumba.caches.paged import PagedKVCache
+from kvnumba.options import AttentionOptions, scoring_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +38,7 @@ def multi_head_attention_with_cache(
     w_q : (d_model, Hq * D)
     w_k, w_v : object
         Not used: keys and values come from the cache.
-    w_o : (Hq * D, d_model)
+    w_o : (Hq * Dv, d_model)
     layer : int
         Of the cache.
     **options
@@ -51,8 +51,8 @@ def multi_head_attention_with_cache(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache; got a {type(cache).__name__}")
-    hidden = arguments.float_array("q_new", q_new)
-    w_q, w_o = _projections(w_q, w_o, cache.num_kv_heads, cache.head_dim)
+    hidden = arrays.float_array("q_new", q_new)
+    w_q, w_o = _projections(w_q, w_o, cache)
     arguments.check_shape("q_new", hidden, (cache.batch_size, None, len(w_q)), "B T d_model")
     _refuse_lse(options)
     q = _split_heads(hidden @ w_q, cache.head_dim)
@@ -108,12 +108,13 @@ class ChunkedPrefillCache:
 
         Parameters
         ----------
-        all_k, all_v : (B, H, S, D)
+        all_k : (B, H, S, D)
+        all_v : (B, H, S, Dv)
             Keys and values of the whole prompt.
         w_q : (d_model, Hq * D)
         w_k, w_v : object
             Not used: `all_k` and `all_v` are projected already.
-        w_o : (Hq * D, d_model)
+        w_o : (Hq * Dv, d_model)
         hidden_states : (B, S, d_model)
             What the queries are projected from, a chunk at a time. Required.
         **options
@@ -135,21 +136,20 @@ class ChunkedPrefillCache:
                 "hidden_states: expected (B, S, d_model), from which the queries are made; got None"
             )
         head_dim = self.cache.head_dim
-        w_q, w_o = _projections(w_q, w_o, self.cache.num_kv_heads, head_dim)
+        w_q, w_o = _projections(w_q, w_o, self.cache)
         _refuse_lse(options)
         hidden_states, all_k, all_v = np.asarray(hidden_states), np.asarray(all_k), np.asarray(all_v)
         batch, length = self._checked_prompt(all_k, all_v)
         arguments.check_shape("hidden_states", hidden_states, (batch, length, len(w_q)), "B S d_model")
-        arguments.float_array("hidden_states", hidden_states[:, :0])
-        arguments.scoring(options, w_q.shape[1] // head_dim, head_dim)
+        arrays.float_array("hidden_states", hidden_states[:, :0])
+        scoring = scoring_of(options, w_q.shape[1] // head_dim, head_dim)
         self._book(length)
         out = np.empty((batch, length, w_o.shape[1]), np.float32)
         for chunk in self._chunks(length):
-            hidden = arguments.float_array("hidden_states", hidden_states[:, chunk])
+            hidden = arrays.float_array("hidden_states", hidden_states[:, chunk])
             q = _split_heads(hidden @ w_q, head_dim)
-            out[:, chunk] = (
-                _join_heads(self._append(q, all_k[:, :, chunk], all_v[:, :, chunk], options)) @ w_o
-            )
+            attended = self._append(q, all_k[:, :, chunk], all_v[:, :, chunk], {"scoring": scoring})
+            out[:, chunk] = _join_heads(attended) @ w_o
         return out
 
     def attend(self, q: Any, k: Any, v: Any, **options: Unpack[AttentionOptions]) -> Any:
@@ -160,13 +160,14 @@ class ChunkedPrefillCache:
         Parameters
         ----------
         q : (B, Hq, S, D)
-        k, v : (B, H, S, D)
+        k : (B, H, S, D)
+        v : (B, H, S, Dv)
         **options
             See `AttentionOptions`.
 
         Returns
         -------
-        out : (B, Hq, S, D), in the precision of q (float64: float32)
+        out : (B, Hq, S, Dv), in the precision of q (float64: float32)
         lse : (B, Hq, S) float32
             With ``return_lse``.
         """
@@ -175,29 +176,29 @@ class ChunkedPrefillCache:
         head_dim = self.cache.head_dim
         arguments.check_shape("q", q, (batch, None, length, head_dim), "B Hq S D")
         none = q[:, :, :0]
-        arguments.queries("q", none, none.shape, "B Hq S D", 1, self.cache.num_kv_heads, self.cache._backend)
-        arguments.scoring(options, q.shape[1], head_dim)
+        arrays.queries("q", none, none.shape, "B Hq S D", 1, self.cache.num_kv_heads, self.cache._backend)
+        scoring = scoring_of(options, q.shape[1], head_dim)
         self._book(length)
-        return_lse = options.pop("return_lse", False)
-        out = np.empty(q.shape, np.float32 if q.dtype == np.float64 else q.dtype)
+        dtype = np.float32 if q.dtype == np.float64 else q.dtype
+        out = np.empty((*q.shape[:3], self.cache.value_head_dim), dtype)
         lse = np.empty(q.shape[:3], np.float32)
         for chunk in self._chunks(length):
             out[:, :, chunk], lse[:, :, chunk] = self._append(
-                q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], {**options, "return_lse": True}
+                q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], {"scoring": scoring, "return_lse": True}
             )
-        return (out, lse) if return_lse else out
+        return (out, lse) if options.get("return_lse") else out
 
     def _checked_prompt(self, k: np.ndarray, v: np.ndarray) -> tuple[int, int]:
         """B and S of a prompt that the cache can hold."""
         cache = self.cache
         batch = cache.batch_size if isinstance(cache, KVCache) else len(self.seq_ids or ())
-        shape = (batch, cache.num_kv_heads, None, cache.head_dim)
-        arguments.check_shape("k", k, shape, "B H S D")
-        arguments.check_shape("v", v, k.shape, "B H S D")
+        shape = (batch, cache.num_kv_heads, None)
+        arguments.check_shape("k", k, (*shape, cache.head_dim), "B H S D")
+        arguments.check_shape("v", v, (*k.shape[:3], cache.value_head_dim), "B H S D")
         length = k.shape[2]
         for chunk in self._chunks(length):
             part = k[:, :, chunk], v[:, :, chunk]
-            arguments.new_tokens(("k", "v"), *part, shape, "B H S D", cache._layout, cache._backend)
+            arrays.new_tokens(("k", "v"), *part, shape, "B H S D", cache.layout, cache._backend)
         return batch, length
 
     def _book(self, length: int) -> None:
@@ -247,15 +248,17 @@ def _join_heads(x: np.ndarray) -> np.ndarray:
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def _projections(w_q: Any, w_o: Any, num_kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    w_q, w_o = arguments.float_array("w_q", w_q), arguments.float_array("w_o", w_o)
+def _projections(w_q: Any, w_o: Any, cache: KVCache | PagedKVCache) -> tuple[np.ndarray, np.ndarray]:
+    num_kv_heads, head_dim = cache.num_kv_heads, cache.head_dim
+    w_q, w_o = arrays.float_array("w_q", w_q), arrays.float_array("w_o", w_o)
     arguments.check_shape("w_q", w_q, (None, None), "d_model Hq*D")
     if w_q.shape[1] == 0 or w_q.shape[1] % (num_kv_heads * head_dim):
         raise ValueError(
             f"w_q: expected (d_model, Hq * D) with Hq a multiple of num_kv_heads={num_kv_heads} "
             f"and head_dim D={head_dim}; got {w_q.shape}"
         )
-    arguments.check_shape("w_o", w_o, (w_q.shape[1], None), "Hq*D d_model")
+    rows = w_q.shape[1] // head_dim * cache.value_head_dim
+    arguments.check_shape("w_o", w_o, (rows, None), "Hq*D d_model")
     return w_q, w_o
 
 

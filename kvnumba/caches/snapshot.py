@@ -22,7 +22,8 @@ import numpy as np
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks.pool import NO_BLOCK, BlockPool, State
 from kvnumba.blocks.prefix import TOKEN_DTYPE, Chain, Entry, Key
-from kvnumba.storage import Buffers, Encoded, Layout, part_shapes
+from kvnumba.errors import CacheFull
+from kvnumba.storage import Buffers, Encoded, Layout, array_specs
 
 MAGIC = b"kvnumba\x00"
 VERSION = 1
@@ -33,32 +34,26 @@ CHUNK = 64  # blocks that are read from or written to a cache at once
 
 def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> None:
     """Write all sequences and findable blocks of a pool to a file, which appears whole or not at all."""
+    layout = buffers.layout
     with pool.lock:
         header, blocks = _describe(pool)
-        header.update(_identity(buffers.layout, fingerprint), block_bytes=_block_bytes(buffers.layout))
-        text = json.dumps(header).encode()
-        with _replacing(path) as file:
-            file.write(PREAMBLE.pack(MAGIC, len(text), zlib.crc32(text)))
-            file.write(text)
-            checksum = 0
+        header.update(_identity(layout, fingerprint), block_bytes=_block_bytes(layout))
+
+        def chunks() -> Iterator[bytes]:
             for start in range(0, len(blocks), CHUNK):
                 keys, values = backend.read_blocks(buffers, blocks[start : start + CHUNK])
-                parts = [_by_block(part) for part in (*keys, *values)]
-                data = np.concatenate(parts, axis=1).tobytes()
-                checksum = zlib.crc32(data, checksum)
-                file.write(data)
-            file.write(CHECKSUM.pack(checksum))
+                arrays = [_by_block(array) for array in (*keys, *values)]
+                yield np.concatenate(arrays, axis=1).tobytes()
+
+        _write_file(path, header, chunks())
 
 
 def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> dict[int, int]:
     """Add what a file holds to a pool; returns the new id of each sequence by the one it was saved under."""
+    layout = buffers.layout
     with path.open("rb") as file:
-        header = _read_header(file, path)
-        expected = _identity(buffers.layout, fingerprint)
-        for name, want in expected.items():
-            if header.get(name) != want:
-                raise ValueError(f"{path}: {name}: expected {want!r}; the file has {header.get(name)!r}")
-        count, block_bytes = header["num_blocks"], _block_bytes(buffers.layout)
+        header = _read_header(file, path, _identity(layout, fingerprint))
+        count, block_bytes = header["num_blocks"], _block_bytes(layout)
         begin = file.tell()
         _check_payload(file, path, count * block_bytes)
 
@@ -67,14 +62,65 @@ def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, finger
             for start in range(0, count, CHUNK):
                 chunk = blocks[start : start + CHUNK]
                 data = np.frombuffer(file.read(len(chunk) * block_bytes), np.uint8)
-                parts = _from_blocks(data.reshape(len(chunk), block_bytes), buffers.layout)
-                backend.write_blocks(buffers, chunk, Encoded(*parts[:3]), Encoded(*parts[3:]))
+                arrays = _from_blocks(data.reshape(len(chunk), block_bytes), layout)
+                backend.write_blocks(buffers, chunk, Encoded(*arrays[:3]), Encoded(*arrays[3:]))
 
         def states(blocks: np.ndarray) -> list[State]:
             return _recall(header, pool, blocks)
 
         ids = pool.restore(count, len(header["sequences"]), fill, states)
     return dict(zip((sequence["id"] for sequence in header["sequences"]), ids, strict=True))
+
+
+def save_elements(
+    path: Path, backend: Backend, buffers: Buffers, seq_lens: list[int], fingerprint: str
+) -> None:
+    """Write the first tokens of each block of a contiguous cache, as many as `seq_lens` says."""
+    layout = buffers.layout
+    header = {**_element_identity(layout, fingerprint), "seq_lens": seq_lens}
+
+    def chunks() -> Iterator[bytes]:
+        for block, length in enumerate(seq_lens):
+            keys, values = backend.read_blocks(buffers, np.array([block]))
+            for array in (*keys, *values):
+                yield np.ascontiguousarray(array[:, :, :, :length]).tobytes()
+
+    _write_file(path, header, chunks())
+
+
+def load_elements(path: Path, backend: Backend, buffers: Buffers, fingerprint: str) -> list[int]:
+    """Read what `save_elements` wrote into the blocks of a contiguous cache; returns how many tokens each has."""
+    layout = buffers.layout
+    with path.open("rb") as file:
+        header = _read_header(file, path, _element_identity(layout, fingerprint))
+        seq_lens: list[int] = header["seq_lens"]
+        if max(seq_lens) > layout.block_size:
+            raise CacheFull(
+                f"{path}: has an element of {max(seq_lens)} tokens, more than max_seq_len={layout.block_size}"
+            )
+        begin = file.tell()
+        _check_payload(file, path, sum(seq_lens) * layout.bytes_per_token())
+        file.seek(begin)
+        for block, length in enumerate(seq_lens):
+            keys, values = backend.read_blocks(buffers, np.array([block]))
+            for array in (*keys, *values):
+                part = array[:, :, :, :length]
+                data = file.read(part.size * part.itemsize)
+                part[...] = np.frombuffer(data, part.dtype).reshape(part.shape)
+            backend.write_blocks(buffers, np.array([block]), keys, values)
+    return seq_lens
+
+
+def _write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> None:
+    text = json.dumps(header).encode()
+    with _replacing(path) as file:
+        file.write(PREAMBLE.pack(MAGIC, len(text), zlib.crc32(text)))
+        file.write(text)
+        checksum = 0
+        for data in chunks:
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        file.write(CHECKSUM.pack(checksum))
 
 
 def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
@@ -86,11 +132,26 @@ def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
         "block_size": layout.block_size,
         "num_kv_heads": layout.num_kv_heads,
         "head_dim": layout.head_dim,
-        "key_format": layout.key_format.name,
-        "value_format": layout.value_format.name,
-        "group_size": layout.group_size,
+        "value_head_dim": layout.value_head_dim,
+        "key_format": layout.keys.fmt.name,
+        "value_format": layout.values.fmt.name,
+        "group_size": _group_size(layout),
+        "scale_dtype": layout.keys.scale_dtype.name,
+        "transform": None if layout.transform is None else layout.transform.name,
         "fingerprint": fingerprint,
     }
+
+
+def _element_identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
+    """The same of a contiguous cache, whose blocks may be of another length."""
+    identity = _identity(layout, fingerprint)
+    del identity["block_size"]
+    return {**identity, "batch_size": layout.num_blocks}
+
+
+def _group_size(layout: Layout) -> int:
+    """Of the keys where they have scales, otherwise of the values."""
+    return (layout.keys if layout.keys.fmt.has_scale else layout.values).group_size
 
 
 def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
@@ -168,7 +229,8 @@ def _recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list
     return states
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+def _read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The header of a file, after a check that it is of a cache like this one."""
     preamble = file.read(PREAMBLE.size)
     if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
         raise ValueError(f"{path}: not a file that a cache was saved to")
@@ -179,6 +241,11 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     header = json.loads(text)
     if header.get("version") != VERSION:
         raise ValueError(f"{path}: version: expected {VERSION}; the file has {header.get('version')!r}")
+    # files from before there was a choice do not name it
+    known = {"value_head_dim": header.get("head_dim"), "scale_dtype": "float32", "transform": None, **header}
+    for name, want in identity.items():
+        if known.get(name) != want:
+            raise ValueError(f"{path}: {name}: expected {want!r}; the file has {known.get(name)!r}")
     return header
 
 
@@ -208,7 +275,7 @@ def _by_block(part: np.ndarray) -> np.ndarray:
 def _from_blocks(data: np.ndarray, layout: Layout) -> list[np.ndarray]:
     """(N, bytes) -> the six parts (num_layers, N, ...), as `Backend.read_blocks` gives them."""
     parts, start = [], 0
-    for shape, dtype in part_shapes(layout, 1):
+    for shape, dtype in array_specs(layout, 1):
         stop = start + int(np.prod(shape)) * dtype.itemsize
         part = np.ascontiguousarray(data[:, start:stop]).view(dtype)
         parts.append(part.reshape(len(data), shape[0], *shape[2:]).swapaxes(0, 1))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvnumba.backends.protocol import Backend
-from kvnumba.storage import Buffers, Encoded, part_shapes
+from kvnumba.storage import Buffers, Encoded, array_specs
 
 CHUNK = 64  # blocks that are moved at once: what a backend needs besides
 ALIGNMENT = 64  # bytes at whose multiples the parts of a file begin
@@ -32,7 +32,7 @@ class SwappedBlocks(NamedTuple):
 
 def save_blocks(backend: Backend, buffers: Buffers, blocks: np.ndarray, path: Path | None) -> SwappedBlocks:
     """Copy blocks out of a cache. OSError, with no file left behind, where there is no room for them."""
-    shapes = part_shapes(buffers.layout, len(blocks))
+    shapes = array_specs(buffers.layout, len(blocks))
     parts = _create(path, shapes) if path else [np.empty(shape, dtype) for shape, dtype in shapes]
     swapped = SwappedBlocks(blocks, Encoded(*parts[:3]), Encoded(*parts[3:]), path)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvnumba import arguments
 from kvnumba.formats import FORMATS
+from kvnumba.storage import Layout
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
@@ -104,8 +105,9 @@ def memory_growth_table(
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
     per_token = {}
     for name, fmt in FORMATS.items():
-        group_size = arguments.group_size(None, head_dim, (fmt,))
-        per_token[name] = 2 * num_layers * num_heads * fmt.row_bytes(head_dim, group_size)
+        per_token[name] = Layout.of(
+            1, 1, num_heads, head_dim, fmt.name, num_layers=num_layers
+        ).bytes_per_token()
     header = f"{'tokens':>10}" + "".join(f"{name:>12}" for name in per_token)
     lines = [
         f"KV cache: {num_layers} layers, {num_heads} KV heads of {head_dim}, batch {batch_size}",

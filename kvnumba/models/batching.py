@@ -219,10 +219,10 @@ class ContinuousBatcher:
             self.cache.swap_in(request.seq_id)
             request.swapped = False
             return
-        request.seq_id, request.computed = self.cache.add_sequence(
+        request.seq_id = self.cache.add_sequence(
             request.pending(), cache_salt=request.cache_salt, window_left=self.decoder.window_left
         )
-        request.num_cached_tokens = request.computed
+        request.computed = request.num_cached_tokens = self.cache.seq_len(request.seq_id)
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks; it is the first to get some again."""

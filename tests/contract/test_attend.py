@@ -41,7 +41,7 @@ def filled(backend, fmt, normal, heads, length, head_dim, block_size=16, scale=1
     cache = kvnumba.PagedKVCache(
         3 + 2 * -(-length // block_size), block_size, heads, head_dim, 2, fmt, backend=backend
     )
-    stale = {"bfloat16": 0x7FC0, "int8": 255, "int4": 255}.get(fmt, np.nan)
+    stale = {"bfloat16": 0x7FC0, "fp8_e4m3": 255, "int8": 255, "int4": 255}.get(fmt, np.nan)
     cache.k_pool[:] = cache.v_pool[:] = stale
     for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
         part[:] = np.nan

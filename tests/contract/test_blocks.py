@@ -4,23 +4,40 @@ import numpy as np
 import pytest
 
 from kvnumba.backends.registry import get_backend
-from kvnumba.formats import FORMATS
-from kvnumba.storage import Encoded, Layout, part_shapes
+from kvnumba.storage import Encoded, Layout, array_specs
 
 
 @pytest.fixture(
-    params=[("float32", 8, 8), ("float16", 6, 6), ("bfloat16", 8, 8), ("int8", 8, 4), ("int4", 128, 128)]
+    params=[
+        ("float32", 8, 8, 8),
+        ("float16", 6, 6, 6),
+        ("bfloat16", 8, 12, 4),
+        ("fp8_e4m3", 8, 8, 8),
+        ("int8", 8, 4, 4),
+        ("int4", 128, 64, 64),
+    ]
 )
 def layout(request):
     """Three layers of 40 blocks, keys in each format, values in int8."""
-    name, head_dim, group_size = request.param
-    return Layout(3, 40, 16, 2, head_dim, FORMATS[name], FORMATS["int8"], group_size)
+    name, head_dim, value_head_dim, group_size = request.param
+    return Layout.of(
+        40,
+        16,
+        2,
+        head_dim,
+        name,
+        value_format="int8",
+        value_head_dim=value_head_dim,
+        group_size=group_size,
+        scale_dtype="float16" if name == "int8" else "float32",
+        num_layers=3,
+    )
 
 
 def noise(layout, num_blocks, rng):
     """Bytes at random, also such as are no numbers."""
     parts = []
-    for shape, dtype in part_shapes(layout, num_blocks):
+    for shape, dtype in array_specs(layout, num_blocks):
         parts.append(rng.integers(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), np.uint8).view(dtype))
     return Encoded(*parts[:3]), Encoded(*parts[3:])
 

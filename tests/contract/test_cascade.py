@@ -6,22 +6,26 @@ import pytest
 
 import kvnumba
 from kvnumba.attention import cascade
-from kvnumba.storage import Batch
+from kvnumba.backends.protocol import CascadeLimits
+from kvnumba.backends.registry import get_backend
+from kvnumba.storage import Batch, Layout
+
+
+LIMITS = CascadeLimits(tile_rows=64, min_rows=8, min_bytes=1 << 25)
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Let every common prefix be worth a call of its own, and count the calls."""
-    calls = []
+def always(monkeypatch, backend):
+    """Let every common prefix be worth a part of its own; lists how many parts each plan has."""
+    planned = []
+    found = get_backend(backend)
+    plan = found.plan
     monkeypatch.setattr(cascade, "worthwhile", lambda *args: True)
-    monkeypatch.setattr("kvnumba.caches.step.worthwhile", lambda *args: True)
-    attend = cascade.Cascade.attend
+    monkeypatch.setattr(found, "cascade", LIMITS, raising=False)
     monkeypatch.setattr(
-        cascade.Cascade,
-        "attend",
-        lambda self, *args: (calls.append(len(self._shared)), attend(self, *args))[1],
+        found, "plan", lambda parts, *args: (planned.append(len(parts)), plan(parts, *args))[1]
     )
-    return calls
+    return planned
 
 
 def grow(cache, normal, ids, new):
@@ -60,7 +64,7 @@ def test_as_exact_as_each_sequence_alone(backend, fmt, new, options, normal, alw
                 (out[part], lse[part]), q[part], *cache.get_kv(seq_id), rounded=rounded, **options
             )
             begin += count
-    assert always == [1]
+    assert always == [2]
 
 
 def test_only_where_it_is_exact(backend, normal, always):
@@ -76,17 +80,15 @@ def test_only_where_it_is_exact(backend, normal, always):
             oracle.assert_as_exact(
                 (out[n : n + 1], lse[n : n + 1]), q[n : n + 1], *cache.get_kv(seq_id), **options
             )
-    assert always == []
+    assert always == [1, 1]
 
 
-def batch(table, seq_lens, new):
-    return Batch.of(np.array(table, np.int32), np.array(seq_lens, np.int32), np.array(new), 4)
+def batch(table, seq_lens, new, block_size=2):
+    return Batch.of(np.array(table, np.int32), np.array(seq_lens, np.int32), np.array(new), block_size)
 
 
-def found(*args, block_size=2):
-    return sorted(
-        (p.sequences.tolist(), p.num_blocks) for p in cascade.common_prefixes(batch(*args), block_size)
-    )
+def found(*args):
+    return sorted((p.sequences.tolist(), p.num_blocks) for p in cascade.common_prefixes(batch(*args)))
 
 
 def test_the_split_that_shares_most():
@@ -105,13 +107,12 @@ def test_new_tokens_are_no_part_of_a_prefix():
     assert found([[1, 2], [3, 4]], [3, 3], [1, 1]) == []
 
 
-def test_small_prefixes_stay_in_the_processors_cache(backend, normal):
-    layout = kvnumba.PagedKVCache(2, 16, 2, 8, 1, backend=backend)._layout
-    small = batch([[0] * 8, [0] * 8], [120, 120], [1, 1])
+def test_small_prefixes_stay_in_the_processors_cache():
+    layout = Layout.of(2, 16, 2, 8)
+    small = batch([[0] * 8, [0] * 8], [120, 120], [1, 1], 16)
     prefix = cascade.Prefix(np.array([0, 1]), 7)
-    assert not cascade.worthwhile(prefix, small, layout, 16)
-    large = cascade.Prefix(np.array([0, 1]), cascade.MIN_BYTES)
-    assert cascade.worthwhile(large, small, layout, 16)
-    assert not cascade.worthwhile(
-        large, batch([[0], [0]], [500, 500], [64, 64]), layout, 16
-    )  # whole tiles anyway
+    assert not cascade.worthwhile(prefix, small, layout, 16, LIMITS)
+    large = cascade.Prefix(np.array([0, 1]), LIMITS.min_bytes)
+    assert cascade.worthwhile(large, small, layout, 16, LIMITS)
+    whole_tiles = batch([[0], [0]], [500, 500], [64, 64], 16)
+    assert not cascade.worthwhile(large, whole_tiles, layout, 16, LIMITS)

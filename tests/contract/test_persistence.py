@@ -145,9 +145,10 @@ class TestSwap:
 class TestSave:
     def fill(self, cache, normal):
         """A finished sequence, a live one with its prefix, a fork of that and one with a window."""
-        a, _ = cache.add_sequence(b"abcdefghij", cache_salt="tenant")
+        a = cache.add_sequence(b"abcdefghij", cache_salt="tenant")
         write(cache, a, b"abcdefghij", normal)
-        b, cached = cache.add_sequence(b"abcdefghxy", cache_salt="tenant")
+        b = cache.add_sequence(b"abcdefghxy", cache_salt="tenant")
+        cached = cache.seq_len(b)
         assert cached == 8
         write(cache, b, b"xy", normal)
         cache.finish_sequence(a)
@@ -174,7 +175,7 @@ class TestSave:
         for name in ("used_blocks", "shared_blocks", "cached_blocks", "num_tokens", "wasted_bytes"):
             assert getattr(now, name) == getattr(was, name)
         for tokens in (b"abcdefgh!", b"abcdefghxyzz!"):  # what could be found can be found
-            pairs = [c.add_sequence(tokens, cache_salt="tenant") for c in (cache, other)]
+            pairs = [(n := c.add_sequence(tokens, cache_salt="tenant"), c.seq_len(n)) for c in (cache, other)]
             assert pairs[0][1] == pairs[1][1] > 0
             assert_same(*(contents(c, seq_id) for c, (seq_id, _) in zip((cache, other), pairs, strict=True)))
             cache.finish_sequence(pairs[0][0])

@@ -168,9 +168,11 @@ class TestTruncate:
         write(cache, a, b"abcdefgh")
         cache.truncate(a, 6)
         write(cache, a, b"xy")
-        b, cached = cache.add_sequence(b"abcdefgh!")
+        b = cache.add_sequence(b"abcdefgh!")
+        cached = cache.seq_len(b)
         assert cached == 4
-        c, cached = cache.add_sequence(b"abcdefxy!")
+        c = cache.add_sequence(b"abcdefxy!")
+        cached = cache.seq_len(c)
         assert cached == 8
         np.testing.assert_array_equal(cache.get_kv(c)[0], cache.get_kv(a)[0])
         assert cache.seq_lens == {a: 8, b: 4, c: 8}
@@ -246,14 +248,16 @@ class TestWindow:
 class TestPrefixes:
     def test_a_finished_sequence_is_found(self, backend):
         cache = make(backend)
-        a, cached = cache.add_sequence(b"abcdefghij")
+        a = cache.add_sequence(b"abcdefghij")
+        cached = cache.seq_len(a)
         assert cached == 0
         write(cache, a, b"abcdefghij")
         want = cache.get_kv(a)
         cache.finish_sequence(a)
         assert cache.num_free_blocks == 16
         assert cache.stats().cached_blocks == 2
-        b, cached = cache.add_sequence(b"abcdefghij")
+        b = cache.add_sequence(b"abcdefghij")
+        cached = cache.seq_len(b)
         assert cached == cache.seq_lens[b] == 8
         write(cache, b, b"ij")
         np.testing.assert_array_equal(cache.get_kv(b)[0], want[0])
@@ -265,8 +269,8 @@ class TestPrefixes:
         cache = make(backend)
         a = cache.add_sequence()
         write(cache, a, b"abcdefgh")
-        assert [cache.add_sequence(b"abcdefgh"[:n])[1] for n in (0, 1, 4, 5)] == [0, 0, 0, 4]
-        assert cache.add_sequence(b"abcdefgh")[1] == 4
+        assert [cache.seq_len(cache.add_sequence(b"abcdefgh"[:n])) for n in (0, 1, 4, 5)] == [0, 0, 0, 4]
+        assert cache.seq_len(cache.add_sequence(b"abcdefgh")) == 4
 
     def test_by_all_tokens_before_and_by_salt(self, backend):
         cache = make(backend, max_num_seqs=9)
@@ -280,7 +284,8 @@ class TestPrefixes:
             (b"abcdefgh!", "two", 0),
             (b"abcdefgh!", "", 0),
         ):
-            seq_id, cached = cache.add_sequence(tokens, cache_salt=salt)
+            seq_id = cache.add_sequence(tokens, cache_salt=salt)
+            cached = cache.seq_len(seq_id)
             assert cached == want
             cache.finish_sequence(seq_id)
 
@@ -290,7 +295,7 @@ class TestPrefixes:
         write(cache, a, b"abcd")
         cache.update(a, normal(H, 2, D), normal(H, 2, D))
         write(cache, a, b"ghijkl")  # what comes after an unknown token is unknown
-        assert cache.add_sequence(b"abcdefghijkl")[1] == 4
+        assert cache.seq_len(cache.add_sequence(b"abcdefghijkl")) == 4
 
     def test_the_oldest_tail_is_evicted_first(self, backend):
         cache = make(backend, num_blocks=6)
@@ -298,16 +303,19 @@ class TestPrefixes:
             seq_id = cache.add_sequence()
             write(cache, seq_id, tokens)
             cache.finish_sequence(seq_id)
-        assert cache.stats().free_blocks == 1
-        a, cached = cache.add_sequence(b"aaaa!")  # used again, and then the newest
+        assert cache.stats().free_blocks - cache.stats().cached_blocks == 1
+        a = cache.add_sequence(b"aaaa!")  # used again, and then the newest
+        cached = cache.seq_len(a)
         assert cached == 4
         cache.finish_sequence(a)
         filler = cache.add_sequence()
         found = []
         for _ in range(6):
             cache.step([filler], [1 + 4 * len(found)])  # one block more than before
-            one, cached = cache.add_sequence(b"aaaabbbbcccc!")
-            two, other = cache.add_sequence(b"xxxxyyyy!")
+            one = cache.add_sequence(b"aaaabbbbcccc!")
+            cached = cache.seq_len(one)
+            two = cache.add_sequence(b"xxxxyyyy!")
+            other = cache.seq_len(two)
             found.append((cached, other))
             cache.finish_sequence(two)
             cache.finish_sequence(one)
@@ -322,7 +330,8 @@ class TestPrefixes:
         write(cache, a, b"abcdef")
         write(cache, b, b"abcdefgh")
         cache.finish_sequence(a)
-        c, cached = cache.add_sequence(b"abcdefgh!")
+        c = cache.add_sequence(b"abcdefgh!")
+        cached = cache.seq_len(c)
         assert cached == 8
         np.testing.assert_array_equal(cache.get_kv(c)[0], cache.get_kv(b)[0])
         cache.check_integrity()
@@ -338,10 +347,11 @@ class TestPrefixes:
             kept[text] = cache.get_kv(seq_id)[0]
             cache.finish_sequence(seq_id)
         for text in texts:
-            seq_id, cached = cache.add_sequence(text)
+            seq_id = cache.add_sequence(text)
+            cached = cache.seq_len(seq_id)
             assert cached == 8
             np.testing.assert_array_equal(cache.get_kv(seq_id)[0], kept[text][:, :8])
-        assert cache.add_sequence(b"zbcdefghi")[1] == 0
+        assert cache.seq_len(cache.add_sequence(b"zbcdefghi")) == 0
 
     def test_bad_tokens_are_refused(self, backend, normal):
         cache = make(backend, num_layers=2)
@@ -398,7 +408,8 @@ def test_threads_with_sequences_of_their_own(backend):
                 tokens = bytes([number, n, 7, 9, 11])
                 seq_id = cache.fork(root)
                 write(cache, seq_id, tokens)
-                other, cached = cache.add_sequence(b"abcdef" + tokens)
+                other = cache.add_sequence(b"abcdef" + tokens)
+                cached = cache.seq_len(other)
                 assert cached == 8
                 np.testing.assert_array_equal(cache.get_kv(other)[0], cache.get_kv(seq_id)[0][:, :8])
                 cache.truncate(seq_id, 5)

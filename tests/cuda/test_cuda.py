@@ -55,7 +55,7 @@ def check(kind, key_format, value_format, normal, *, group, head_dim, lengths, n
         key_format=key_format, value_format=value_format, backend="cuda",
     )  # fmt: skip
     for part, fmt in ((cache.k_pool, key_format), (cache.v_pool, value_format)):
-        part[...] = {"bfloat16": 0x7FC0, "int8": 255, "int4": 255}.get(fmt, np.nan)
+        part[...] = {"bfloat16": 0x7FC0, "fp8_e4m3": 255, "int8": 255, "int4": 255}.get(fmt, np.nan)
     for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
         part[...] = np.nan
     ids = [cache.add_sequence() for _ in lengths]

@@ -1,0 +1,171 @@
+"""How scores are made from queries and keys: the options of every attention, checked once."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from kvnumba.arguments import check_shape, integer, real
+from kvnumba.arrays import DeviceView, device_view, float_array
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+ARITHMETICS = ("float32", "bfloat16")
+
+
+class ScoringOptions(TypedDict, total=False):
+    """How scores are made from ``q . k``, in the words of FlashInfer and vLLM. None is the default of each.
+
+    Attributes
+    ----------
+    sm_scale : float
+        Factor of ``q . k``. Default: 1 / sqrt(D).
+    window_left : int
+        A query at position i sees keys j with ``i - window_left <= j <= i``; -1, the default, sees all.
+    logits_soft_cap : float
+        cap: scores become ``cap * tanh(score / cap)`` before they are masked; 0, the default, is off.
+    sinks : (Hq,) float32
+        One more logit a query head, in the denominator (and in lse) only. On the backend's GPU or the host.
+    alibi_slopes : (Hq,) float32
+        ``slope * (j - i)`` is added to the score of key j. On the backend's GPU or the host.
+    arithmetic : {"float32", "bfloat16"}
+        In which queries, keys, weights and values are multiplied; sums are float32 in any case. "float32": exactly
+        that. "bfloat16": several new tokens may be multiplied in it, where the processor does that faster.
+        Default: what is fastest within the rounding of the storage format. For codes these are products of
+        16-bit integers, for queries in bfloat16 as "bfloat16", for queries in float16 or bfloat16 on a GPU its
+        matrix instructions.
+    """
+
+    sm_scale: float | None
+    window_left: int | None
+    logits_soft_cap: float | None
+    sinks: Any
+    alibi_slopes: Any
+    arithmetic: str | None
+
+
+class AttentionOptions(ScoringOptions, total=False):
+    """The keyword arguments of every ``attend``: those of `ScoringOptions`, and two more.
+
+    Attributes
+    ----------
+    scoring : Scoring
+        The other options, checked beforehand: for those who give the same in many calls.
+    return_lse : bool
+        Return ``(out, lse)``: the natural logarithm of the sum of exponentials of the scores.
+    """
+
+    scoring: Scoring | None
+    return_lse: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """Checked options, every default filled in but that of `arithmetic`, which depends on the queries.
+
+    Made by `Scoring.of`, and kept as long as one likes. Attributes are those of `ScoringOptions`.
+    """
+
+    sm_scale: float
+    window_left: int
+    logits_soft_cap: float
+    sinks: np.ndarray | DeviceView | None
+    alibi_slopes: np.ndarray | DeviceView | None
+    arithmetic: str | None
+
+    @classmethod
+    def of(cls, num_qo_heads: int, head_dim: int, **options: Unpack[ScoringOptions]) -> Scoring:
+        """Check options for queries of so many heads and elements.
+
+        Parameters
+        ----------
+        num_qo_heads, head_dim : int
+            Hq and D.
+        **options
+            See `ScoringOptions`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            An option is unknown or not as described there; the message names it.
+        """
+        if not options:
+            return _default(head_dim)
+        unknown = options.keys() - ScoringOptions.__annotations__.keys()
+        if unknown:
+            expected = ", ".join(ScoringOptions.__annotations__)
+            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected some of {expected}")
+        sm_scale, window_left, soft_cap = (
+            options.get(name) for name in ("sm_scale", "window_left", "logits_soft_cap")
+        )
+        cap = 0.0 if soft_cap is None else float(np.float32(real("logits_soft_cap", soft_cap)))
+        if cap < 0:
+            raise ValueError(f"logits_soft_cap: expected 0 (off) or more; got {cap}")
+        return cls(
+            sm_scale=head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale),
+            window_left=-1 if window_left is None else integer("window_left", window_left, minimum=-1),
+            logits_soft_cap=cap,
+            sinks=_per_head("sinks", options.get("sinks"), num_qo_heads),
+            alibi_slopes=_per_head("alibi_slopes", options.get("alibi_slopes"), num_qo_heads),
+            arithmetic=arithmetic_name(options.get("arithmetic")),
+        )
+
+    @functools.cached_property
+    def in_bfloat16(self) -> Scoring:
+        """The same for queries in bfloat16."""
+        return replace(self, arithmetic="bfloat16") if self.arithmetic is None else self
+
+
+def scoring_of(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scoring:
+    """The options of an ``attend`` without `return_lse`, checked."""
+    if not options:
+        return _default(head_dim)
+    given: dict[str, Any] = {
+        name: value for name, value in options.items() if name not in ("scoring", "return_lse")
+    }
+    scoring = options.get("scoring")
+    if scoring is None:
+        return Scoring.of(num_qo_heads, head_dim, **given)
+    if given:
+        raise TypeError(f"{next(iter(given))}: expected no further options with scoring, which has them all")
+    if not isinstance(scoring, Scoring):
+        raise TypeError(f"scoring: expected a Scoring; got a {type(scoring).__name__}")
+    for name in ("sinks", "alibi_slopes"):
+        if getattr(scoring, name) is not None:
+            check_shape(name, getattr(scoring, name), (num_qo_heads,), "Hq")
+    return scoring
+
+
+def arithmetic_name(value: Any) -> str | None:
+    """`value` as one of ARITHMETICS, or None for the default."""
+    if value not in (None, *ARITHMETICS):
+        raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}; got {value!r}")
+    return value
+
+
+@functools.lru_cache(64)
+def _default(head_dim: int) -> Scoring:
+    return Scoring(head_dim**-0.5, -1, 0.0, None, None, None)
+
+
+def _per_head(argument: str, value: Any, num_qo_heads: int) -> np.ndarray | DeviceView | None:
+    if value is None:
+        return None
+    view = device_view(value)
+    if view is not None:
+        check_shape(argument, view, (num_qo_heads,), "Hq")
+        if view.dtype != "float32" or view.strides != (1,):
+            raise TypeError(
+                f"{argument}: expected adjacent float32 on a GPU; got {view.dtype} with strides {view.strides}"
+            )
+        return view
+    array = float_array(argument, value)
+    check_shape(argument, array, (num_qo_heads,), "Hq")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{argument}: expected finite values; got {array[~np.isfinite(array)][0]}")
+    # a copy: what is kept must not change when the caller's array does
+    return array.astype(np.float32, order="C")
