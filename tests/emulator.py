@@ -31,7 +31,7 @@ import numba
 import numpy as np
 from numba import types as numba_types
 
-from kvnumba.formats import FORMATS, float_to_bfloat16
+from kvnumba.formats import FORMATS, float_to_bfloat16, float_to_fp8_e4m3, fp8_e4m3_to_float
 
 WARP = 32
 PACKAGE = "kvnumba.backends.cuda"
@@ -617,6 +617,14 @@ def _permute(a, b, digits):
     return found
 
 
+def _two_e4m3(shift):
+    def convert(word):
+        low, high = (fp8_e4m3_to_float(np.asarray(word) >> shift + n & 255) for n in (0, 8))
+        return _pack("float16")(low, high)
+
+    return convert
+
+
 def _multiply_halves(a, b):
     halves = [_half_bits("float16", _halves("float16", a >> n) * _halves("float16", b >> n)) for n in (0, 16)]
     return halves[0] | halves[1] << 16
@@ -659,6 +667,7 @@ def _array_loader(dtype, count):
 def _loader(fmt, width):
     bits = FORMATS[fmt].bits
     decoded = {"float32": _float, "float16": functools.partial(_halves, "float16")}
+    decoded["fp8_e4m3"] = fp8_e4m3_to_float
     decoded["bfloat16"] = functools.partial(_halves, "bfloat16")
 
     def load(address, values):
@@ -673,6 +682,12 @@ def _loader(fmt, width):
     return load
 
 
+def _encoded(fmt, x):
+    if fmt in ("float16", "bfloat16"):
+        return _half_bits(fmt, x)
+    return (float_to_fp8_e4m3(x) if fmt == "fp8_e4m3" else x).astype(np.int64)
+
+
 def _storer(fmt, width):
     bits = FORMATS[fmt].bits
 
@@ -682,7 +697,7 @@ def _storer(fmt, width):
         if fmt == "float32":
             block.memory.store(address, "u4", [_bits(x) for x in given], block.mask, block.threads)
             return
-        codes = [_half_bits(fmt, x) if bits == 16 else x.astype(np.int64) for x in given]
+        codes = [_encoded(fmt, x) for x in given]
         if bits == 4:
             codes = [high << 4 | low for high, low in zip(codes[0::2], codes[1::2], strict=True)]
         each = max(bits, 8)
@@ -729,10 +744,16 @@ def _hardware():
         "load_fresh": _load(np.float32),
         "store_float": _store(np.float32),
         "store_int": _store(np.int32),
+        "load_half": lambda address: _single(np.float32(_halves("float16", _load(np.uint16)(address)))),
+        "store_half": lambda address, x: _store(np.uint16)(address, _half_bits("float16", x)),
+        "round_to_half": _unary(lambda x: x.astype(np.float16).astype(np.float32)),
+        "multiply": lambda a, b: a * b,
         "count_up": _count_up,
         "as_float": _float,
         "as_bits": _bits,
         "permute": _permute,
+        "first_two_e4m3": _two_e4m3(0),
+        "last_two_e4m3": _two_e4m3(16),
         "multiply_halves": _multiply_halves,
         "low_half": {kind: functools.partial(_halves, kind) for kind in both},
         "high_half": {kind: lambda word, kind=kind: _halves(kind, word >> 16) for kind in both},
@@ -834,8 +855,10 @@ class Device:
         _, buffer, _, size, _ = (ctypes.c_void_p * 5).from_address(extra)
         size = ctypes.c_size_t.from_address(size).value
         letters = {numba.int64: "q", numba.int32: "i", numba.float32: "f"}
-        packed = struct.unpack("=" + "".join(letters[kind] for kind in kinds), ctypes.string_at(buffer, size))
-        arguments = [np.float32(x) if isinstance(x, float) else x for x in packed]
+        numbers = [kind for group in kinds for kind in group.types]
+        packed = struct.unpack("".join(letters[kind] for kind in numbers), ctypes.string_at(buffer, size))
+        packed = iter(np.float32(x) if isinstance(x, float) else x for x in packed)
+        arguments = [group.instance_class(*(next(packed) for _ in group.types)) for group in kinds]
         self.launched.append(function.__name__)
         indices = [(x, y) for y in range(gy) for x in range(gx)]
         with np.errstate(all="ignore"):
