@@ -1,6 +1,8 @@
 """The kernels for hardware, line by line, against the oracle on a machine without a GPU: see `emulator`."""
 
+import dataclasses
 from types import SimpleNamespace
+from typing import Annotated, Any, NamedTuple
 
 import emulator
 import numba
@@ -9,10 +11,12 @@ import oracle
 import pytest
 
 import kvnumba
+from kvnumba.arrays import device_view
 from kvnumba.backends import registry
 from kvnumba.backends.numpy import NumpyBackend
 from kvnumba.formats import FORMATS
-from kvnumba.storage import RowLayout
+from kvnumba.options import Scoring
+from kvnumba.storage import Batch, Layout, Part, RowLayout
 
 UNIT = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of results as large as 1: what rounding queries, weights and results to a precision may cost."""
@@ -25,7 +29,17 @@ def gpu():
     with emulator.cuda_backend() as (package, device), pytest.MonkeyPatch.context() as patch:
         backend = package.CudaBackend()
         patch.setattr(registry, "_attempt", lambda name: backend if name == "cuda" else attempt(name))
-        yield SimpleNamespace(backend=backend, device=device, array=package.memory.DeviceArray)
+        yield SimpleNamespace(
+            backend=backend, device=device, array=package.memory.DeviceArray, jit=package.jit
+        )
+
+
+def exact(q, k, v, **options):
+    """The oracle's answer, for values of any width: rows filled up with zeros change no product."""
+    widths = q.shape[-1], v.shape[-1]
+    filled = [np.pad(x, ((0, 0), (0, 0), (0, max(widths) - x.shape[-1]))) for x in (q, k, v)]
+    out, lse = oracle.attention(*filled, **{"sm_scale": widths[0] ** -0.5, **options})
+    return out[..., : widths[1]], lse
 
 
 @pytest.fixture
@@ -46,12 +60,13 @@ def check(gpu, normal):
 
     def run(
         kernels, kind, key_format, value_format, *, lengths, new, heads=2, group=4, head_dim=64, block_size=16,
-        options=(),
+        value_head_dim=None, scale_dtype="float32", options=(),
     ):  # fmt: skip
         blocks = sum(-(-length // block_size) for length in lengths) + 3
         cache = kvnumba.PagedKVCache(
             blocks, block_size, heads, head_dim, len(lengths),
-            key_format=key_format, value_format=value_format, backend="cuda",
+            key_format=key_format, value_format=value_format, value_head_dim=value_head_dim,
+            scale_dtype=scale_dtype, backend="cuda",
         )  # fmt: skip
         for part, fmt in ((cache.k_pool, key_format), (cache.v_pool, value_format)):
             part[...] = {"bfloat16": 0x7FC0, "fp8_e4m3": 255, "int8": 255, "int4": 255}.get(fmt, np.nan)
@@ -60,8 +75,8 @@ def check(gpu, normal):
         ids = [cache.add_sequence() for _ in lengths]
         for counts in (np.subtract(lengths, new), new):
             step = cache.step(ids, counts)
-            k, v = (on_device(normal(sum(counts), heads, head_dim), kind)[0] for _ in range(2))
-            step.write(k, v)
+            widths = (head_dim, value_head_dim or head_dim)
+            step.write(*(on_device(normal(sum(counts), heads, width), kind)[0] for width in widths))
         q, q_host = on_device(normal(sum(new), heads * group, head_dim), kind)
         gpu.device.launched.clear()
         out, lse = step.attend(q, return_lse=True, **dict(options))
@@ -69,7 +84,7 @@ def check(gpu, normal):
         got, got_lse, start = on_host(out, kind), lse.copy(), 0
         for seq_id, n in zip(ids, new, strict=True):
             rows = slice(start, start + n)
-            want, want_lse = oracle.attention(q_host[rows], *cache.get_kv(seq_id), **dict(options))
+            want, want_lse = exact(q_host[rows], *cache.get_kv(seq_id), **dict(options))
             largest, largest_lse = (max(1, np.abs(x).max(initial=0)) for x in (want, want_lse))
             assert np.abs(got[rows] - want).max(initial=0) <= 2 * UNIT[kind] * largest
             assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= UNIT[kind] / 4 * largest_lse
@@ -80,8 +95,9 @@ def check(gpu, normal):
 
 
 MATRIX_KINDS = [
-    ("float16", "float16"), ("float16", "int8"), ("float16", "int4"),
-    ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int4"),
+    ("float16", "float16"), ("float16", "fp8_e4m3"), ("float16", "int8"), ("float16", "int4"),
+    ("bfloat16", "bfloat16"), ("bfloat16", "fp8_e4m3"), ("bfloat16", "int8"), ("bfloat16", "int4"),
+    ("bfloat16", "float16"),
 ]  # fmt: skip
 """Of queries and of the storage, for which there are kernels with matrix instructions."""
 
@@ -138,6 +154,19 @@ def test_group_sizes(group, check):
     check({"prefill"}, "float16", "int8", "int8", group=group, lengths=[50], new=[45])
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_scales_in_float16(fmt, check):
+    for kernel, new in (("decode", 1), ("prefill", 40)):
+        check({kernel}, "float16", fmt, fmt, lengths=[150], new=[new], scale_dtype="float16")
+
+
+@pytest.mark.parametrize(("head_dim", "value_head_dim"), [(128, 64), (64, 128)])
+def test_values_of_another_width(head_dim, value_head_dim, check):
+    for kernel, new in (("decode", 1), ("prefill", 40)):
+        shape = {"head_dim": head_dim, "value_head_dim": value_head_dim}
+        check({kernel}, "float16", "float16", "int8", lengths=[150], new=[new], **shape)
+
+
 @pytest.mark.parametrize("block_size", [32, 48])
 def test_blocks_of_several_tiles(block_size, check):
     sizes = {"group": 2, "block_size": block_size}
@@ -166,6 +195,8 @@ def test_values_far_from_one(fmt, magnitude, new, gpu, normal):
         ("float32", "int8", {"block_size": 5}),
         ("float16", "bfloat16", {"head_dim": 6, "block_size": 1}),
         ("bfloat16", "int4", {"head_dim": 128, "group": 9, "block_size": 5}),
+        ("float32", "fp8_e4m3", {"head_dim": 20, "value_head_dim": 36}),
+        ("float32", "int8", {"head_dim": 32, "value_head_dim": 8, "scale_dtype": "float16"}),
     ],
 )
 @pytest.mark.parametrize("new", [[1, 1], [3, 9]])
@@ -197,6 +228,156 @@ def test_rows_are_encoded_as_numpy_does(fmt, group_size, scale_dtype, gpu, norma
     np.testing.assert_array_equal(gpu.backend.decode(got, rows), NumpyBackend().decode(want, rows))
 
 
+@dataclasses.dataclass
+class Sequences:
+    """A cache of one sequence for each length, filled with random keys and values, and what is in it."""
+
+    buffers: Any
+    batch: Batch
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+
+
+class TestParts:
+    """Attention over several parts, straight from a backend."""
+
+    @pytest.fixture
+    def filled(self, gpu, normal):
+        def fill(lengths, new, fmt, *, after=False, block_size=16, head_dim=64):
+            layout = Layout.of(
+                sum(-(-n // block_size) for n in lengths) + 1, block_size, 2, head_dim, fmt, value_head_dim=64
+            )
+            buffers = gpu.backend.allocate(layout)
+            width = max(-(-n // block_size) for n in lengths)
+            table, used = np.zeros((len(lengths), width), np.int32), 1
+            for row, n in zip(table, lengths, strict=True):
+                row[: -(-n // block_size)] = np.arange(used, used + -(-n // block_size))
+                used += -(-n // block_size)
+            seq_lens = np.array(lengths, np.int32)
+            batch = Batch.of(table, seq_lens, lengths, block_size)
+            k, v = (normal(1, sum(lengths), 2, width) for width in (head_dim, 64))
+            gpu.backend.write(buffers, 0, k, v, batch)
+            both = [
+                gpu.backend.read(buffers, 0, np.ascontiguousarray(row[None, : -(-n // block_size)]), n)
+                for row, n in zip(table, lengths, strict=True)
+            ]
+            begin = np.concatenate(([0], np.cumsum(new))).astype(np.int32)
+            positions = seq_lens if after else seq_lens - np.array(new, np.int32)
+            batch = Batch(table, seq_lens, begin, block_size, positions.astype(np.int32))
+            return Sequences(buffers, batch, [k[0] for k, _ in both], [v[0] for _, v in both])
+
+        return fill
+
+    def attend(self, gpu, parts, q, kind, scoring):
+        plan = gpu.backend.plan(parts, q.shape[2], scoring.window_left)
+        if kind == "float32":
+            out, lse = (
+                np.full((*q.shape[:3], 64), np.nan, np.float32),
+                np.full(q.shape[:3], np.nan, np.float32),
+            )
+            gpu.backend.attend(0, q, plan, scoring, out, lse)
+            return out[0], lse[0]
+        query = device_view(gpu.array.of(q.astype(np.float16)))
+        out = gpu.backend.empty(query, (*q.shape[:3], 64), "float16")
+        lse = gpu.backend.empty(query, q.shape[:3], "float32")
+        gpu.backend.attend(0, query, plan, scoring, out, lse)
+        return out.owner.copy()[0].astype(np.float32), lse.owner.copy()[0]
+
+    @pytest.mark.parametrize("kind", ["float32", "float16"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"sinks": np.array([0.5, 3.0, -1.0, 2.0])}, {"logits_soft_cap": 5.0}], ids=str
+    )
+    def test_a_prefix_and_the_rest(self, kind, options, gpu, filled, normal):
+        """Different formats and block sizes; one token sees the prefix only, one the rest only, one nothing."""
+        new = [1, 9, 2, 0]
+        rest = filled([40, 200, 2, 5], new, "float16", block_size=16)
+        prefix = filled([320], [7], "int8", after=True, block_size=32)
+        tokens = np.array([3, 0, 1, 12, 5, 6, 7], np.int32)
+        q = normal(1, 14, 4, 64)
+        q = q.astype(np.float16).astype(np.float32)
+        parts = [
+            Part(rest.buffers, rest.batch, np.arange(12, dtype=np.int32)),
+            Part(prefix.buffers, prefix.batch, tokens),
+        ]
+        gpu.device.launched.clear()
+        scoring = Scoring.of(4, 64, **options)
+        out, lse = self.attend(gpu, parts, q, kind, scoring)
+        kernels = {"attend", "merge"} if kind == "float32" else {"decode", "prefill", "merge"}
+        assert set(gpu.device.launched) - {"read", "write"} == kernels
+        unit = UNIT[kind]
+        for token in range(14):
+            k, v = [], []
+            if token < 12:
+                sequence = np.searchsorted(rest.batch.query_start_loc, token, side="right") - 1
+                seen = rest.batch.positions[sequence] + token - rest.batch.query_start_loc[sequence] + 1
+                k.append(rest.k[sequence][:, :seen])
+                v.append(rest.v[sequence][:, :seen])
+            if token in tokens:
+                k.append(prefix.k[0])
+                v.append(prefix.v[0])
+            if not k:
+                want_lse = options["sinks"] if "sinks" in options else np.full(4, -np.inf)
+                assert not out[token].any()
+                np.testing.assert_array_equal(lse[token], want_lse.astype(np.float32))
+                continue
+            want, want_lse = oracle.attention(
+                q[0, token : token + 1], np.concatenate(k, 1), np.concatenate(v, 1), **options
+            )
+            assert np.abs(out[token] - want[0]).max() <= 2 * unit * max(1, np.abs(want).max())
+            assert np.abs(lse[token] - want_lse[0]).max() <= unit / 2 * max(1, np.abs(want_lse).max())
+
+    @pytest.mark.parametrize("kind", ["float32", "float16"])
+    @pytest.mark.parametrize("new", [2, 40])
+    def test_tokens_after_all_keys(self, kind, new, gpu, filled, normal):
+        """In one part, with a window that the last of them have left behind."""
+        cached = filled([150], [new], "float16", after=True)
+        q = normal(1, new, 4, 64).astype(np.float16).astype(np.float32)
+        window = new // 2
+        scoring = Scoring.of(4, 64, window_left=window)
+        out, lse = self.attend(gpu, [Part(cached.buffers, cached.batch)], q, kind, scoring)
+        for i in range(new):
+            first = 150 + i - window
+            if first >= 150:
+                assert not out[i].any()
+                assert np.isneginf(lse[i]).all()
+                continue
+            want, want_lse = oracle.attention(q[0, i : i + 1], cached.k[0][:, first:], cached.v[0][:, first:])
+            assert np.abs(out[i] - want[0]).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
+            assert np.abs(lse[i] - want_lse[0]).max() <= UNIT[kind] / 2 * max(1, np.abs(want_lse).max())
+
+    def test_exact_products_on_request(self, gpu, filled, normal):
+        cached = filled([150], [3], "float16")
+        q = normal(1, 3, 4, 64).astype(np.float16).astype(np.float32)
+        gpu.device.launched.clear()
+        self.attend(
+            gpu, [Part(cached.buffers, cached.batch)], q, "float16", Scoring.of(4, 64, arithmetic="float32")
+        )
+        assert gpu.device.launched == ["attend"]
+
+    def test_numbers_for_each_head_may_lie_on_the_device(self, gpu, filled, normal):
+        cached = filled([150], [3], "float16")
+        q = normal(1, 3, 4, 64)
+        numbers = {"sinks": normal(4), "alibi_slopes": np.abs(normal(4))}
+        part = Part(cached.buffers, cached.batch)
+        want = self.attend(gpu, [part], q, "float16", Scoring.of(4, 64, **numbers))
+        there = {name: gpu.array.of(x) for name, x in numbers.items()}
+        got = self.attend(gpu, [part], q, "float16", Scoring.of(4, 64, **there))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class Out(NamedTuple):
+    """The parameters of a test's kernel."""
+
+    out: Annotated[int, 64]
+
+
+class Nothing(NamedTuple):
+    """No further ones."""
+
+    unused: int
+
+
 class TestEmulator:
     """What the tests above rely on."""
 
@@ -204,7 +385,11 @@ class TestEmulator:
         function.__module__ = emulator.PACKAGE
         jit = gpu.jit
         memory = gpu.array.of(np.zeros(count, np.float32))
-        kernel = jit.Kernel(lambda call, work: function(call.out), (Out, Nothing), 64)
+
+        def run(call, work):
+            function(call.out)
+
+        kernel = jit.Kernel(run, (Out, Nothing), 64)
         jit.Launch(kernel, (1, 1), 256, Nothing(0))(0, (memory.address,))
         return memory.copy()
 

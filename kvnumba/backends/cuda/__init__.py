@@ -108,7 +108,9 @@ class CudaBackend:
         self, layout: Layout, slab_bytes: int, keys: DeviceView, values: DeviceView, batch: Batch
     ) -> Launch:
         """The kernel that writes keys and values such as these."""
-        sizes = [rows.group_size if rows.fmt.has_scale else rows.head_dim for rows in (layout.keys, layout.values)]
+        sizes = [
+            rows.group_size if rows.fmt.has_scale else rows.head_dim for rows in (layout.keys, layout.values)
+        ]
         width = width_of(*sizes, *alignment_of(keys), *alignment_of(values))
         kernel = write_kernel(keys.dtype, values.dtype, codec_of(layout.keys), codec_of(layout.values), width)
         num_seqs, max_blocks = batch.block_table.shape
@@ -154,7 +156,9 @@ class CudaBackend:
         out: np.ndarray,
     ) -> None:
         blocks, result = self._pool.put(block_table, 0), self._pool.take(out.nbytes, 0)
-        kernel = read_kernel(codec_of(rows), width_of(rows.group_size if rows.fmt.has_scale else rows.head_dim))
+        kernel = read_kernel(
+            codec_of(rows), width_of(rows.group_size if rows.fmt.has_scale else rows.head_dim)
+        )
         num_rows = out.size // rows.head_dim
         shape = ReadShape(
             slab_bytes,
@@ -218,9 +222,7 @@ class CudaBackend:
         memory.synchronize()  # the calls may be on another stream
         del loan
 
-    def attend(
-        self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any
-    ) -> None:
+    def attend(self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any) -> None:
         memory.enter()
         if isinstance(q, DeviceView):
             self._attend(layer, q, plan, scoring, out, lse)
@@ -228,7 +230,8 @@ class CudaBackend:
         query, loan = self._on_device(q)
         room = [self._pool.take(x.nbytes, 0) for x in (out, lse)]
         result, result_lse = (
-            memory.view_of(each.address, x.shape, "float32", query) for each, x in zip(room, (out, lse), strict=True)
+            memory.view_of(each.address, x.shape, "float32", query)
+            for each, x in zip(room, (out, lse), strict=True)
         )
         self._attend(layer, query, plan, scoring, result, result_lse)
         for x, view in ((out, result), (lse, result_lse)):
@@ -239,7 +242,13 @@ class CudaBackend:
         del loan
 
     def _attend(
-        self, layer: int, q: DeviceView, plan: AttentionPlan, scoring: Scoring, out: DeviceView, lse: DeviceView
+        self,
+        layer: int,
+        q: DeviceView,
+        plan: AttentionPlan,
+        scoring: Scoring,
+        out: DeviceView,
+        lse: DeviceView,
     ) -> None:
         launches = self._launches(q, out, plan, scoring)
         stream = q.stream
@@ -250,9 +259,7 @@ class CudaBackend:
         if launches.merge is not None:
             launches.merge(stream, (out.address, lse.address, sinks))
 
-    def _launches(
-        self, q: DeviceView, out: DeviceView, plan: AttentionPlan, scoring: Scoring
-    ) -> Launches:
+    def _launches(self, q: DeviceView, out: DeviceView, plan: AttentionPlan, scoring: Scoring) -> Launches:
         """What serves queries such as these, made once for all layers."""
         key = (
             q.dtype, q.shape, q.strides, out.strides, q.address & 15, scoring.sm_scale, scoring.window_left,

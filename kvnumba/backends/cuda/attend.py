@@ -38,7 +38,6 @@ MANY = Shape("attend", 64 if SIMULATED else 16, 2, merges=True)
 KEYS = 128 if SIMULATED else 64
 
 
-
 def shared_bytes(rows: int, head_dim: int, value_head_dim: int) -> int:
     """What `attend` cuts up: sums or queries, scores, rows of keys, three numbers a row."""
     return 4 * (shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 3 * rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from numba import float32, uint32
@@ -36,7 +35,10 @@ if not SIMULATED:
 # those of the first word, 4 to 7 of the second.
 LOW_HALVES, HIGH_HALVES = uint32(0x5410), uint32(0x7632)
 LOW_BYTES, HIGH_BYTES = uint32(0x5140), uint32(0x7362)  # 0 and 1, or 2 and 3, of both in turn
-FIRST_TWO, LAST_TWO = uint32(0x4140), uint32(0x4342)  # bytes of the first word, each below byte 0 of the second
+FIRST_TWO, LAST_TWO = (
+    uint32(0x4140),
+    uint32(0x4342),
+)  # bytes of the first word, each below byte 0 of the second
 LOW_NIBBLES, HIGH_NIBBLES, EIGHT = uint32(0x000F000F), uint32(0x00F000F0), uint32(8)
 SIXTEENTH = uint32(0x2C002C00)  # 1 / 16 twice, in float16
 ZERO_BITS = uint32(0)
@@ -165,7 +167,7 @@ class Matrix(NamedTuple):
     keys : callable
         ``keys(words, at, i) -> a, b``: elements of step i, of a key whose words begin at `at`, as a B fragment.
     values : callable
-        ``values(words, at, row_words, j) -> a0, a1, a2, a3``: tile j of the four values that a lane has, as an A fragment.
+        ``values(words, at, row_words, j) -> a0, a1, a2, a3``: tile j of the four values of a lane, as an A fragment.
     order : callable
         ``order(head_dim)`` makes two functions. ``element(j, g, second)``: which element of a value the sums of tile j
         are in lanes 4 g to 4 g + 3, those of rows 8 and on of the tile where `second`. ``find(e) -> j, second``: where

@@ -59,7 +59,12 @@ def decode_kernel(
     )
     all_key_words, all_value_words = count * key_words, count * value_words
     all_key_scales, all_value_scales = count * key_scales, count * value_scales
-    num_scores, num_sums, query_words, columns = 4 * count, value_head_dim // 4, head_dim // 8, value_head_dim // 16
+    num_scores, num_sums, query_words, columns = (
+        4 * count,
+        value_head_dim // 4,
+        head_dim // 8,
+        value_head_dim // 16,
+    )
     element, result = values.element, values.result
     zero, one, least, ln_2 = float32(0), float32(1), float32(LEAST), float32(math.log(2))
     loaded_size, sums_size = 4 * TOGETHER, shared_floats(ROWS, value_head_dim, WARPS)

@@ -89,7 +89,7 @@ load_half = _instruction("{.reg .b16 a; ld.global.nc.b16 a, [$1]; cvt.f32.f16 $0
 store_half = _instruction("{.reg .b16 a; cvt.rn.f16.f32 a, $1; st.global.b16 [$0], a;}", "", "lf", WRITES)
 """float32 from, and to, a float16 in memory."""
 count_up = _instruction("atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;", "s", "l", WRITES)
-"""Add 1 to an int32 in memory; returns what it was. A block that counts after another sees all that it stored before."""
+"""Add 1 to an int32 in memory; returns what it was. A block sees all that those stored which counted before it."""
 
 multiply = _instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")
 """Rounded, also where a sum follows: the compiler makes ``a * b + c`` one rounding, and NumPy two."""

@@ -10,7 +10,15 @@ from kvnumba.arrays import DeviceView
 from kvnumba.backends.cuda import attend
 from kvnumba.backends.cuda.codecs import Matrix, codec_of
 from kvnumba.backends.cuda.intrinsics import width_of
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, Launch, capability, num_multiprocessors
+from kvnumba.backends.cuda.jit import (
+    SIMULATED,
+    THREADS,
+    WARP,
+    Kernel,
+    Launch,
+    capability,
+    num_multiprocessors,
+)
 from kvnumba.backends.cuda.memory import Loan, Pool, alignment_of, row_strides
 from kvnumba.backends.cuda.merge import merge_kernel
 from kvnumba.backends.cuda.parameters import AttendShape, MergeShape
@@ -35,13 +43,13 @@ class Launches(NamedTuple):
         A kernel for some sequences of a part, and the addresses of the part's layers.
     merge : Launch, optional
         Where these leave partial results.
-    loans : list of Loan
-        The memory that they work in.
+    memory : tuple
+        What keeps the tables and the partial results where they are.
     """
 
     of_parts: list[tuple[Launch, tuple[tuple[int, ...], ...]]]
     merge: Launch | None
-    loans: list[Loan]
+    memory: tuple[Upload, Loan, Loan]
 
     def prepare(self) -> None:
         """Compile the kernels."""
@@ -164,7 +172,7 @@ def launches_of(
         blocks = -(-num_tokens * num_qo_heads * WARP // THREADS)
         width = width_of(value_head_dim)
         merge = Launch(merge_kernel(q.dtype, width), (blocks, 1), 0, work_of_merge)
-    return Launches(of_parts, merge, [partials, counters])
+    return Launches(of_parts, merge, (upload, partials, counters))
 
 
 def _upload_of(plan: AttentionPlan) -> Upload:

@@ -23,7 +23,9 @@ class WriteAddresses(NamedTuple):
 
 
 class WriteShape(NamedTuple):
-    """What a batch writes: row (token t, head h) begins at ``t // tokens_per_row * batch + t % ... * token + h * head``."""
+    """The batch, and where its rows begin: that of token t and head h at
+    ``t // tokens_per_row * batch + t % tokens_per_row * token + h * head``.
+    """
 
     tables: Long
     k_batch: Long

@@ -22,8 +22,8 @@ MAX_SPLITS = 128  # pieces that one block merges
 # Columns of the table of pieces. A piece's split number `SPLIT` of `NUM_SPLITS` leaves partial results from
 # `FIRST_PARTIAL + SPLIT * tokens * num_qo_heads` on; 0 splits: it leaves them there, and does not merge. `ITEM` numbers
 # the counters of what is split.
-SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, SPLIT, NUM_SPLITS, FIRST_PARTIAL, ITEM = range(
-    10
+SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, SPLIT, NUM_SPLITS, FIRST_PARTIAL, ITEM = (
+    range(10)
 )
 PIECE_COLUMNS = 10
 
@@ -153,7 +153,9 @@ def cut(
     return Pieces(table, int(partials.sum()), len(sequence))
 
 
-def rows_to_merge(tables: Sequence[np.ndarray], parts: Sequence[Part], num_tokens: int, num_qo_heads: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_to_merge(
+    tables: Sequence[np.ndarray], parts: Sequence[Part], num_tokens: int, num_qo_heads: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Which partial results belong to which token, of tables of pieces and the parts that they are pieces of.
 
     Returns

@@ -141,7 +141,9 @@ def prefill_kernel(
                         for e in range(0, part, 4):
                             for i in range(4):
                                 j, second = find(e + i)
-                                value = result(sums, 4 * (half * columns + j), second, n, units[1], added_here)
+                                value = result(
+                                    sums, 4 * (half * columns + j), second, n, units[1], added_here
+                                )
                                 four[i] = value * factor_here
                             j, second = find(e)
                             at = element(j, g, second)

@@ -91,7 +91,9 @@ def query_of(work, piece, token, row):
     packed = piece.first_token + token
     if work.tokens != 0:
         packed = load_int(work.tokens + 4 * int64(packed))
-    return element_of(work.tokens_per_row, work.q_batch, work.q_token, work.q_head, packed, head_of(piece, token, row))
+    return element_of(
+        work.tokens_per_row, work.q_batch, work.q_token, work.q_head, packed, head_of(piece, token, row)
+    )
 
 
 @device

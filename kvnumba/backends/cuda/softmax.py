@@ -102,7 +102,24 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
     log2_e, far = float32(LOG2_E), int32(FAR)
 
     @device
-    def step(scores, packed, words, scales, first_key, c, sight, soft_cap, last, factors, slopes, tops, totals, zeros, units, sums):
+    def step(
+        scores,
+        packed,
+        words,
+        scales,
+        first_key,
+        c,
+        sight,
+        soft_cap,
+        last,
+        factors,
+        slopes,
+        tops,
+        totals,
+        zeros,
+        units,
+        sums,
+    ):
         surely_from, never_before = -far, -far
         if sight.window_left >= 0:
             surely_from, never_before = sight.high - sight.window_left, sight.low - sight.window_left
