@@ -62,7 +62,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_code
         scores, totals = cuda.local.array(rows, float32), cuda.local.array(rows, float32)
         weighted = cuda.local.array(size, float32)
 
-        piece = open_piece(work, cuda.blockIdx.x)
+        piece = open_piece(work, cuda.blockIdx.x, cuda.blockIdx.y)
         used, begin, end = piece.used, piece.begin, piece.end
         head_dim, value_head_dim = work.head_dim, work.value_head_dim
 

@@ -86,7 +86,7 @@ def decode_kernel(
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         g, c = lane >> int32(2), lane & int32(3)
-        piece = open_piece(work, cuda.blockIdx.x)
+        piece = open_piece(work, cuda.blockIdx.x, cuda.blockIdx.y)
         tile, end_tile = (piece.begin >> 4) + warp * count, (piece.end + TILE - 1) >> 4
         if tile < end_tile:
             for u in range(count):

@@ -28,7 +28,7 @@ from kvnumba.backends.cuda.intrinsics import (
     warp_max,
     warp_sum,
 )
-from kvnumba.backends.cuda.jit import WARP, cuda, device, int32
+from kvnumba.backends.cuda.jit import WARP, device, int32
 from kvnumba.backends.cuda.plan import FIRST_PARTIAL, ITEM, MAX_SPLITS, NUM_SPLITS, SPLIT
 from kvnumba.backends.cuda.rows import head_of, partial_of, result_of, token_of
 from kvnumba.formats import FORMATS
@@ -87,7 +87,8 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
             barrier()
             if thread == 0:
                 item = load_int(piece.address + 4 * ITEM)
-                counter = work.counters + 4 * (item * cuda.gridDim.y + cuda.blockIdx.y)
+                columns = work.num_kv_heads * quotient(work.group + work.heads - 1, work.heads)
+                counter = work.counters + 4 * (item * columns + piece.column)
                 last = count_up(counter) == splits - 1
                 shared[index(tops)] = one if last else zero
                 if last:

@@ -68,7 +68,7 @@ def prefill_kernel(
         lane, first_row = thread & int32(31), (thread >> int32(5)) * 16
         g, c = lane >> int32(2), lane & int32(3)
         # the pieces that see most begin first
-        piece = open_piece(work, cuda.gridDim.x - 1 - cuda.blockIdx.x)
+        piece = open_piece(work, cuda.gridDim.x - 1 - cuda.blockIdx.x, cuda.blockIdx.y)
         if first_row < piece.used:
             open_rows(call, work, piece, first_row, g, c, query, read, query_totals, last, factors, slopes)
             low = piece.position + token_of(piece, first_row)  # the warp's first token, and its last

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvnumba.backends.cuda.intrinsics import load_int, quotient
-from kvnumba.backends.cuda.jit import Long, cuda, device, int32, int64
+from kvnumba.backends.cuda.jit import Long, device, int32, int64
 from kvnumba.backends.cuda.plan import (
     END_KEY,
     FIRST_KEY,
@@ -37,6 +37,8 @@ class Piece(NamedTuple):
     kv_head, first_head, heads : int
     used : int
         Rows.
+    column : int
+        Of the grid.
     """
 
     address: Long
@@ -50,18 +52,19 @@ class Piece(NamedTuple):
     first_head: int
     heads: int
     used: int
+    column: int
 
 
 @device
-def open_piece(work, number):
-    """The piece with a number, and the heads of the block's index along y."""
+def open_piece(work, number, column):
+    """The piece with a number, and the heads of the blocks in a column of the grid, its index along y."""
     address = work.pieces + 4 * PIECE_COLUMNS * int64(number)
     sequence, first_token = load_int(address + 4 * SEQUENCE), load_int(address + 4 * FIRST_TOKEN)
     position, num_tokens = load_int(address + 4 * POSITION), load_int(address + 4 * NUM_TOKENS)
     begin, end = load_int(address + 4 * FIRST_KEY), load_int(address + 4 * END_KEY)
     tiles = quotient(work.group + work.heads - 1, work.heads)
-    kv_head = quotient(int32(cuda.blockIdx.y), tiles)
-    tile = int32(cuda.blockIdx.y) - kv_head * tiles
+    kv_head = quotient(int32(column), tiles)
+    tile = int32(column) - kv_head * tiles
     heads = int32(min(work.heads, work.group - tile * work.heads))
     first_head = int32(kv_head * work.group + tile * work.heads)
     return Piece(
@@ -76,6 +79,7 @@ def open_piece(work, number):
         first_head,
         heads,
         int32(num_tokens * heads),
+        int32(column),
     )
 
 
