@@ -378,6 +378,26 @@ class Nothing(NamedTuple):
     unused: int
 
 
+def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
+    """From the second on, which is planned like the first; and none once its first layer is written."""
+    cache = kvnumba.PagedKVCache(40, 16, 2, 64, 2, "float16", num_layers=2, backend="cuda")
+    ids = [cache.add_sequence() for _ in range(2)]
+    uploads = []
+    copy = gpu.device.cuMemcpyHtoDAsync
+    driver = gpu.jit._driver()
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *args: (uploads.append(args[2]), copy(*args))[1])
+    for new, wanted in ((1, 2), (1, 1), (1, 1), (3, 2), (3, 1)):
+        k, q = (gpu.array.of(normal(2 * new, heads, 64).astype(np.float16)) for heads in (2, 4))
+        uploads.clear()
+        step = cache.step(ids, [new] * 2)
+        for layer in range(2):
+            step.write(k, k, layer=layer)
+            out = step.attend(q, layer=layer).copy().astype(np.float32)
+        assert len(uploads) == wanted
+        want, _ = oracle.attention(q.copy()[:new].astype(np.float32), *cache.get_kv(ids[0], layer=1))
+        assert np.abs(out[:new] - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
+
+
 class TestEmulator:
     """What the tests above rely on."""
 

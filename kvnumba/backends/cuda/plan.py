@@ -58,7 +58,7 @@ class AttentionPlan:
     direct : bool
         Whether blocks write results: one part has all keys of all tokens. Otherwise partial results are merged after.
     launches : dict
-        What is started in a layer, by what it is chosen by.
+        What is started in a layer, by what it is chosen by. That of a direct plan is kept by its batch.
     per_head : dict
         Numbers for each query head that have been uploaded, by their bytes.
     """
@@ -68,7 +68,7 @@ class AttentionPlan:
         self.num_qo_heads = num_qo_heads
         self.window_left = window_left
         self.direct = len(parts) == 1 and parts[0].tokens is None
-        self.launches: dict[Any, Any] = {}
+        self.launches: dict[Any, Any] = parts[0].batch.kept if self.direct else {}
         self.per_head: dict[bytes, Any] = {}
 
 
