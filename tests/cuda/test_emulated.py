@@ -378,6 +378,21 @@ class Nothing(NamedTuple):
     unused: int
 
 
+@pytest.mark.parametrize("fmt", ["float16", "fp8_e4m3"])
+@pytest.mark.parametrize("new", [1, 40])
+def test_nan_in_the_cache_reaches_the_results(fmt, new, gpu, normal):
+    cache = kvnumba.KVCache(1, 100, 2, 64, fmt, backend="cuda")
+    k, v = normal(1, 2, 100, 64), normal(1, 2, 100, 64)
+    k[0, 1, 30, 5] = np.nan
+    cache.update(k, v)
+    q = gpu.array.of(normal(1, 4, new, 64).astype(np.float16))
+    out, lse = (x.copy()[0] for x in cache.attend(q, return_lse=True))
+    assert np.isfinite(out[:2]).all()
+    assert np.isfinite(lse[:2]).all()
+    assert np.isnan(out[2:]).all()
+    assert np.isnan(lse[2:]).all()
+
+
 def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
     """From the second on, which is planned like the first; and none once its first layer is written."""
     cache = kvnumba.PagedKVCache(40, 16, 2, 64, 2, "float16", num_layers=2, backend="cuda")

@@ -134,10 +134,10 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                     factor = math.exp(top - both)
                     total = total * factor + math.exp(sink - both)
                     top = both
-                shared[index(tops - rows + r)] = factor / total if total > zero else zero
+                shared[index(tops - rows + r)] = factor / total if total != zero else zero
                 if call.lse != 0:
                     at = result_of(work, piece, token, r) // head_dim
-                    store_float(call.lse + 4 * at, top + math.log(total) if total > zero else nothing)
+                    store_float(call.lse + 4 * at, top + math.log(total) if total != zero else nothing)
             barrier()
             for i in range(thread, used * chunks, threads):
                 r = quotient(i, chunks)

@@ -57,13 +57,13 @@ def merge_kernel(kind: str, width: int) -> Kernel:
             total = warp_sum(total)
             if call.sinks != 0:
                 total += math.exp(sink - top)
-            factor = one / total if total > zero else zero
+            factor = one / total if total != zero else zero
             place = element_of(
                 work.tokens_per_row, work.out_batch, work.out_token, work.out_head, token, head
             )
             if call.lse != 0 and lane == 0:
                 store_float(
-                    call.lse + 4 * (place // head_dim), top + math.log(total) if total > zero else nothing
+                    call.lse + 4 * (place // head_dim), top + math.log(total) if total != zero else nothing
                 )
             for at in range(lane * width, head_dim, WARP * width):
                 of.clear_all(sums)

@@ -122,9 +122,9 @@ def prefill_kernel(
                         total = total * factor + hw.exp2(sink - both)
                         top = both
                     if call.lse != 0 and mine:
-                        lse = top * ln_2 + math.log(total) if total > zero else nothing
+                        lse = top * ln_2 + math.log(total) if total != zero else nothing
                         store_float(call.lse + 4 * (begin_of_row // value_head_dim), lse)
-                    factor = factor / total if total > zero else zero
+                    factor = factor / total if total != zero else zero
                 else:
                     begin_of_row = partial_of(work, first + token * work.num_qo_heads + head)
                     if mine:
