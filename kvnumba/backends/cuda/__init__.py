@@ -40,10 +40,9 @@ BLOCKS_PER_SM = 1 if SIMULATED else 16
 
 
 class _Attention(NamedTuple):
-    """What an attention was like: queries and results without their memory, and how scores were made."""
+    """What an attention was like: queries without their memory, and how scores were made."""
 
     q: DeviceView
-    out: DeviceView
     scoring: Scoring
 
 
@@ -224,9 +223,7 @@ class CudaBackend:
         for part in plan.parts:
             layout = part.buffers.layout
             self._write_launch(layout, 0, query, query, part.batch).prepare()
-        value_head_dim = plan.parts[0].buffers.layout.value_head_dim
-        out = memory.view_of(0, (*query.shape[:-1], value_head_dim), query.dtype, query)
-        launches = self._launches(query, out, plan, scoring)
+        launches = self._launches(query, plan, scoring, query.stream)
         launches.prepare()
         for x in (scoring.sinks, scoring.alibi_slopes):
             self._per_head(plan, x, query.stream)
@@ -261,34 +258,35 @@ class CudaBackend:
         out: DeviceView,
         lse: DeviceView,
     ) -> None:
-        launches = self._launches(q, out, plan, scoring)
         stream = q.stream
+        launches = self._launches(q, plan, scoring, stream)
         sinks = self._per_head(plan, scoring.sinks, stream)
         slopes = self._per_head(plan, scoring.alibi_slopes, stream)
+        result = (out.address, *row_strides(out))
         for launch, addresses in launches.of_parts:
-            launch(stream, (q.address, out.address, lse.address, sinks, slopes, *addresses[layer]))
+            launch(stream, (q.address, *result, lse.address, sinks, slopes, *addresses[layer]))
         if launches.merge is not None:
-            launches.merge(stream, (out.address, lse.address, sinks))
+            launches.merge(stream, (*result, lse.address, sinks))
 
     def _expect(self, buffers: CudaBuffers, k: DeviceView, batch: Batch) -> None:
         """Plan an attention like the latest one, so that its tables and those of the write are one upload."""
         latest = self._latest.get(buffers)
         if latest is not None and latest.q.shape[:2] == k.shape[:2] and Tables not in batch.kept:
             plan = self.plan([Part(buffers, batch)], latest.q.shape[2], latest.scoring.window_left)
-            self._launches(latest.q, latest.out, plan, latest.scoring)
+            self._launches(latest.q, plan, latest.scoring, k.stream)
 
-    def _launches(self, q: DeviceView, out: DeviceView, plan: AttentionPlan, scoring: Scoring) -> Launches:
+    def _launches(self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int) -> Launches:
         """What serves queries such as these, made once for all layers."""
         buffers = plan.parts[0].buffers
         key = (
-            buffers, q.dtype, q.shape, q.strides, out.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
+            buffers, q.dtype, q.shape, q.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
             scoring.logits_soft_cap, scoring.alibi_slopes is None, scoring.arithmetic,
         )  # fmt: skip
         found: Launches | None = plan.launches.get(key)
         if found is None:
-            found = plan.launches[key] = launches_of(plan, q, out, scoring, self._pool)
+            found = plan.launches[key] = launches_of(plan, q, scoring, self._pool, stream)
             if plan.direct:
-                self._latest[buffers] = _Attention(_without_memory(q), _without_memory(out), scoring)
+                self._latest[buffers] = _Attention(_without_memory(q), scoring)
             else:
                 self._latest.pop(buffers, None)
         return found

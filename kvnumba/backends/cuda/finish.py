@@ -136,7 +136,7 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                     top = both
                 shared[index(tops - rows + r)] = factor / total if total != zero else zero
                 if call.lse != 0:
-                    at = result_of(work, piece, token, r) // head_dim
+                    at = result_of(call, work, piece, token, r) // head_dim
                     store_float(call.lse + 4 * at, top + math.log(total) if total != zero else nothing)
             barrier()
             for i in range(thread, used * chunks, threads):
@@ -157,6 +157,6 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                             if p + n < splits:
                                 of.add_scaled(sums, loaded, n * width, shared[index((p + n) * used + r)])
                 of.scale(sums, shared[index(tops - rows + r)])
-                store(call.out + (result_of(work, piece, token, r) + c * width) * itemsize, sums)
+                store(call.out + (result_of(call, work, piece, token, r) + c * width) * itemsize, sums)
 
     return finish

@@ -71,12 +71,10 @@ class _Share(NamedTuple):
     table: int  # where in the upload the pieces are
 
 
-def launches_of(
-    plan: AttentionPlan, q: DeviceView, out: DeviceView, scoring: Scoring, pool: Pool
-) -> Launches:
-    """What serves queries such as q, with results such as out."""
+def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool, stream: int) -> Launches:
+    """What serves queries such as q; the memory that it takes is the stream's."""
     num_tokens = q.shape[0] * q.shape[1]
-    num_qo_heads, value_head_dim = out.shape[2:]
+    num_qo_heads, value_head_dim = q.shape[2], plan.parts[0].buffers.layout.value_head_dim
     upload = _upload_of(plan)
     shares: list[_Share] = []
     num_partials, num_items = 0, 0
@@ -116,9 +114,9 @@ def launches_of(
                 num_qo_heads,
             )
         )
-    base = upload.address(pool, q.stream)
-    partials = pool.take(4 * num_partials * (value_head_dim + 4), q.stream)
-    counters = pool.take(4 * num_items, q.stream, zeros=True)
+    base = upload.address(pool, stream)
+    partials = pool.take(4 * num_partials * (value_head_dim + 4), stream)
+    counters = pool.take(4 * num_items, stream, zeros=True)
     of_parts, item, partial = [], 0, 0
     for share in shares:
         buffers, batch = share.part.buffers, share.part.batch
@@ -127,13 +125,12 @@ def launches_of(
         group = num_qo_heads // layout.num_kv_heads
         blocks_per_piece = layout.num_kv_heads * -(-group // share.heads)
         work = AttendShape(
-            share.tables.address(pool, q.stream),
+            share.tables.address(pool, stream),
             base + share.table,
             0 if share.tokens is None else base + share.tokens,
             partials.address + (4 * partial * (value_head_dim + 4) if plan.direct else 0),
             counters.address + 4 * item,
             *row_strides(q),
-            *row_strides(out),
             buffers.slab_bytes,
             tokens_per_row=q.shape[1],
             num_seqs=batch.block_table.shape[0],
@@ -163,7 +160,6 @@ def launches_of(
             base + starts,
             base + rows,
             partials.address,
-            *row_strides(out),
             num_tokens=num_tokens,
             tokens_per_row=q.shape[1],
             num_qo_heads=num_qo_heads,

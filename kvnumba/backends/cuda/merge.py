@@ -59,7 +59,7 @@ def merge_kernel(kind: str, width: int) -> Kernel:
                 total += math.exp(sink - top)
             factor = one / total if total != zero else zero
             place = element_of(
-                work.tokens_per_row, work.out_batch, work.out_token, work.out_head, token, head
+                work.tokens_per_row, call.out_batch, call.out_token, call.out_head, token, head
             )
             if call.lse != 0 and lane == 0:
                 store_float(

@@ -1,6 +1,7 @@
 """The kernels' parameters, each list written once: named tuples, passed by value.
 
-The first tuple of a kernel are addresses that differ from call to call; the rest is packed once for all layers.
+The first tuple of a kernel is what differs from call to call, addresses for the most part; the rest is packed once for
+all layers.
 Strides are counted in elements.
 """
 
@@ -85,10 +86,13 @@ class CopyShape(NamedTuple):
 
 
 class AttendAddresses(NamedTuple):
-    """Queries, results, numbers for each query head, and the layer's storage; 0: there is none."""
+    """Queries, results and their strides, numbers for each query head, and the layer's storage; 0: there is none."""
 
     q: Long
     out: Long
+    out_batch: Long
+    out_token: Long
+    out_head: Long
     lse: Long
     sinks: Long
     slopes: Long
@@ -113,9 +117,6 @@ class AttendShape(NamedTuple):
     q_batch: Long
     q_token: Long
     q_head: Long
-    out_batch: Long
-    out_token: Long
-    out_head: Long
     slab_bytes: Long
     tokens_per_row: int
     num_seqs: int
@@ -135,9 +136,12 @@ class AttendShape(NamedTuple):
 
 
 class MergeAddresses(NamedTuple):
-    """Results, and a sink for each query head; 0: there is none."""
+    """Results and their strides, and a sink for each query head; 0: there is none."""
 
     out: Long
+    out_batch: Long
+    out_token: Long
+    out_head: Long
     lse: Long
     sinks: Long
 
@@ -148,9 +152,6 @@ class MergeShape(NamedTuple):
     starts: Long
     rows: Long
     partials: Long
-    out_batch: Long
-    out_token: Long
-    out_head: Long
     num_tokens: int
     tokens_per_row: int
     num_qo_heads: int

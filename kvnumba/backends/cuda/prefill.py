@@ -114,7 +114,7 @@ def prefill_kernel(
                 mine = c == 0 and first_row + 8 * half + g < piece.used
                 factor = one
                 if results:
-                    begin_of_row = int64(result_of(work, piece, token, row))
+                    begin_of_row = int64(result_of(call, work, piece, token, row))
                     if call.sinks != 0:  # one more key, whose value is 0
                         sink = load_float(call.sinks + 4 * int64(head)) * log2_e
                         both = max(top, sink)

@@ -101,12 +101,17 @@ def query_of(work, piece, token, row):
 
 
 @device
-def result_of(work, piece, token, row):
+def result_of(call, work, piece, token, row):
     """Where in out the result of a row begins, in elements."""
+    packed = piece.first_token + token
     return element_of(
-        work.tokens_per_row, work.out_batch, work.out_token, work.out_head, piece.first_token + token,
+        work.tokens_per_row,
+        call.out_batch,
+        call.out_token,
+        call.out_head,
+        packed,
         head_of(piece, token, row),
-    )  # fmt: skip
+    )
 
 
 @device
