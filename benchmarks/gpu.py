@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
@@ -20,12 +20,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 import kvnumba
 from kvnumba.backends.cuda import hardware
-from kvnumba.backends.cuda.jit import Kernel, cuda, device_name, num_multiprocessors
+from kvnumba.backends.cuda.jit import Kernel, Launch, Long, cuda, device_name, num_multiprocessors
 from kvnumba.commands.bench import shuffle
 
 HQ, H, D, BLOCK = 32, 8, 128, 16
 DECODE = ((1, 32_768), (16, 4_096), (1, 131_072))
-FORMATS = ("float16", "int8", "int4")
+FORMATS = ("float16", "fp8_e4m3", "int8", "int4")
 ROTATED = 600_000_000  # bytes: several times the L2
 NEW, CACHED = 2_048, 8_192
 REPLAYS, MILLISECONDS = 9, 2.0
@@ -57,6 +57,19 @@ def graph_time(calls: list[Callable[[], Any]]) -> float:
     return float(np.median([replay(count) for _ in range(REPLAYS)]))
 
 
+class ReadAddresses(NamedTuple):
+    """What `read_time` reads, and where it would write if the compiler could not tell that it does not."""
+
+    source: Long
+    out: Long
+
+
+class ReadShape(NamedTuple):
+    """How many times 16 bytes."""
+
+    chunks: Long
+
+
 def read_time(nbytes: int) -> float:
     """Microseconds that reading so many bytes takes, 16 at a time, from places that were not read just before."""
     threads, unrolled = 256, 8
@@ -64,34 +77,28 @@ def read_time(nbytes: int) -> float:
     fetch = hardware.fetcher(4)
     zero, size = uint32(0), 4 * unrolled
 
-    def read(source, out, chunks):
+    def read(call, work):
         words = cuda.local.array(size, uint32)
         total = zero
         step = threads * blocks
         at = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        while at < chunks:
+        while at < work.chunks:
             for n in range(unrolled):
-                fetch(source + 16 * min(at + n * step, chunks - 1), words, 4 * n)
+                fetch(call.source + 16 * min(at + n * step, work.chunks - 1), words, 4 * n)
             for n in range(size):
                 total ^= words[n]
             at += unrolled * step
         if total == uint32(0x12345678):
-            hardware.store_float(out, float32(1))
+            hardware.store_float(call.out, float32(1))
 
-    kernel = Kernel(read, "qqq", threads)
+    kernel = Kernel(read, (ReadAddresses, ReadShape), threads)
+    launch = Launch(kernel, (blocks, 1), 0, ReadShape(nbytes // 16))
     sets = max(2, ROTATED // nbytes + 1)
     memory = torch.randint(0, 255, (sets, nbytes), dtype=torch.uint8, device="cuda")
     out = torch.zeros(1, device="cuda")
 
     def call(n: int) -> Callable[[], None]:
-        return lambda: kernel.launch(
-            (blocks, 1),
-            0,
-            torch.cuda.current_stream().cuda_stream,
-            memory[n].data_ptr(),
-            out.data_ptr(),
-            nbytes // 16,
-        )
+        return lambda: launch(torch.cuda.current_stream().cuda_stream, (memory[n].data_ptr(), out.data_ptr()))
 
     return graph_time([call(n) for n in range(sets)])
 

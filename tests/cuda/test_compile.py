@@ -12,7 +12,9 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, copy, decode, prefill, read, write
+from kvnumba.backends.cuda import attend, copy, decode, merge, prefill, read, write
+from kvnumba.backends.cuda.codecs import Codec
+from kvnumba.formats import FORMATS
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -29,12 +31,13 @@ def compile_kernel(request, monkeypatch):
         write.write_kernel,
         read.read_kernel,
         copy.copy_kernel,
+        merge.merge_kernel,
     ):
         factory.cache_clear()
 
     def compile_ptx(kernel):
         try:
-            return cuda.compile_ptx(kernel.function, kernel.kinds, cc=request.param, **kernel.options)[0]
+            return cuda.compile_ptx(kernel.function, kernel.signature, cc=request.param, **kernel.options)[0]
         except RuntimeError as error:
             if "libnvvm" in str(error).lower():
                 pytest.skip(f"NVVM is not installed: {error}")
@@ -45,11 +48,20 @@ def compile_kernel(request, monkeypatch):
 
 @pytest.mark.parametrize("make", [decode.decode_kernel, prefill.prefill_kernel])
 @pytest.mark.parametrize(
-    ("kind", "fmt"),
-    [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4")],
+    ("kind", "fmt", "scale"),
+    [
+        ("float16", "float16", "float32"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float16", "int8", "float32"),
+        ("bfloat16", "int4", "float16"),
+        ("float16", "fp8_e4m3", "float32"),
+    ],
 )
-def test_matrix_kernels_stay_in_registers_and_out_of_float64(compile_kernel, make, kind, fmt):
-    ptx = compile_kernel(make(kind, fmt, fmt, 128, True))
+def test_matrix_kernels_stay_in_registers_and_out_of_float64(request, compile_kernel, make, kind, fmt, scale):
+    codec = Codec(FORMATS[fmt], scale)
+    if "sm_80" in request.node.name and codec.matrix.capability > (8, 0):
+        pytest.skip(f"devices of this capability do not multiply {fmt}")
+    ptx = compile_kernel(make(kind, codec, codec, 128, 128, True))
     assert "mma.sync" in ptx
     assert "ld.global.nc" in ptx
     assert ".f64" not in ptx
@@ -57,15 +69,33 @@ def test_matrix_kernels_stay_in_registers_and_out_of_float64(compile_kernel, mak
 
 
 @pytest.mark.parametrize(
-    ("kind", "fmt", "width"), [("float32", "float32", 4), ("float16", "int8", 2), ("bfloat16", "int4", 4)]
+    ("kind", "fmt", "scale", "width"),
+    [
+        ("float32", "float32", "float32", 4),
+        ("float16", "int8", "float16", 2),
+        ("bfloat16", "int4", "float32", 4),
+        ("float32", "fp8_e4m3", "float32", 4),
+    ],
 )
-def test_the_other_kernels_too(compile_kernel, kind, fmt, width):
+def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width):
+    codec = Codec(FORMATS[fmt], scale)
     for kernel in (
-        attend.attend_kernel(4, width, kind, fmt, fmt),
-        write.write_kernel(kind, kind, fmt, fmt, width),
-        read.read_kernel(fmt, width),
+        attend.attend_kernel(4, width, kind, codec, codec),
+        write.write_kernel(kind, kind, codec, codec, width),
+        read.read_kernel(codec, width),
         copy.copy_kernel(),
+        merge.merge_kernel(kind, width),
     ):
         ptx = compile_kernel(kernel)
         assert ".f64" not in ptx
         assert ".local" not in ptx
+
+
+def test_what_is_encoded_is_rounded_as_numpy_rounds(compile_kernel):
+    """A product and a sum are two roundings, and quotients are exact."""
+    codec = Codec(FORMATS["int8"], "float32")
+    for kernel in (read.read_kernel(codec, 4), write.write_kernel("float32", "float32", codec, codec, 4)):
+        ptx = compile_kernel(kernel)
+        assert "fma.rn.f32" not in ptx
+        assert "div.approx" not in ptx
+        assert "div.full" not in ptx

@@ -8,8 +8,7 @@ import pytest
 from conftest import SIMULATED, TESTED, at_most
 
 import kvnumba
-from kvnumba import arguments
-from kvnumba import arrays as views
+from kvnumba import arrays
 from kvnumba.backends.registry import get_backend
 
 if "cuda" not in TESTED:
@@ -20,14 +19,16 @@ from kvnumba.backends.cuda.memory import DeviceArray
 from kvnumba.backends.cuda.plan import (
     END_KEY,
     FIRST_KEY,
+    FIRST_PARTIAL,
     FIRST_TOKEN,
-    NUM_PARTS,
+    NUM_SPLITS,
     NUM_TOKENS,
-    PART,
     SEQUENCE,
+    SPLIT,
     cut,
+    rows_to_merge,
 )
-from kvnumba.storage import Batch
+from kvnumba.storage import Batch, Part
 
 UNIT = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of results as large as 1: what rounding queries, weights and results to a precision may cost."""
@@ -86,7 +87,7 @@ def check(kind, key_format, value_format, normal, *, group, head_dim, lengths, n
 KINDS = [
     ("float16", "float16"), ("float16", "bfloat16"), ("float16", "int8"), ("float16", "int4"),
     ("bfloat16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "int8"), ("bfloat16", "int4"),
-    ("float32", "float16"),
+    ("float32", "float16"), ("float16", "fp8_e4m3"), ("bfloat16", "fp8_e4m3"), ("float32", "fp8_e4m3"),
 ]  # fmt: skip
 """Of queries and of the storage."""
 
@@ -238,9 +239,9 @@ class TestArguments:
 
     def test_another_gpu(self, normal, monkeypatch):
         cache, k = self.cache(), DeviceArray.of(normal(1, 2, 3, 8))
-        view = views.device_view(k)
+        view = arrays.device_view(k)
         view.device = other = get_backend("cuda").device + 1
-        monkeypatch.setattr(arguments, "device_view", lambda x: view)
+        monkeypatch.setattr(arrays, "device_view", lambda x: view)
         with pytest.raises(
             ValueError,
             match=f"new_k: expected an array on GPU {other - 1}, .*; got one on GPU {other}",
@@ -355,19 +356,46 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
         new = rng.integers(0, 30, 12)
         lengths = new + rng.integers(0, 3000, 12)
         batch = Batch.of(np.zeros((12, 200), np.int32), lengths.astype(np.int32), new, 16)
-        pieces = cut(batch, np.flatnonzero(new), tokens, blocks, 2, window_left)
+        pieces = cut(batch, np.flatnonzero(new), tokens, blocks, 2, 4, window_left)
         seen = {}
         for row in pieces.table.tolist():
             for token in range(row[FIRST_TOKEN], row[FIRST_TOKEN] + row[NUM_TOKENS]):
                 seen.setdefault((row[SEQUENCE], token), []).append(row)
         assert len(seen) == new.sum()
         for (sequence, token), rows in seen.items():
-            assert [row[PART] for row in rows] == list(range(rows[0][NUM_PARTS]))
+            assert [row[SPLIT] for row in rows] == list(range(rows[0][NUM_SPLITS]))
             position = lengths[sequence] - batch.query_start_loc[sequence + 1] + token
             assert rows[0][FIRST_KEY] <= max(0, position - window_left if window_left >= 0 else 0)
             assert rows[-1][END_KEY] > position
             for a, b in itertools.pairwise(rows):
                 assert a[FIRST_KEY] < a[END_KEY] == b[FIRST_KEY] < b[END_KEY]
+
+
+def test_partial_results_are_where_the_merge_looks_for_them(rng):
+    """Each token's rows of all parts, none of them twice."""
+    parts, tables, count = [], [], 0
+    for tokens in (None, np.array([9, 2, 3, 30], np.int32)):
+        new = rng.integers(0, 9, 5) if tokens is None else np.array([1, 3])
+        lengths = (new + rng.integers(0, 900, len(new))).astype(np.int32)
+        batch = Batch.of(np.zeros((len(new), 60), np.int32), lengths, new, 16)
+        pieces = cut(batch, np.flatnonzero(new), 4, 20, 2, 6, -1, count)
+        assert (pieces.table[:, NUM_SPLITS] == 0).all()
+        assert pieces.table[:, FIRST_PARTIAL].min() == count
+        count += pieces.num_partials
+        parts.append(Part(None, batch, tokens))
+        tables.append(pieces.table)
+    starts, rows = rows_to_merge(tables, parts, 40, 6)
+    assert sorted(rows) == list(range(0, count, 6))
+    assert starts[0] == 0
+    assert starts[-1] == len(rows)
+    for token in range(40):
+        want = sum(
+            int((row[FIRST_TOKEN] <= at) & (at < row[FIRST_TOKEN] + row[NUM_TOKENS]))
+            for part, table in zip(parts, tables, strict=True)
+            for row in table
+            for at in ([token] if part.tokens is None else np.flatnonzero(part.tokens == token))
+        )
+        assert starts[token + 1] - starts[token] == want
 
 
 @pytest.mark.skipif(not SIMULATED, reason="compares the simulator's arithmetic with the hardware's")

@@ -4,51 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from kvnumba.arrays import DeviceView, contiguous_strides
-from kvnumba.backends.cuda import attend, memory
+from kvnumba.backends.cuda import memory
+from kvnumba.backends.cuda.codecs import codec_of
 from kvnumba.backends.cuda.copy import copy_kernel
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import (
     SIMULATED,
     THREADS,
     WARP,
-    Kernel,
+    Launch,
     device_name,
     device_number,
     num_multiprocessors,
     why_unavailable,
 )
-from kvnumba.backends.cuda.memory import Pool
-from kvnumba.backends.cuda.plan import AttentionPlan, Family, Launch
+from kvnumba.backends.cuda.launches import Launches, launches_of
+from kvnumba.backends.cuda.memory import Loan, Pool, alignment_of, row_strides
+from kvnumba.backends.cuda.parameters import CopyAddresses, CopyShape, ReadShape, WriteShape
+from kvnumba.backends.cuda.plan import AttentionPlan
 from kvnumba.backends.cuda.read import read_kernel
 from kvnumba.backends.cuda.storage import CudaBuffers, allocate
-from kvnumba.backends.cuda.tables import Tables
+from kvnumba.backends.cuda.tables import Tables, tables_of
 from kvnumba.backends.cuda.write import write_kernel
+from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.errors import BackendUnavailable
-from kvnumba.formats import FORMATS, SCALE_DTYPE, Format
-from kvnumba.storage import Batch, Encoded, Layout, Scoring, empty_rows
+from kvnumba.options import Scoring
+from kvnumba.storage import Batch, Encoded, Layout, Part, RowLayout
 
-if not SIMULATED:
-    from kvnumba.backends.cuda import decode, prefill
-
-WIDEST = 2**31 - 1  # window that an int32 holds, and no sequence fills
 BLOCKS_PER_SM = 1 if SIMULATED else 16
 
 
-class _Call:
-    """What one call takes from the pool of memory comes back when this is gone."""
+class _Attention(NamedTuple):
+    """What an attention was like: queries without their memory, and how scores were made."""
 
-
-class Prepared(NamedTuple):
-    """A kernel of attention, its grid, its blocks' bytes of shared memory, and what they work on."""
-
-    kernel: Kernel
-    grid: tuple[int, int]
-    shared_bytes: int
-    launch: Launch
+    q: DeviceView
+    scoring: Scoring
 
 
 class CudaBackend:
@@ -56,6 +51,7 @@ class CudaBackend:
 
     name = "cuda"
     simulated = SIMULATED
+    cascade = CascadeLimits(tile_rows=64, min_rows=16, min_bytes=1 << 25)
 
     def __init__(self) -> None:
         reason = why_unavailable()
@@ -63,6 +59,7 @@ class CudaBackend:
             raise BackendUnavailable(reason)
         self.device = device_number()
         self._pool = Pool()
+        self._latest: WeakKeyDictionary[CudaBuffers, _Attention] = WeakKeyDictionary()
 
     def allocate(self, layout: Layout) -> CudaBuffers:
         return allocate(layout)
@@ -70,292 +67,248 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         return memory.free_bytes()
 
-    def encode(self, x: np.ndarray, fmt: Format, group_size: int) -> Encoded:
-        count, head_dim = x.shape
-        rows = empty_rows(count, head_dim, fmt, group_size)
+    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+        return memory.empty_like(like, shape, dtype)
+
+    def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
+        encoded = rows.empty(len(x))
         if x.size:
             memory.enter()
-            call = _Call()
-            given = self._on_device(call, x[None, :, None], 0)
-            codes = self._pool.take(call, rows.codes.nbytes, 0)
-            pairs = self._pool.take(call, 2 * rows.scale.nbytes, 0)
-            parts = (codes, pairs, pairs + 4)
+            given, loan = self._on_device(x[None, :, None])
+            codes = self._pool.take(encoded.codes.nbytes, 0)
+            pairs = self._pool.take(2 * encoded.scale.nbytes, 0)
             # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
-            layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
-            batch = Batch.of(np.zeros((1, 1), np.int32), np.array([count], np.int32), [count], count)
-            self._write(layout, (*parts, *parts), 0, given, given, Tables(batch), 0)
-            memory.download(rows.codes, codes, 0)
-            scales = np.empty((*rows.scale.shape, 2), SCALE_DTYPE)
-            memory.download(scales, pairs, 0)
-            rows.scale[...], rows.zero[...] = scales[..., 0], scales[..., 1]
-        return rows
+            layout = Layout(1, 1, len(x), 1, rows, rows)
+            batch = Batch.of(np.zeros((1, 1), np.int32), np.array([len(x)], np.int32), [len(x)], len(x))
+            addresses = (codes.address, pairs.address)
+            launch = self._write_launch(layout, 0, given, given, batch)
+            launch(0, (given.address, given.address, *addresses, *addresses))
+            memory.download(encoded.codes, codes.address, 0)
+            scales = np.empty((*encoded.scale.shape, 2), rows.scale_dtype)
+            memory.download(scales, pairs.address, 0)
+            encoded.scale[...] = scales[..., 0]
+            encoded.zero[...] = scales[..., 1]
+            del loan
+        return encoded
 
-    def decode(self, rows: Encoded, fmt: Format) -> np.ndarray:
-        count = len(rows.codes)
-        head_dim = rows.codes.shape[1] * rows.codes.itemsize * 8 // fmt.bits
-        group_size = head_dim // rows.scale.shape[1] if fmt.quantized else head_dim
-        out = np.empty((1, 1, count, head_dim), np.float32)
+    def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
+        out = np.empty((1, 1, len(encoded.codes), rows.head_dim), np.float32)
         if out.size:
             memory.enter()
-            call = _Call()
-            codes = self._pool.put(call, rows.codes, 0)
-            pairs = self._pool.put(call, np.stack((rows.scale, rows.zero), axis=-1), 0)
-            parts = (codes, pairs, pairs + 4)
-            layout = Layout(1, 1, count, 1, head_dim, fmt, fmt, group_size)
-            self._read(layout, fmt, parts, 0, self._pool.put(call, np.zeros(1, np.int32), 0), 1, out)
+            codes = self._pool.put(encoded.codes, 0)
+            pairs = self._pool.put(np.stack((encoded.scale, encoded.zero), axis=-1), 0)
+            layout = Layout(1, 1, len(encoded.codes), 1, rows, rows)
+            self._read(layout, rows, (codes.address, pairs.address), 0, np.zeros((1, 1), np.int32), out)
         return out[0, 0]
 
-    def place(self, batch: Batch) -> Tables:
-        return Tables(batch)
-
-    def write(self, buffers: CudaBuffers, layer: int, k: Any, v: Any, placed: Tables) -> None:
+    def write(self, buffers: CudaBuffers, layer: int, k: Any, v: Any, batch: Batch) -> None:
         memory.enter()
-        call = _Call()
-        stream = k.stream if isinstance(k, DeviceView) else 0
-        keys, values = self._on_device(call, k, stream), self._on_device(call, v, stream)
-        self._write(
-            buffers.layout, buffers.addresses[layer], buffers.slab_bytes, keys, values, placed, stream
-        )
+        loans = None
+        if not isinstance(k, DeviceView):
+            (k, *loans), (v, *more) = self._on_device(k), self._on_device(v)
+            loans += more
+        key = (buffers, k.dtype, v.dtype, k.shape, k.strides, v.strides, k.address & 15, v.address & 15)
+        launch = batch.kept.get(key)
+        if launch is None:
+            self._expect(buffers, k, batch)
+            launch = batch.kept[key] = self._write_launch(buffers.layout, buffers.slab_bytes, k, v, batch)
+        launch(k.stream, (k.address, v.address, *buffers.addresses[layer]))
 
-    def _write(
-        self,
-        layout: Layout,
-        addresses: tuple[int, ...],
-        slab_bytes: int,
-        keys: DeviceView,
-        values: DeviceView,
-        tables: Tables,
-        stream: int,
-    ) -> None:
-        kernel = _write_kernel(layout, keys, values)
-        num_tokens = tables.num_tokens
-        kernel.launch(
-            (_blocks(num_tokens * layout.num_kv_heads), 2),
-            0,
-            stream,
-            tables.address(self._pool, stream),
-            keys.address,
-            values.address,
-            *addresses,
-            *_row_strides(keys),
-            *_row_strides(values),
+    def _write_launch(
+        self, layout: Layout, slab_bytes: int, keys: DeviceView, values: DeviceView, batch: Batch
+    ) -> Launch:
+        """The kernel that writes keys and values such as these."""
+        sizes = [
+            rows.group_size if rows.fmt.has_scale else rows.head_dim for rows in (layout.keys, layout.values)
+        ]
+        width = width_of(*sizes, *alignment_of(keys), *alignment_of(values))
+        kernel = write_kernel(keys.dtype, values.dtype, codec_of(layout.keys), codec_of(layout.values), width)
+        num_seqs, max_blocks = batch.block_table.shape
+        shape = WriteShape(
+            tables_of(batch).address(self._pool, keys.stream),
+            *row_strides(keys),
+            *row_strides(values),
             slab_bytes,
-            keys.shape[1],
-            num_tokens,
-            tables.num_seqs,
-            tables.max_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-            layout.group_size,
+            tokens_per_row=keys.shape[1],
+            num_tokens=batch.num_tokens,
+            num_seqs=num_seqs,
+            max_blocks=max_blocks,
+            block_size=layout.block_size,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            value_head_dim=layout.value_head_dim,
+            key_group=layout.keys.group_size,
+            value_group=layout.values.group_size,
         )
+        return Launch(kernel, (_blocks(batch.num_tokens * layout.num_kv_heads), 2), 0, shape)
 
     def read(
         self, buffers: CudaBuffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         layout, addresses = buffers.layout, buffers.addresses[layer]
-        shape = (len(block_table), layout.num_kv_heads, length, layout.head_dim)
-        k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        if k.size:
-            memory.enter()
-            memory.synchronize()  # the last write may have been on any stream
-            call = _Call()
-            blocks, width = self._pool.put(call, block_table, 0), block_table.shape[1]
-            self._read(layout, layout.key_format, addresses[:3], buffers.slab_bytes, blocks, width, k)
-            self._read(layout, layout.value_format, addresses[3:], buffers.slab_bytes, blocks, width, v)
-        return k, v
+        found = []
+        for rows, where in ((layout.keys, addresses[:2]), (layout.values, addresses[2:])):
+            out = np.empty((len(block_table), layout.num_kv_heads, length, rows.head_dim), np.float32)
+            if out.size:
+                memory.enter()
+                memory.synchronize()  # the last write may have been on any stream
+                self._read(layout, rows, where, buffers.slab_bytes, block_table, out)
+            found.append(out)
+        return found[0], found[1]
 
     def _read(
         self,
         layout: Layout,
-        fmt: Format,
-        parts: Sequence[int],
+        rows: RowLayout,
+        addresses: Sequence[int],
         slab_bytes: int,
-        blocks: int,
-        max_blocks: int,
+        block_table: np.ndarray,
         out: np.ndarray,
     ) -> None:
-        call = _Call()
-        result = self._pool.take(call, out.nbytes, 0)
-        num_rows = out.size // layout.head_dim
-        width = width_of(layout.group_size if fmt.quantized else layout.head_dim)
-        read_kernel(fmt.name, width).launch(
-            (_blocks(num_rows), 1),
-            0,
-            0,
-            blocks,
-            *parts,
-            result,
-            slab_bytes,
-            num_rows,
-            out.shape[2],
-            max_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-            layout.group_size,
+        blocks, result = self._pool.put(block_table, 0), self._pool.take(out.nbytes, 0)
+        kernel = read_kernel(
+            codec_of(rows), width_of(rows.group_size if rows.fmt.has_scale else rows.head_dim)
         )
-        memory.download(out, result, 0)
+        num_rows = out.size // rows.head_dim
+        shape = ReadShape(
+            slab_bytes,
+            num_rows=num_rows,
+            length=out.shape[2],
+            max_blocks=block_table.shape[1],
+            block_size=layout.block_size,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=rows.head_dim,
+            group_size=rows.group_size,
+        )
+        launch = Launch(kernel, (_blocks(num_rows), 1), 0, shape)
+        launch(0, (blocks.address, *addresses, result.address))
+        memory.download(out, result.address, 0)
 
     def copy_blocks(self, buffers: CudaBuffers, pairs: np.ndarray) -> None:
         if not len(pairs):
             return
         memory.enter()
         memory.synchronize()  # what is copied may have been written on any stream, and will be read on any
-        call = _Call()
-        copy_kernel().launch(
-            (len(pairs) * buffers.layout.num_layers, 1),
-            0,
-            0,
-            self._pool.put(call, pairs.astype(np.int32), 0),
-            buffers.address(0, 0),
-            buffers.layer_bytes,
-            buffers.block_bytes,
-            len(pairs),
-        )
+        listed = self._pool.put(pairs.astype(np.int32), 0)
+        shape = CopyShape(buffers.layer_bytes, buffers.block_bytes, len(pairs))
+        launch = Launch(copy_kernel(), (len(pairs) * buffers.layout.num_layers, 1), 0, shape)
+        launch(0, CopyAddresses(listed.address, buffers.address(0, 0)))
         memory.synchronize()
 
     def read_blocks(self, buffers: CudaBuffers, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
         memory.enter()
         memory.synchronize()
-        raw, parts = buffers.on_host(blocks)
+        raw, arrays = buffers.on_host(blocks)
         for layer in range(len(raw)):
             for n, block in enumerate(blocks.tolist()):
                 memory.download(raw[layer, n], buffers.address(layer, block), 0)
-        return parts
+        return arrays
 
     def write_blocks(self, buffers: CudaBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         memory.enter()
-        raw, parts = buffers.on_host(blocks)
-        for kept, new in zip((*parts[0], *parts[1]), (*keys, *values), strict=True):
+        raw, arrays = buffers.on_host(blocks)
+        for kept, new in zip((*arrays[0], *arrays[1]), (*keys, *values), strict=True):
             kept[...] = new
         for layer in range(len(raw)):
             for n, block in enumerate(blocks.tolist()):
                 memory.upload(buffers.address(layer, block), raw[layer, n], 0)
         memory.synchronize()
 
-    def plan(self, layout: Layout, placed: Tables, num_qo_heads: int, window_left: int) -> AttentionPlan:
-        group = num_qo_heads // layout.num_kv_heads
-        return AttentionPlan(placed, layout.num_kv_heads, group, layout.head_dim, window_left)
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> AttentionPlan:
+        return AttentionPlan(parts, num_qo_heads, window_left)
 
-    def prepare(self, buffers: CudaBuffers, q: Any, plan: AttentionPlan, scoring: Scoring) -> None:
+    def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring) -> None:
         memory.enter()
-        layout = buffers.layout
-        query = self._on_device(plan, q, 0)
+        query, loan = (q, None) if isinstance(q, DeviceView) else self._on_device(q)
+        for part in plan.parts:
+            layout = part.buffers.layout
+            self._write_launch(layout, 0, query, query, part.batch).prepare()
+        launches = self._launches(query, plan, scoring, query.stream)
+        launches.prepare()
         for x in (scoring.sinks, scoring.alibi_slopes):
-            plan.per_head(x, self._pool, query.stream)
-        plan.tables.address(self._pool, query.stream)
-        _write_kernel(layout, query, query).compile()
-        for kernel, *_ in self._prepared(layout, query, plan, scoring):
-            kernel.compile()
+            self._per_head(plan, x, query.stream)
         memory.synchronize()  # the calls may be on another stream
+        del loan
 
-    def attend(
+    def attend(self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any) -> None:
+        memory.enter()
+        if isinstance(q, DeviceView):
+            self._attend(layer, q, plan, scoring, out, lse)
+            return
+        query, loan = self._on_device(q)
+        room = [self._pool.take(x.nbytes, 0) for x in (out, lse)]
+        result, result_lse = (
+            memory.view_of(each.address, x.shape, "float32", query)
+            for each, x in zip(room, (out, lse), strict=True)
+        )
+        self._attend(layer, query, plan, scoring, result, result_lse)
+        for x, view in ((out, result), (lse, result_lse)):
+            host = x if x.flags.c_contiguous else np.empty(x.shape, x.dtype)
+            memory.download(host, view.address, 0)
+            if host is not x:
+                x[...] = host
+        del loan
+
+    def _attend(
         self,
-        buffers: CudaBuffers,
         layer: int,
-        q: Any,
+        q: DeviceView,
         plan: AttentionPlan,
         scoring: Scoring,
-        out: Any,
-        lse: Any,
+        out: DeviceView,
+        lse: DeviceView,
     ) -> None:
-        memory.enter()
-        call = _Call()
-        stream = q.stream if isinstance(q, DeviceView) else 0
-        query, result, result_lse = q, out, lse
-        if not isinstance(q, DeviceView):
-            query = self._on_device(call, q, 0)
-            result, result_lse = self._room(call, out), self._room(call, lse)
-        layout, tables = buffers.layout, plan.tables
-        sinks = plan.per_head(scoring.sinks, self._pool, stream)
-        slopes = plan.per_head(scoring.alibi_slopes, self._pool, stream)
-        for kernel, grid, shared_bytes, launch in self._prepared(layout, query, plan, scoring):
-            kernel.launch(
-                grid,
-                shared_bytes,
-                stream,
-                tables.address(self._pool, stream),
-                launch.pieces,
-                query.address,
-                result.address,
-                result_lse.address,
-                *buffers.addresses[layer],
-                sinks,
-                slopes,
-                launch.partials,
-                launch.counters,
-                *_row_strides(query),
-                *_row_strides(result),
-                buffers.slab_bytes,
-                query.shape[1],
-                tables.num_seqs,
-                tables.max_blocks,
-                layout.block_size,
-                layout.num_kv_heads,
-                plan.group,
-                launch.heads,
-                layout.head_dim,
-                layout.group_size,
-                min(scoring.window_left, WIDEST),
-                float(scoring.sm_scale),
-                float(scoring.logits_soft_cap),
-            )
-        if query is not q:
-            self._fetch(out, result)
-            self._fetch(lse, result_lse)
+        stream = q.stream
+        launches = self._launches(q, plan, scoring, stream)
+        sinks = self._per_head(plan, scoring.sinks, stream)
+        slopes = self._per_head(plan, scoring.alibi_slopes, stream)
+        result = (out.address, *row_strides(out))
+        for launch, addresses in launches.of_parts:
+            launch(stream, (q.address, *result, lse.address, sinks, slopes, *addresses[layer]))
+        if launches.merge is not None:
+            launches.merge(stream, (*result, lse.address, sinks))
 
-    def _prepared(
-        self, layout: Layout, query: DeviceView, plan: AttentionPlan, scoring: Scoring
-    ) -> list[Prepared]:
-        """The kernels that serve a batch, each for some of its sequences."""
-        extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
-        alignment = width_of(layout.head_dim, *_alignment(query), most=8)
-        key = (query.dtype, alignment, extras)
-        if key not in plan.prepared:
-            plan.prepared[key] = self._choose(layout, plan, *key, query.stream)
-        return plan.prepared[key]
+    def _expect(self, buffers: CudaBuffers, k: DeviceView, batch: Batch) -> None:
+        """Plan an attention like the latest one, so that its tables and those of the write are one upload."""
+        latest = self._latest.get(buffers)
+        if latest is not None and latest.q.shape[:2] == k.shape[:2] and Tables not in batch.kept:
+            plan = self.plan([Part(buffers, batch)], latest.q.shape[2], latest.scoring.window_left)
+            self._launches(latest.q, plan, latest.scoring, k.stream)
 
-    def _choose(
-        self, layout: Layout, plan: AttentionPlan, kind: str, alignment: int, extras: bool, stream: int
-    ) -> list[Prepared]:
-        key_format, value_format = layout.key_format, layout.value_format
-        prepared = []
-        for family, sequences in _shares(layout, plan, kind, alignment):
-            launch = plan.launch(family, sequences, self._pool, stream)
-            if family.name == "attend":
-                sizes = [layout.group_size for fmt in (key_format, value_format) if fmt.quantized]
-                width = width_of(alignment, *sizes)
-                kernel = attend.attend_kernel(family.rows, width, kind, key_format.name, value_format.name)
-                shared_bytes = attend.shared_bytes(family.rows, layout.head_dim)
+    def _launches(self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int) -> Launches:
+        """What serves queries such as these, made once for all layers."""
+        buffers = plan.parts[0].buffers
+        key = (
+            buffers, q.dtype, q.shape, q.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
+            scoring.logits_soft_cap, scoring.alibi_slopes is None, scoring.arithmetic,
+        )  # fmt: skip
+        found: Launches | None = plan.launches.get(key)
+        if found is None:
+            found = plan.launches[key] = launches_of(plan, q, scoring, self._pool, stream)
+            if plan.direct:
+                self._latest[buffers] = _Attention(_without_memory(q), scoring)
             else:
-                decoding = family.name == "decode"
-                make = decode.decode_kernel if decoding else prefill.prefill_kernel
-                kernel = make(kind, key_format.name, value_format.name, layout.head_dim, extras)
-                shared_bytes = decode.shared_bytes(layout.head_dim) if decoding else 0
-            grid = (launch.num_pieces, layout.num_kv_heads * -(-plan.group // launch.heads))
-            prepared.append(Prepared(kernel, grid, shared_bytes, launch))
-        return prepared
+                self._latest.pop(buffers, None)
+        return found
 
-    def _on_device(self, call: object, x: Any, stream: int) -> DeviceView:
-        """A view (B, n, heads, D) as it lies on the device, or a copy of one that lies on the host."""
+    def _per_head(self, plan: AttentionPlan, x: np.ndarray | DeviceView | None, stream: int) -> int:
+        """The address of a number for each query head; those of a host array are uploaded once. 0: there are none."""
+        if x is None:
+            return 0
         if isinstance(x, DeviceView):
-            return x
+            return x.address
+        key = x.tobytes()
+        loan: Loan | None = plan.per_head.get(key)
+        if loan is None:
+            loan = plan.per_head[key] = self._pool.put(x, stream)
+        return loan.address
+
+    def _on_device(self, x: np.ndarray) -> tuple[DeviceView, Loan]:
+        """A copy of a host array (B, n, heads, D), and the memory that it takes as long as it is referred to."""
         x = np.ascontiguousarray(x, np.float32)
-        address = self._pool.put(call, x, stream)
-        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, stream, self.device)
-
-    def _room(self, call: _Call, x: np.ndarray) -> DeviceView:
-        """Memory for the contents of a host array, in C order."""
-        address = self._pool.take(call, x.nbytes, 0)
-        return DeviceView(address, x.shape, contiguous_strides(x.shape), "float32", None, 0, self.device)
-
-    def _fetch(self, x: np.ndarray, view: DeviceView) -> None:
-        """Copy what `_room` made room for into the host array."""
-        host = x if x.flags.c_contiguous else np.empty(x.shape, x.dtype)
-        memory.download(host, view.address, 0)
-        if host is not x:
-            x[...] = host
+        loan = self._pool.put(x, 0)
+        view = DeviceView(loan.address, x.shape, contiguous_strides(x.shape), "float32", None, 0, self.device)
+        return view, loan
 
 
 def describe() -> list[tuple[str, str]]:
@@ -363,45 +316,11 @@ def describe() -> list[tuple[str, str]]:
     return [("device", device_name())]
 
 
-def _shares(
-    layout: Layout, plan: AttentionPlan, kind: str, alignment: int
-) -> list[tuple[Family, np.ndarray]]:
-    """Which kernels serve a batch, and the sequences of each."""
-    new = plan.new_tokens
-    everything = np.flatnonzero(new)
-    if SIMULATED or not decode.serves(layout, plan.tables.max_blocks, kind, alignment):
-        few = int(new.max()) * plan.group <= attend.FEW.rows
-        return [(attend.FEW if few else attend.MANY, everything)]
-    rows = new * plan.group
-    long = rows > decode.FAMILY.rows
-    blocks = int((-(-rows[long] // prefill.FAMILY.rows)).sum()) * layout.num_kv_heads
-    if 2 * blocks < num_multiprocessors():  # short prompts: what splits ranges of keys has more to do at once
-        return [(decode.FAMILY, everything)]
-    shares = [(prefill.FAMILY, np.flatnonzero(long)), (decode.FAMILY, np.flatnonzero((new > 0) & ~long))]
-    return [share for share in shares if len(share[1])]
-
-
-def _write_kernel(layout: Layout, keys: DeviceView, values: DeviceView) -> Kernel:
-    """The kernel that takes keys and values such as these."""
-    formats = (layout.key_format, layout.value_format)
-    sizes = [layout.group_size if fmt.quantized else layout.head_dim for fmt in formats]
-    width = width_of(*sizes, *_alignment(keys), *_alignment(values))
-    return write_kernel(keys.dtype, values.dtype, formats[0].name, formats[1].name, width)
+def _without_memory(x: DeviceView) -> DeviceView:
+    """A view that looks the same, with an address that is aligned in the same way."""
+    return DeviceView(x.address & 15, x.shape, x.strides, x.dtype, None, x.stream, x.device)
 
 
 def _blocks(num_rows: int) -> int:
     """Blocks for so many rows, each the work of a warp; no more than keep the device busy."""
     return min(-(-num_rows * WARP // THREADS), num_multiprocessors() * BLOCKS_PER_SM)
-
-
-def _row_strides(x: DeviceView) -> tuple[int, int, int]:
-    """Of the batch, the tokens and the heads of a view (B, n, heads, ...), in elements."""
-    return x.strides[0], x.strides[1], x.strides[2]
-
-
-def _alignment(x: DeviceView) -> tuple[int, ...]:
-    """Numbers of elements whose greatest common divisor may be read together from where each row begins."""
-    if SIMULATED:  # which reads any number from anywhere
-        return ()
-    itemsize = FORMATS[x.dtype].bits // 8
-    return x.address // itemsize, x.strides[0], x.strides[1], x.strides[2]

@@ -10,69 +10,51 @@ from __future__ import annotations
 import functools
 import math
 
-from numba import float32, int32, int64
+from numba import float32, int32
 
+from kvnumba.backends.cuda.codecs import Codec, reader
 from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
 from kvnumba.backends.cuda.intrinsics import (
     LEAST,
     barrier,
     index,
     load_float,
-    load_int,
     loader,
     quotient,
-    reader,
     remainder,
     vectors,
 )
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda
-from kvnumba.backends.cuda.plan import (
-    END_KEY,
-    FIRST_KEY,
-    FIRST_PARTIAL,
-    FIRST_TOKEN,
-    ITEM,
-    NUM_PARTS,
-    NUM_TOKENS,
-    PART,
-    PIECE_COLUMNS,
-    POSITION,
-    SEQUENCE,
-    Family,
-)
-from kvnumba.backends.cuda.tables import blocks_of, find_slab
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda, int64
+from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
+from kvnumba.backends.cuda.plan import MAX_SPLITS, Shape
+from kvnumba.backends.cuda.rows import head_of, open_piece, query_of, token_of
+from kvnumba.backends.cuda.tables import find_slab
 from kvnumba.formats import FORMATS
 
-FEW, MANY = Family("attend", 4, 4), Family("attend", 64 if SIMULATED else 16, 2)
+FEW = Shape("attend", 4, 4, merges=True)
+MANY = Shape("attend", 64 if SIMULATED else 16, 2, merges=True)
 """What the kernel is compiled for: decoding, and more rows than that; in the simulator blocks are dear."""
 
 KEYS = 128 if SIMULATED else 64
 
-PARAMETERS = "q" * 22 + "i" * 10 + "f" * 2
-"""Of every kernel of attention; see `attend`."""
 
-
-def shared_bytes(rows: int, head_dim: int) -> int:
+def shared_bytes(rows: int, head_dim: int, value_head_dim: int) -> int:
     """What `attend` cuts up: sums or queries, scores, rows of keys, three numbers a row."""
-    return 4 * (shared_floats(rows, head_dim, 1) + rows * KEYS + 2 * KEYS + 3 * rows)
+    return 4 * (shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 3 * rows)
 
 
 @functools.cache
-def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_format: str) -> Kernel:
+def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_codec: Codec) -> Kernel:
     """Queries and results of a precision `kind`, `width` neighbours of a head at a time."""
-    read_key, read_value = reader(key_format, width), reader(value_format, width)
+    read_key, read_value = reader(key_codec, width), reader(value_codec, width)
     load_query, finish = loader(kind, width), finisher(rows, width, kind, THREADS)
     of, single, one_row = vectors(rows, width), vectors(rows, 1), vectors(1, width)
     itemsize = FORMATS[kind].bits // 8
     size, loaded_size = rows * width, TOGETHER * width
+    most_merged = 2 * MAX_SPLITS
     zero, least, hidden = float32(0), float32(LEAST), float32("-inf")
 
-    def attend(
-        tables, pieces, q, out, lse, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, sinks, slopes, partials,
-        counters, q_batch, q_token, q_head, out_batch, out_token, out_head,
-        slab_bytes, tokens_per_row, num_seqs, max_blocks, block_size, num_heads, group, heads, head_dim, group_size,
-        window_left, sm_scale, soft_cap,
-    ):  # fmt: skip
+    def attend(call, work):
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
         values, sums = cuda.local.array(width, float32), cuda.local.array(width, float32)
@@ -80,38 +62,26 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
         scores, totals = cuda.local.array(rows, float32), cuda.local.array(rows, float32)
         weighted = cuda.local.array(size, float32)
 
-        piece = pieces + 4 * PIECE_COLUMNS * cuda.blockIdx.x
-        sequence, first_token = load_int(piece + 4 * SEQUENCE), load_int(piece + 4 * FIRST_TOKEN)
-        position = load_int(piece + 4 * POSITION)
-        begin, end = load_int(piece + 4 * FIRST_KEY), load_int(piece + 4 * END_KEY)
-        tiles = quotient(group + heads - 1, heads)
-        kv_head = quotient(cuda.blockIdx.y, tiles)
-        tile = cuda.blockIdx.y - kv_head * tiles
-        heads_here = min(heads, group - tile * heads)
-        first_head = kv_head * group + tile * heads
-        used = load_int(piece + 4 * NUM_TOKENS) * heads_here
-        blocks = blocks_of(tables, num_seqs, max_blocks, sequence)
+        piece = open_piece(work, cuda.blockIdx.x, cuda.blockIdx.y)
+        used, begin, end = piece.used, piece.begin, piece.end
+        head_dim, value_head_dim = work.head_dim, work.value_head_dim
 
-        at_scores = rows * max(head_dim, 256)
+        at_scores = rows * max(max(head_dim, value_head_dim), most_merged)
         at_slabs = at_scores + rows * KEYS
         at_factors = at_slabs + 2 * KEYS
         at_tops, at_totals = at_factors + rows, at_factors + 2 * rows
-        chunks = quotient(head_dim, width)
+        key_chunks, chunks = quotient(head_dim, width), quotient(value_head_dim, width)
         shares = quotient(THREADS, chunks)
         share, chunk = quotient(thread, chunks), remainder(thread, chunks)
 
-        # all tokens of a piece lie in one row of the batch
-        batch = quotient(first_token, tokens_per_row)
-        begin_of_q = batch * q_batch + (first_token - batch * tokens_per_row) * q_token + first_head * q_head
-        for i in range(thread, rows * chunks, THREADS):
-            r = quotient(i, chunks)
-            c = i - r * chunks
+        for i in range(thread, rows * key_chunks, THREADS):
+            r = quotient(i, key_chunks)
+            c = i - r * key_chunks
             one_row.clear_all(values)
             if r < used:
-                token = quotient(r, heads_here)
-                place = begin_of_q + token * q_token + (r - token * heads_here) * q_head
-                load_query(q + (place + c * width) * itemsize, values)
-                of.scale(values, sm_scale)
+                query = query_of(work, piece, token_of(piece, r), r)
+                load_query(call.q + (query + c * width) * itemsize, values)
+                of.scale(values, work.sm_scale)
             of.put(shared, i * width, values)
         for i in range(thread, rows * KEYS, THREADS):
             shared[index(at_scores + i)] = zero
@@ -125,28 +95,29 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
             count = min(KEYS, end - first_key)
             for j in range(thread, KEYS, THREADS):
                 if j < count:
-                    number = find_slab(blocks, first_key + j, block_size, num_heads, kv_head)
-                    slab, offset = number * slab_bytes, remainder(first_key + j, block_size)
+                    number = find_slab(
+                        piece.blocks, first_key + j, work.block_size, work.num_kv_heads, piece.kv_head
+                    )
+                    slab, offset = number * work.slab_bytes, remainder(first_key + j, work.block_size)
                     shared_int[index(at_slabs + j)], shared_int[index(at_slabs + KEYS + j)] = number, offset
                     of.clear(scores)
-                    for c in range(chunks):
+                    for c in range(key_chunks):
                         read_key(
-                            k_codes + slab, k_scale + slab, k_zero + slab, offset, c * width, head_dim, group_size,
+                            call.keys + slab, call.key_scales + slab, offset, c * width, head_dim, work.key_group,
                             values,
                         )  # fmt: skip
                         of.dot_rows(scores, shared, c * width, head_dim, values)
                     for r in range(rows):
                         if r < used:
                             score = scores[r]
-                            token = quotient(r, heads_here)
-                            distance = position + token - first_key - j
-                            if soft_cap > zero:
-                                score = soft_cap * math.tanh(score / soft_cap)
-                            if slopes != 0:
-                                score -= load_float(
-                                    slopes + 4 * (first_head + r - token * heads_here)
-                                ) * float32(distance)
-                            if distance < 0 or (window_left >= 0 and distance > window_left):
+                            token = token_of(piece, r)
+                            distance = piece.position + token - first_key - j
+                            if work.soft_cap > zero:
+                                score = work.soft_cap * math.tanh(score / work.soft_cap)
+                            if call.slopes != 0:
+                                slope = load_float(call.slopes + 4 * head_of(piece, token, r))
+                                score -= slope * float32(distance)
+                            if distance < 0 or (work.window_left >= 0 and distance > work.window_left):
                                 score = hidden
                             shared[index(at_scores + r * KEYS + j)] = score
                 else:
@@ -167,12 +138,12 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                 single.scale_rows(totals, shared, at_factors)
                 for j in range(share, count, shares):
                     slab, offset = (
-                        int64(shared_int[index(at_slabs + j)]) * slab_bytes,
+                        int64(shared_int[index(at_slabs + j)]) * work.slab_bytes,
                         int64(shared_int[index(at_slabs + KEYS + j)]),
                     )
                     read_value(
-                        v_codes + slab, v_scale + slab, v_zero + slab, offset, chunk * width, head_dim, group_size,
-                        values,
+                        call.values + slab, call.value_scales + slab, offset, chunk * width, value_head_dim,
+                        work.value_group, values,
                     )  # fmt: skip
                     of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
                     if chunk == 0:
@@ -184,19 +155,13 @@ def attend_kernel(rows: int, width: int, kind: str, key_format: str, value_forma
                 for r in range(rows):
                     if r < used:
                         for e in range(width):
-                            at = r * head_dim + chunk * width + e
+                            at = r * value_head_dim + chunk * width + e
                             before = shared[index(at)] if s > 0 else zero
                             shared[index(at)] = before + weighted[r * width + e]
                         if chunk == 0:
                             before = shared[index(at_totals + r)] if s > 0 else zero
                             shared[index(at_totals + r)] = before + totals[r]
             barrier()
-        finish(
-            thread, shared, 1, at_tops, at_totals, sums, loaded, used, heads_here, first_token, first_head,
-            load_int(piece + 4 * PART), load_int(piece + 4 * NUM_PARTS),
-            load_int(piece + 4 * FIRST_PARTIAL) * cuda.gridDim.y + cuda.blockIdx.y * load_int(piece + 4 * NUM_PARTS),
-            counters + 4 * (load_int(piece + 4 * ITEM) * cuda.gridDim.y + cuda.blockIdx.y),
-            out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
-        )  # fmt: skip
+        finish(call, work, piece, thread, shared, 1, at_tops, at_totals, sums, loaded)
 
-    return Kernel(attend, PARAMETERS)
+    return Kernel(attend, (AttendAddresses, AttendShape))

@@ -6,18 +6,20 @@ import functools
 
 from kvnumba.backends.cuda.intrinsics import load_int, store_int
 from kvnumba.backends.cuda.jit import THREADS, Kernel, cuda
+from kvnumba.backends.cuda.parameters import CopyAddresses, CopyShape
 
 
 @functools.cache
 def copy_kernel() -> Kernel:
-    """A block of threads for each pair (source, destination) int32 and layer; blocks are multiples of 4 bytes."""
+    """A block of threads for each pair of blocks and each layer."""
 
-    def copy(pairs, storage, layer_bytes, block_bytes, num_pairs):
+    def copy(call, work):
         item = cuda.blockIdx.x
-        pair, layer = pairs + 8 * (item % num_pairs), storage + item // num_pairs * layer_bytes
-        source = layer + load_int(pair) * block_bytes
-        destination = layer + load_int(pair + 4) * block_bytes
-        for at in range(4 * cuda.threadIdx.x, block_bytes, 4 * THREADS):
+        pair = call.pairs + 8 * (item % work.num_pairs)
+        layer = call.storage + item // work.num_pairs * work.layer_bytes
+        source = layer + load_int(pair) * work.block_bytes
+        destination = layer + load_int(pair + 4) * work.block_bytes
+        for at in range(4 * cuda.threadIdx.x, work.block_bytes, 4 * THREADS):
             store_int(destination + at, load_int(source + at))
 
-    return Kernel(copy, "q" * 4 + "i")
+    return Kernel(copy, (CopyAddresses, CopyShape))

@@ -1,6 +1,6 @@
-"""The end of a piece: its rows become results, or parts of results that the last block to finish merges.
+"""The end of a piece: its rows become results, or partial results that the last block to finish merges.
 
-Parts are merged by their maxima and sums, as in Flash-Decoding (Dao et al., 2023), in the launch that makes them.
+They are merged by their maxima and sums, as in Flash-Decoding (Dao et al., 2023), in the launch that makes them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import math
 from typing import Any
 
-from numba import float32, int32
+from numba import float32
 
 from kvnumba.backends.cuda.intrinsics import (
     LEAST,
@@ -19,6 +19,7 @@ from kvnumba.backends.cuda.intrinsics import (
     index,
     load_float,
     load_fresh,
+    load_int,
     quotient,
     store_float,
     store_int,
@@ -27,31 +28,31 @@ from kvnumba.backends.cuda.intrinsics import (
     warp_max,
     warp_sum,
 )
-from kvnumba.backends.cuda.jit import WARP, device
-from kvnumba.backends.cuda.plan import MAX_PARTS
+from kvnumba.backends.cuda.jit import WARP, device, int32
+from kvnumba.backends.cuda.plan import FIRST_PARTIAL, ITEM, MAX_SPLITS, NUM_SPLITS, SPLIT
+from kvnumba.backends.cuda.rows import head_of, partial_of, result_of, token_of
 from kvnumba.formats import FORMATS
 
 TOGETHER = 16  # partial results that a thread has on their way at a time
 
 
 def shared_floats(rows: int, head_dim: int, copies: int) -> int:
-    """Of the region that begins with the sums (copies, rows, D): what a merge needs of it."""
-    return rows * max(copies * head_dim, 2 * MAX_PARTS)
+    """How many floats of shared memory, from 0 on, hold the sums (copies, rows, D) and then what a merge needs."""
+    return rows * max(copies * head_dim, 2 * MAX_SPLITS)
 
 
 @functools.cache
 def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
     """``finish(...)`` for up to so many rows, by so many threads, into results of a precision.
 
-    Row r is token ``first_token + r // heads``, query head ``first_head + r % heads``. In shared memory lie, from
-    0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows' maxima, at `totals` their
-    sums of weights, and before `tops` there is room for a number a row. `sums` is an array of `width`, `loaded` of
-    `TOGETHER` times that.
+    In shared memory lie, from 0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows'
+    maxima, at `totals` their sums of weights, and before `tops` there is room for a number a row. `sums` is an array
+    of `width`, `loaded` of `TOGETHER` times that.
     """
     store, load, of = storer(kind, width), fresh_loader(width), vectors(1, width)
-    store_part = storer("float32", width)
+    store_partial = storer("float32", width)
     itemsize = FORMATS[kind].bits // 8
-    zero, one, least = float32(0), float32(1), float32(LEAST)
+    zero, one, least, nothing = float32(0), float32(1), float32(LEAST), float32("-inf")
 
     @device
     def add_up(shared, at, copies, stride, sums):
@@ -60,27 +61,35 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
             of.add_scaled(sums, shared, at + n * stride, one)
 
     @device
-    def finish(
-        thread, shared, copies, tops, totals, sums, loaded, used, heads, first_token, first_head, part, parts, partial,
-        counter, out, lse, out_batch, out_token, out_head, tokens_per_row, head_dim, sinks, partials,
-    ):  # fmt: skip
-        chunks = head_dim // width
-        # a partial result: sums (rows, D), maxima (rows,), sums of weights (rows,)
-        size = 4 * rows * (head_dim + 2)
-        maxima = 4 * rows * head_dim
-        mine = partials + (partial + part) * size
-        first = partials + partial * size
+    def finish(call, work, piece, thread, shared, copies, tops, totals, sums, loaded):
+        head_dim, used = work.value_head_dim, piece.used
+        chunks = quotient(head_dim, width)
+        splits = load_int(piece.address + 4 * NUM_SPLITS)
+        first = load_int(piece.address + 4 * FIRST_PARTIAL)
+        between = piece.num_tokens * work.num_qo_heads  # partial results, from one split to the next
+        step = between * (4 * (head_dim + 4))
+        maximum = 4 * head_dim
         merging = int32(0)
-        if parts > 1:
+        if splits != 1:
+            mine = first + load_int(piece.address + 4 * SPLIT) * between
             for i in range(thread, used * chunks, threads):
+                r = quotient(i, chunks)
+                token = token_of(piece, r)
                 add_up(shared, i * width, copies, rows * head_dim, sums)
-                store_part(mine + 4 * i * width, sums)
+                partial = partial_of(work, mine + token * work.num_qo_heads + head_of(piece, token, r))
+                store_partial(partial + 4 * (i - r * chunks) * width, sums)
             for r in range(thread, used, threads):
-                store_float(mine + maxima + 4 * r, shared[index(tops + r)])
-                store_float(mine + maxima + 4 * (rows + r), shared[index(totals + r)])
+                token = token_of(piece, r)
+                partial = partial_of(work, mine + token * work.num_qo_heads + head_of(piece, token, r))
+                store_float(partial + maximum, shared[index(tops + r)])
+                store_float(partial + maximum + 4, shared[index(totals + r)])
+        if splits > 1:
             barrier()
             if thread == 0:
-                last = count_up(counter) == parts - 1
+                item = load_int(piece.address + 4 * ITEM)
+                columns = work.num_kv_heads * quotient(work.group + work.heads - 1, work.heads)
+                counter = work.counters + 4 * (item * columns + piece.column)
+                last = count_up(counter) == splits - 1
                 shared[index(tops)] = one if last else zero
                 if last:
                     store_int(counter, 0)  # for the next launch
@@ -90,64 +99,64 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
             if merging == 1:
                 # these loads take as long as those of the maxima: let both be on their way
                 if thread < used * chunks:
+                    r = quotient(thread, chunks)
+                    token = token_of(piece, r)
+                    partial = partial_of(work, first + token * work.num_qo_heads + head_of(piece, token, r))
+                    partial += 4 * (thread - r * chunks) * width
                     for n in range(TOGETHER):
-                        load(first + min(n, parts - 1) * size + 4 * thread * width, loaded, n * width)
+                        load(partial + min(n, splits - 1) * step, loaded, n * width)
                 lane = thread % WARP
                 for r in range(thread // WARP, used, threads // WARP):
+                    token = token_of(piece, r)
+                    partial = partial_of(work, first + token * work.num_qo_heads + head_of(piece, token, r))
                     top, total = least, zero
-                    for p in range(lane, parts, WARP):
-                        at = first + p * size + maxima + 4 * r
+                    for p in range(lane, splits, WARP):
+                        at = partial + p * step + maximum
                         found = load_fresh(at)
-                        shared[index(rows * MAX_PARTS + p * used + r)] = load_fresh(at + 4 * rows)
+                        shared[index(rows * MAX_SPLITS + p * used + r)] = load_fresh(at + 4)
                         shared[index(p * used + r)] = found
                         top = found if found > top else top
                     top = warp_max(top)
-                    for p in range(lane, parts, WARP):
+                    for p in range(lane, splits, WARP):
                         weight = math.exp(shared[index(p * used + r)] - top)
                         shared[index(p * used + r)] = weight
-                        total += weight * shared[index(rows * MAX_PARTS + p * used + r)]
+                        total += weight * shared[index(rows * MAX_SPLITS + p * used + r)]
                     shared[index(tops + r)], shared[index(totals + r)] = top, warp_sum(total)
                 barrier()
-        if parts == 1 or merging == 1:
-            # all tokens of a piece lie in one row of the batch
-            row = quotient(first_token, tokens_per_row)
-            place = row * out_batch + (first_token - row * tokens_per_row) * out_token + first_head * out_head
+        if splits == 1 or merging == 1:
             for r in range(thread, used, threads):
-                token = quotient(r, heads)
-                head = r - token * heads
-                if sinks != 0:  # one more key, whose value is 0
-                    sink = load_float(sinks + 4 * (first_head + head))
-                    top = shared[index(tops + r)]
+                token = token_of(piece, r)
+                top, total = shared[index(tops + r)], shared[index(totals + r)]
+                factor = one
+                if call.sinks != 0:  # one more key, whose value is 0
+                    sink = load_float(call.sinks + 4 * head_of(piece, token, r))
                     both = sink if sink > top else top
                     factor = math.exp(top - both)
-                    shared[index(totals + r)] = shared[index(totals + r)] * factor + math.exp(sink - both)
-                    shared[index(tops + r)] = both
-                    shared[index(tops - rows + r)] = factor / shared[index(totals + r)]
-                else:
-                    shared[index(tops - rows + r)] = one / shared[index(totals + r)]
-                if lse != 0:
-                    at = (place + token * out_token + head * out_head) // head_dim
-                    store_float(lse + 4 * at, shared[index(tops + r)] + math.log(shared[index(totals + r)]))
+                    total = total * factor + math.exp(sink - both)
+                    top = both
+                shared[index(tops - rows + r)] = factor / total if total != zero else zero
+                if call.lse != 0:
+                    at = result_of(call, work, piece, token, r) // head_dim
+                    store_float(call.lse + 4 * at, top + math.log(total) if total != zero else nothing)
             barrier()
             for i in range(thread, used * chunks, threads):
                 r = quotient(i, chunks)
                 c = i - r * chunks
-                if parts == 1:
+                token = token_of(piece, r)
+                if splits == 1:
                     add_up(shared, i * width, copies, rows * head_dim, sums)
                 else:
                     of.clear_all(sums)
-                    for p in range(0, parts, TOGETHER):
+                    partial = partial_of(work, first + token * work.num_qo_heads + head_of(piece, token, r))
+                    partial += 4 * c * width
+                    for p in range(0, splits, TOGETHER):
                         if p > 0 or i > thread:
                             for n in range(TOGETHER):
-                                load(first + min(p + n, parts - 1) * size + 4 * i * width, loaded, n * width)
+                                load(partial + min(p + n, splits - 1) * step, loaded, n * width)
                         for n in range(TOGETHER):
-                            if p + n < parts:
+                            if p + n < splits:
                                 of.add_scaled(sums, loaded, n * width, shared[index((p + n) * used + r)])
                 of.scale(sums, shared[index(tops - rows + r)])
-                token = quotient(r, heads)
-                store(
-                    out + (place + token * out_token + (r - token * heads) * out_head + c * width) * itemsize,
-                    sums,
-                )
+                store(call.out + (result_of(call, work, piece, token, r) + c * width) * itemsize, sums)
 
     return finish

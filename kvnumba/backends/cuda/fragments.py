@@ -1,4 +1,4 @@
-"""A warp's share of a page of 16 keys and values: how it gets into registers, is scored and is weighed.
+"""A warp's share of a tile of 16 keys and values: how it gets into registers, is scored and is weighed.
 
 Rows (new tokens times query heads of a KV head), keys and values are what ``mma.sync`` multiplies. In lane 4 g + c
 lie a part of the keys of tokens g and g + 8, and a part of the values of tokens 2c, 2c + 1, 2c + 8 and 2c + 9, just
@@ -6,8 +6,8 @@ as they come from memory. What order this gives the elements of a head does not 
 same. The scores that a lane is left with are those that it needs as weights: row g, tokens 2c, 2c + 1, 2c + 8 and
 2c + 9, and where there are two halves the same of row g + 8.
 
-Codes are float16 as they are: subnormal numbers, 2^-24 times the code (in int4's high nibbles 2^-20 times), which
-matrix instructions multiply exactly. Scores and sums are float32; weights are rounded to the values' type.
+What the formats' elements are to matrix instructions is said in `codecs.py`. Scores and sums are float32; weights are
+rounded to the type of the values' elements.
 """
 
 from __future__ import annotations
@@ -20,22 +20,16 @@ from typing import Any
 from numba import float32, int32, int64, uint32
 
 from kvnumba.backends.cuda import hardware as hw
+from kvnumba.backends.cuda.codecs import Codec, pieces_of_row
 from kvnumba.backends.cuda.intrinsics import load_int
 from kvnumba.backends.cuda.jit import cuda, device
 from kvnumba.backends.cuda.plan import TILE
-from kvnumba.formats import FORMATS
 
 ALL = 0xFFFFFFFF
 LOG2_E = math.log2(math.e)
-
-# Digits of `permute`: bytes 0 to 3 of the first word, 4 to 7 of the second.
-LOW_HALVES, HIGH_HALVES = uint32(0x5410), uint32(0x7632)
-LOW_BYTES, HIGH_BYTES = uint32(0x5140), uint32(0x7362)  # 0 and 1, or 2 and 3, of both in turn
-FIRST_TWO, LAST_TWO = uint32(0x4140), uint32(0x4342)  # bytes of the first, each below byte 0 of the second
-SIXTEENTH = uint32(0x2C002C00)
-LOW_NIBBLES, HIGH_NIBBLES, EIGHT = uint32(0x000F000F), uint32(0x00F000F0), uint32(8)
 EXPONENT, LARGEST_EXPONENT, ONE_BITS = uint32(0x7F800000), uint32(0x7E800000), uint32(0x3F800000)
 INVERSE = uint32(0x7F000000)  # minus the bits of a power of two: those of its inverse
+NONE = uint32(0)
 
 
 @device
@@ -67,115 +61,135 @@ def inverse(power):
 
 
 @functools.cache
-def query_loader(kind: str, key_format: str, head_dim: int) -> Any:
-    """``load(address, c, words, facts)``: a lane's part of a query, as A fragments in the order of the keys' codes.
+def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
+    """``load(address, c, words) -> scale, total``: a lane's part of a query, as A fragments in the order of the keys.
 
-    Next to float codes the words are used as they are. Next to others the row is scaled by a power of two into
-    float16's range; facts become that power and the sum of the elements.
+    Where the query has to become what the keys' elements are, or is multiplied with codes, it is scaled by a power of
+    two into float16's range. `scale` is that power, `total` then the sum of its elements, which zero points multiply.
     """
-    fmt = FORMATS[key_format]
-    piece, pieces = _row_words(fmt.bits, head_dim, 4)
-    per_word = 32 // fmt.bits
+    matrix, bits = keys.matrix, keys.fmt.bits
+    assert matrix is not None
+    together, pieces = pieces_of_row(bits, head_dim, 4)
+    per_word = 32 // bits
     count = head_dim // 8
-    loads = piece * per_word // 8  # of four words, for a piece of a key's words
+    loads = together * per_word // 8  # of four words of the query, for keys' words that are read together
     fetch, low, high = hw.fetcher(4), hw.low_half[kind], hw.high_half[kind]
     pack, low16, high16 = hw.pack_halves["float16"], hw.low_half["float16"], hw.high_half["float16"]
-    scaled = fmt.quantized
-    int4 = fmt.bits == 4
-    zero = float32(0)
+    scaled = keys.fmt.has_scale or kind != matrix.element
+    arrange = matrix.arrange
+    zero, one = float32(0), float32(1)
 
     @device
-    def load(address, c, words, facts):
+    def load(address, c, words):
         for i in range(pieces):
-            begin = (i * 4 + c) * piece * per_word
+            begin = (i * 4 + c) * together * per_word
             for n in range(loads):
                 fetch(address + int64(2 * begin + 16 * n), words, int64((i * loads + n) * 4))
-        facts[0], facts[1] = float32(1), zero
+        scale, total = one, zero
         if scaled:
             top = zero
             for i in range(count):
                 top = max(top, max(abs(low(words[i])), abs(high(words[i]))))
-            power = power_of_two(max_of_quad(top))
-            factor = inverse(power)
-            total = zero
+            scale = power_of_two(max_of_quad(top))
+            factor = inverse(scale)
             for i in range(count):
                 words[i] = pack(low(words[i]) * factor, high(words[i]) * factor)
                 total += low16(words[i]) + high16(words[i])
-            if int4:
-                for i in range(count // 4):
-                    a, b, x, y = words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]
-                    words[4 * i] = hw.permute(a, x, HIGH_HALVES)
-                    words[4 * i + 1] = hw.permute(b, y, HIGH_HALVES)
-                    words[4 * i + 2] = hw.multiply_halves(hw.permute(a, x, LOW_HALVES), SIXTEENTH)
-                    words[4 * i + 3] = hw.multiply_halves(hw.permute(b, y, LOW_HALVES), SIXTEENTH)
-            facts[0], facts[1] = power, sum_of_quad(total)
+            arrange(words, count)
+            total = sum_of_quad(total)
+        return scale, total
 
     return load
 
 
-def _row_words(bits: int, head_dim: int, lanes: int) -> tuple[int, int]:
-    """Of a lane's part of a row that so many lanes share: words that are read together, and how many times."""
-    words = head_dim * bits // 32 // lanes
-    piece = min(4, words)
-    return piece, words // piece
+@functools.cache
+def scale_functions(codec: Codec, shared: bool) -> ModuleType:
+    """``fetch`` the scales and zero points of a tile, take a ``scale`` or ``zero`` of a token, or ``clear`` both.
+
+    Those of token t of a lane's four lie in `words` from ``at + t * words`` on.
+    """
+    wide = codec.scale == "float32"
+    words = 2 if wide else 1  # for each token
+    pair_bytes, step = codec.pair_bytes, 2 * words
+    load = hw.fetcher(step, shared)
+    low, high = hw.low_half["float16"], hw.high_half["float16"]
+
+    @device
+    def fetch(scales, offset, c, words, at):
+        first = scales + int64(pair_bytes * (offset + 2 * c))
+        for t in range(2):
+            load(first + int64(8 * pair_bytes * t), words, int64(at + step * t))
+
+    @device
+    def scale(words, at, t):
+        return hw.as_float(words[at + 2 * t]) if wide else low(words[at + t])
+
+    @device
+    def zero(words, at, t):
+        return hw.as_float(words[at + 2 * t + 1]) if wide else high(words[at + t])
+
+    @device
+    def clear(words, at, t):
+        if wide:
+            words[at + 2 * t], words[at + 2 * t + 1] = NONE, NONE
+        else:
+            words[at + t] = NONE
+
+    return _module(fetch=fetch, scale=scale, zero=zero, clear=clear)
+
+
+def words_of_tile(codec: Codec, head_dim: int) -> tuple[int, int]:
+    """Words of 32 bits that a lane has of a tile, and of its scales and zero points."""
+    scales = 4 * codec.pair_bytes // 4 if codec.fmt.has_scale else 1
+    return head_dim * codec.fmt.bits // 64, scales
 
 
 @functools.cache
-def key_functions(key_format: str, head_dim: int, halves: int) -> ModuleType:
-    """``fetch`` a page of keys and its scales, and ``score`` it for rows g, and g + 8 where there are two halves."""
-    fmt = FORMATS[key_format]
-    bits, quantized = fmt.bits, fmt.quantized
+def key_functions(codec: Codec, head_dim: int, halves: int) -> ModuleType:
+    """``fetch`` a tile of keys and its scales, and ``score`` it for rows g, and g + 8 where there are two halves."""
+    bits, has_scale, matrix = codec.fmt.bits, codec.fmt.has_scale, codec.matrix
+    assert matrix is not None
     row_bytes = head_dim * bits // 8
-    piece, pieces = _row_words(bits, head_dim, 4)
-    row_words = piece * pieces
-    fetch_words, fetch_pairs = hw.fetcher(piece, halves == 2), hw.fetcher(4, halves == 2)
+    together, pieces = pieces_of_row(bits, head_dim, 4)
+    row_words = together * pieces
+    fetch_words, of_scales = hw.fetcher(together, halves == 2), scale_functions(codec, halves == 2)
+    fetch_scales, scale_of, zero_of = of_scales.fetch, of_scales.scale, of_scales.zero
     steps = head_dim // 16
-    multiply = hw.multiply_matrices["bfloat16" if key_format == "bfloat16" else "float16"]
-    zero, none, per_code = float32(0), uint32(0), float32(2.0**24)
+    multiply, elements = hw.multiply_matrices[matrix.element], matrix.keys
+    none, zero, factor = NONE, float32(0), float32(matrix.factor)
 
     @device
     def fetch(codes, scale, offset, g, c, words, at, scales, at_scales):
-        begin = codes + int64(offset + g) * row_bytes + int64(4 * piece * c)
+        begin = codes + int64(offset + g) * row_bytes + int64(4 * together * c)
         for t in range(2):
             for i in range(pieces):
                 fetch_words(
-                    begin + int64(8 * row_bytes * t + 16 * piece * i),
+                    begin + int64(8 * row_bytes * t + 16 * together * i),
                     words,
-                    int64(at + t * row_words + i * piece),
+                    int64(at + t * row_words + i * together),
                 )
-        if quantized:
-            first = scale + int64(8 * (offset + 2 * c))
-            for t in range(2):
-                fetch_pairs(first + int64(64 * t), scales, int64(at_scales + 4 * t))
+        if has_scale:
+            fetch_scales(scale, offset, c, scales, at_scales)
 
     @device
-    def score(query, facts, words, at, scales, at_scales, scores, at_scores):
+    def score(query, totals, words, at, scales, at_scales, scores, at_scores):
         for t in range(2):
             s0, s1, s2, s3 = zero, zero, zero, zero
             for i in range(steps):
-                if bits == 16:
-                    a, b = words[at + t * row_words + 2 * i], words[at + t * row_words + 2 * i + 1]
-                elif bits == 8:
-                    word = words[at + t * row_words + i]
-                    a, b = hw.permute(word, none, FIRST_TWO), hw.permute(word, none, LAST_TWO)
-                else:
-                    word = words[at + t * row_words + i // 2]
-                    nibbles = HIGH_NIBBLES if i % 2 else LOW_NIBBLES
-                    a, b = word & nibbles, word >> EIGHT & nibbles
+                a, b = elements(words, at + t * row_words, i)
                 if halves == 2:
                     q0, q1, q2, q3 = query[4 * i], query[4 * i + 1], query[4 * i + 2], query[4 * i + 3]
                 else:
                     q0, q1, q2, q3 = query[2 * i], none, query[2 * i + 1], none
                 s0, s1, s2, s3 = multiply(q0, q1, q2, q3, a, b, s0, s1, s2, s3)
-            if quantized:
-                n = at_scales + 4 * t  # scale and zero point of token 2c, then of 2c + 1
-                s0, s1 = s0 * per_code, s1 * per_code
-                s0 = s0 * hw.as_float(scales[n]) + facts[1] * hw.as_float(scales[n + 1])
-                s1 = s1 * hw.as_float(scales[n + 2]) + facts[1] * hw.as_float(scales[n + 3])
+            if has_scale:
+                scale0, zero0 = scale_of(scales, at_scales, 2 * t), zero_of(scales, at_scales, 2 * t)
+                scale1, zero1 = scale_of(scales, at_scales, 2 * t + 1), zero_of(scales, at_scales, 2 * t + 1)
+                s0 = s0 * factor * scale0 + totals[0] * zero0
+                s1 = s1 * factor * scale1 + totals[0] * zero1
                 if halves == 2:
-                    s2, s3 = s2 * per_code, s3 * per_code
-                    s2 = s2 * hw.as_float(scales[n]) + facts[3] * hw.as_float(scales[n + 1])
-                    s3 = s3 * hw.as_float(scales[n + 2]) + facts[3] * hw.as_float(scales[n + 3])
+                    s2 = s2 * factor * scale0 + totals[1] * zero0
+                    s3 = s3 * factor * scale1 + totals[1] * zero1
             scores[at_scores + 2 * t], scores[at_scores + 2 * t + 1] = s0, s1
             if halves == 2:
                 scores[at_scores + 4 + 2 * t], scores[at_scores + 5 + 2 * t] = s2, s3
@@ -184,38 +198,41 @@ def key_functions(key_format: str, head_dim: int, halves: int) -> ModuleType:
 
 
 @functools.cache
-def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType:
-    """``fetch`` a page of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it."""
-    fmt = FORMATS[value_format]
-    bits, quantized = fmt.bits, fmt.quantized
+def value_functions(codec: Codec, head_dim: int, halves: int) -> ModuleType:
+    """``fetch`` a tile of values and its scales, ``forget`` its tokens that nobody sees, ``weigh`` it.
+
+    ``result`` is the sum of an element; `element` and `find` are those of `Matrix.order`.
+    """
+    bits, has_scale, matrix = codec.fmt.bits, codec.fmt.has_scale, codec.matrix
+    assert matrix is not None
     row_bytes = head_dim * bits // 8
-    piece, pieces = _row_words(bits, head_dim, 8)
-    row_words = piece * pieces
-    fetch_words, fetch_pairs = hw.fetcher(piece, halves == 2), hw.fetcher(4, halves == 2)
+    together, pieces = pieces_of_row(bits, head_dim, 8)
+    row_words = together * pieces
+    fetch_words, of_scales = hw.fetcher(together, halves == 2), scale_functions(codec, halves == 2)
+    fetch_scales, clear_scale = of_scales.fetch, of_scales.clear
     tiles = head_dim // 16
-    kind = "bfloat16" if value_format == "bfloat16" else "float16"
-    multiply, pack = hw.multiply_matrices[kind], hw.pack_halves[kind]
-    none = uint32(0)
+    multiply, elements = hw.multiply_matrices[matrix.element], matrix.values
+    element, find = matrix.order(head_dim)
+    none, factor, second_factor = NONE, float32(matrix.factor), float32(matrix.second)
+    uneven = matrix.second != 1
 
     @device
     def fetch(codes, scale, offset, g, c, words, at, scales, at_scales):
-        begin = codes + int64(offset + 2 * c) * row_bytes + int64(4 * piece * g)
+        begin = codes + int64(offset + 2 * c) * row_bytes + int64(4 * together * g)
         for t in range(4):
             for i in range(pieces):
                 fetch_words(
-                    begin + int64(((t & 1) + 8 * (t >> 1)) * row_bytes + 32 * piece * i),
+                    begin + int64(((t & 1) + 8 * (t >> 1)) * row_bytes + 32 * together * i),
                     words,
-                    int64(at + t * row_words + i * piece),
+                    int64(at + t * row_words + i * together),
                 )
-        if quantized:
-            first = scale + int64(8 * (offset + 2 * c))
-            for t in range(2):
-                fetch_pairs(first + int64(64 * t), scales, int64(at_scales + 4 * t))
+        if has_scale:
+            fetch_scales(scale, offset, c, scales, at_scales)
 
     @device
     def forget(words, at, scales, at_scales, t):
-        if quantized:
-            scales[at_scales + 2 * t], scales[at_scales + 2 * t + 1] = none, none
+        if has_scale:
+            clear_scale(scales, at_scales, t)
         else:
             for i in range(row_words):
                 words[at + t * row_words + i] = none
@@ -223,29 +240,7 @@ def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType
     @device
     def weigh(words, at, weights, sums):
         for j in range(tiles):
-            if bits == 16:
-                digits = HIGH_HALVES if j % 2 else LOW_HALVES
-                n, m = at + j // 2, at + j // 2 + row_words // 2
-                a0 = hw.permute(words[n], words[n + row_words], digits)
-                a1 = hw.permute(words[m], words[m + row_words], digits)
-                a2 = hw.permute(words[n + 2 * row_words], words[n + 3 * row_words], digits)
-                a3 = hw.permute(words[m + 2 * row_words], words[m + 3 * row_words], digits)
-            elif bits == 8:
-                digits = HIGH_BYTES if j % 2 else LOW_BYTES
-                n = at + j // 2
-                x = hw.permute(words[n], words[n + row_words], digits)
-                y = hw.permute(words[n + 2 * row_words], words[n + 3 * row_words], digits)
-                a0, a1 = hw.permute(x, none, FIRST_TWO), hw.permute(x, none, LAST_TWO)
-                a2, a3 = hw.permute(y, none, FIRST_TWO), hw.permute(y, none, LAST_TWO)
-            else:
-                digits = HIGH_HALVES if j // 2 % 2 else LOW_HALVES
-                n = at + j // 4
-                x = hw.permute(words[n], words[n + row_words], digits)
-                y = hw.permute(words[n + 2 * row_words], words[n + 3 * row_words], digits)
-                if j % 2:
-                    x, y = x >> EIGHT, y >> EIGHT
-                a0, a1 = x & LOW_NIBBLES, x & HIGH_NIBBLES
-                a2, a3 = y & LOW_NIBBLES, y & HIGH_NIBBLES
+            a0, a1, a2, a3 = elements(words, at, row_words, j)
             for half in range(halves):
                 s = 4 * (half * tiles + j)
                 p0, p1 = weights[2 * half], weights[2 * half + 1]
@@ -255,16 +250,26 @@ def value_functions(value_format: str, head_dim: int, halves: int) -> ModuleType
                 sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = c0, c1, c2, c3
 
     @device
-    def element(j, g, second):
-        """Which element of the head the sums of tile j are, those of rows g + 8 where `second`."""
-        if bits == 16:
-            e = j + second * tiles
-            per_piece = 2 * piece
-            return e // per_piece * (8 * per_piece) + g * per_piece + e % per_piece
-        # the words of a lane hold neighbours; of a byte of int4 the low nibble is the second
-        return g * (head_dim // 8) + 2 * j + (1 - second if bits == 4 else second)
+    def result(sums, s, second, n, unit, zeros):
+        value = sums[s + 2 * second + n]
+        if has_scale:
+            value *= unit * factor
+            if uneven and second == 1:
+                value *= second_factor
+            value += zeros
+        return value
 
-    return _module(fetch=fetch, forget=forget, weigh=weigh, element=element, pack=pack)
+    return _module(
+        fetch=fetch,
+        forget=forget,
+        weigh=weigh,
+        result=result,
+        element=element,
+        find=find,
+        scale=of_scales.scale,
+        zero=of_scales.zero,
+        pack=hw.pack_halves[matrix.element],
+    )
 
 
 def _module(**functions: Any) -> ModuleType:
@@ -274,10 +279,10 @@ def _module(**functions: Any) -> ModuleType:
 
 
 @device
-def find_page(blocks, page, block_size, num_heads, head, slab_bytes):
-    """Where its slab begins, in bytes, and the token of the slab with which a page begins."""
-    key = page * TILE
-    block, offset = page, int32(0)
+def find_tile(blocks, tile, block_size, num_heads, head, slab_bytes):
+    """Where the slab of a tile of keys begins, in bytes from the first slab, and which of its tokens is the first."""
+    key = tile * TILE
+    block, offset = tile, int32(0)
     if block_size != TILE:
         block = hw.quotient(key, block_size)
         offset = int32(key - block * block_size)

@@ -16,7 +16,6 @@ import numpy as np
 from numba import float32
 
 from kvnumba.backends.cuda.jit import SIMULATED, device
-from kvnumba.formats import FORMATS
 
 if SIMULATED:
     from kvnumba.backends.cuda import simulator as machine
@@ -26,6 +25,7 @@ else:
 barrier, index = machine.barrier, machine.index
 warp_min, warp_max, warp_sum = machine.warp_min, machine.warp_max, machine.warp_sum
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
+load_half, store_half, round_to_half = machine.load_half, machine.store_half, machine.round_to_half
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
 quotient, remainder = machine.quotient, machine.remainder
 loader, fresh_loader, storer = machine.loader, machine.fresh_loader, machine.storer
@@ -85,7 +85,7 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
     @device
     def dequantize(values, step, low):
         for i in range(width):
-            values[i] = values[i] * step + low
+            values[i] = machine.multiply(values[i], step) + low
 
     @device
     def quantize(values, low, divisor, most):
@@ -206,25 +206,3 @@ def _simulated_vectors(rows: int, width: int) -> list[Any]:
         clear, clear_all, put, scale, add_scaled, dequantize, quantize, smallest, largest, dot_rows, scale_rows,
         outer_rows, add_rows, maximum, exponentiate,
     ]  # fmt: skip
-
-
-@functools.cache
-def reader(name: str, width: int) -> Any:
-    """``read(codes, scale, zero, offset, at, head_dim, group_size, values)``: elements of a stored row as float32.
-
-    The addresses are those of a slab, the row that of its token `offset`.
-    """
-    fmt = FORMATS[name]
-    bits, quantized = fmt.bits, fmt.quantized
-    load, dequantize = loader(name, width), vectors(1, width).dequantize
-
-    @device
-    def read(codes, scale, zero, offset, at, head_dim, group_size, values):
-        load(codes + (offset * head_dim + at) * bits // 8, values)
-        if quantized:
-            group = 8 * (
-                offset * (head_dim // group_size) + at // group_size
-            )  # scale, zero, scale, zero, ...
-            dequantize(values, load_float(scale + group), load_float(zero + group))
-
-    return read

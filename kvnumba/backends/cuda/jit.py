@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numba
 import numpy as np
@@ -31,7 +31,13 @@ WARP = 1 if SIMULATED else 32
 THREADS = 4 if SIMULATED else 128
 """Threads of a block. Each is a thread of the operating system in the simulator."""
 
-_KINDS = {"q": numba.int64, "i": numba.int32, "f": numba.float32}
+Long = Annotated[int, 64]
+"""Of a kernel's parameter: an integer of 64 bits, such as an address; plain ``int`` has 32, ``float`` too."""
+
+_KINDS = {Long: (numba.int64, "q"), int: (numba.int32, "i"), float: (numba.float32, "f")}
+int32, int64 = (int, int) if SIMULATED else (numba.int32, numba.int64)
+"""Conversions in kernels; the simulator computes with Python's integers."""
+
 _COMPILING = threading.RLock()
 _ONE_AT_A_TIME = threading.Lock()  # kernels in the simulator, which knows no other way
 
@@ -69,77 +75,136 @@ def device_number() -> int:
 
 
 @functools.cache
+def capability() -> tuple[int, int]:
+    """The compute capability of the device that kernels run on."""
+    return (8, 0) if SIMULATED else tuple(cuda.get_current_device().compute_capability)
+
+
+@functools.cache
 def num_multiprocessors() -> int:
     """Of the device; the simulator has a few, so that work is split."""
     return 2 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
 class Kernel:
-    """A function that runs on the device, of numbers only: addresses ``q``, integers ``i`` and floats ``f``.
+    """A function that runs on the device, and whose arguments are two named tuples of numbers.
+
+    Parameters
+    ----------
+    function : callable
+    parameters : two classes of named tuples
+        Annotated with `Long`, ``int`` or ``float``; the first with `Long` only.
+    threads : int
+        Of a block.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], parameters: tuple[type, type], threads: int = THREADS
+    ) -> None:
+        self.function = function
+        self.parameters = parameters
+        self.threads = threads
+        self.handle: Any = None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """The parameters' types as Numba has them."""
+        kinds = [[kind for kind, _ in _letters(each)] for each in self.parameters]
+        return tuple(
+            numba.types.NamedUniTuple(found[0], len(found), each)
+            if len(set(found)) == 1
+            else numba.types.NamedTuple(found, each)
+            for found, each in zip(kinds, self.parameters, strict=True)
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernel is compiled with."""
+        return {"launch_bounds": (self.threads, 1)}
+
+    def compile(self) -> None:
+        """Compile and load, unless that is done."""
+        if self.handle is not None or SIMULATED:
+            return
+        with _COMPILING:
+            dispatcher = cuda.jit(numba.void(*self.signature), **self.options)(self.function)
+            self._compiled = next(iter(dispatcher.overloads.values()))  # it owns the module
+            self.handle = int(self._compiled._codelibrary.get_cufunc().handle)
+
+
+class Launch:
+    """A kernel with its grid and its second tuple of arguments, packed once; a call gives the first.
 
     Launched through the driver with one packed buffer of arguments: Numba's own launch looks at every argument's
     type in every call and takes ten times as long.
 
     Parameters
     ----------
-    function : callable
-    kinds : str
-        A letter for each parameter, as in `struct`, the widest first.
-    threads : int
+    kernel : Kernel
+    grid : (int, int)
+        Blocks along x and y.
+    shared_bytes : int
         Of a block.
-    blocks_per_sm : int
-        Blocks that a multiprocessor is to have room for: bounds the registers of a thread.
+    shape : named tuple
+        The kernel's second argument.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], kinds: str, threads: int = THREADS, blocks_per_sm: int = 1
-    ) -> None:
-        self.function = function
-        self.kinds = tuple(_KINDS[letter] for letter in kinds)
-        self.threads = threads
-        self.blocks_per_sm = blocks_per_sm
-        self._format = "=" + kinds
-        self._size = ctypes.c_size_t(struct.calcsize(self._format))
-        self._handle: Any = None
+    def __init__(self, kernel: Kernel, grid: tuple[int, int], shared_bytes: int, shape: Any) -> None:
+        self._kernel = kernel
+        self._grid = grid
+        self._shared_bytes = shared_bytes
+        self._shape = shape
+        first, second = ("".join(letter for _, letter in _letters(each)) for each in kernel.parameters)
+        self._first = struct.Struct(first)  # in native alignment, which is the device's too
+        self._rest = struct.pack(second, *shape)
+        self._end = self._first.size + len(self._rest)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the kernel is compiled with."""
-        return {"launch_bounds": (self.threads, self.blocks_per_sm)}
+    def prepare(self) -> None:
+        """Compile the kernel."""
+        self._kernel.compile()
 
-    def launch(self, grid: tuple[int, int], shared_bytes: int, stream: int, *arguments: Any) -> None:
+    def __call__(self, stream: int, addresses: tuple[int, ...]) -> None:
         """Run blocks; returns before they have run, except in the simulator."""
+        kernel = self._kernel
         if SIMULATED:
-            _simulate(self.function, grid, shared_bytes, arguments)
+            first = kernel.parameters[0](*addresses)
+            _simulate(kernel.function, self._grid, self._shared_bytes, (first, self._shape))
             return
-        self.compile()
-        packed = struct.pack(self._format, *arguments)
-        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
-        extra = (ctypes.c_void_p * 5)(
-            1, ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p), 2, ctypes.addressof(self._size), 0
+        if kernel.handle is None:
+            kernel.compile()
+        packed = _packed
+        self._first.pack_into(packed.buffer, 0, *addresses)
+        packed.view[self._first.size : self._end] = self._rest
+        packed.size.value = self._end
+        x, y = self._grid
+        (code,) = _driver().cuLaunchKernel(
+            kernel.handle, x, y, 1, kernel.threads, 1, 1, self._shared_bytes, stream, 0, packed.extra
         )
-        driver_call(
-            "cuLaunchKernel",
-            self._handle,
-            *grid,
-            1,
-            self.threads,
-            1,
-            1,
-            shared_bytes,
-            stream,
-            0,
-            ctypes.addressof(extra),
-        )
+        if code != 0:
+            _raise("cuLaunchKernel", code)
 
-    def compile(self) -> None:
-        """Compile and load, unless that is done."""
-        if self._handle is not None or SIMULATED:
-            return
-        with _COMPILING:
-            dispatcher = cuda.jit(numba.void(*self.kinds), **self.options)(self.function)
-            self._compiled = next(iter(dispatcher.overloads.values()))  # it owns the module
-            self._handle = int(self._compiled._codelibrary.get_cufunc().handle)
+
+class _Packed(threading.local):
+    """Room for the arguments of a launch, which the driver copies, and how the driver is told where they are."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(512)
+        self.view = memoryview(self.buffer).cast("B")
+        self.size = ctypes.c_size_t()
+        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
+        self._extra = (ctypes.c_void_p * 5)(
+            1, ctypes.addressof(self.buffer), 2, ctypes.addressof(self.size), 0
+        )
+        self.extra = ctypes.addressof(self._extra)
+
+
+_packed = _Packed()
+
+
+@functools.cache
+def _letters(parameters: type) -> list[tuple[Any, str]]:
+    """Numba's type and the letter in `struct` of each of a named tuple's members."""
+    return [_KINDS[kind] for kind in get_type_hints(parameters, include_extras=True).values()]
 
 
 def _simulate(
@@ -150,9 +215,7 @@ def _simulate(
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)
         try:
-            cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](
-                *(np.float32(x) if isinstance(x, float) else x for x in arguments)
-            )
+            cuda.jit(_Quiet(function))[grid, THREADS, 0, shared_bytes](*arguments)
         finally:
             sys.setswitchinterval(interval)
 
@@ -186,9 +249,13 @@ def driver_call(name: str, *arguments: Any) -> Any:
     """
     code, *values = getattr(_driver(), name)(*arguments)
     if code != 0:
-        error = ERRORS.get(code.name.removeprefix("CUDA_ERROR_"), RuntimeError)
-        raise error(f"{name}: {code.name}")
+        _raise(name, code)
     return values[0] if values else None
+
+
+def _raise(name: str, code: Any) -> None:
+    error = ERRORS.get(code.name.removeprefix("CUDA_ERROR_"), RuntimeError)
+    raise error(f"{name}: {code.name}")
 
 
 ERRORS: dict[str, type[Exception]] = {

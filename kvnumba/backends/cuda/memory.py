@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import sys
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kvnumba.arrays import contiguous_strides
+from kvnumba.arrays import DeviceView, contiguous_strides
 from kvnumba.backends.cuda.jit import SIMULATED, cuda, driver_call
+from kvnumba.formats import FORMATS
 from kvnumba.storage import host_memory_bytes
 
 _thread = threading.local()
@@ -88,32 +92,42 @@ def download(host: np.ndarray, address: int, stream: int) -> None:
         driver_call("cuStreamSynchronize", stream)
 
 
+class Loan:
+    """Memory of a pool, which takes it back when nothing refers to this any more."""
+
+    __slots__ = ("_free", "_memory", "address")
+
+    def __init__(self, memory: Memory, free: list[Memory]) -> None:
+        self.address = memory.address
+        self._memory = memory
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self._memory)
+
+
 class Pool:
     """Memory that is used again by the stream that used it last: what one call frees the next overwrites in order."""
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[int, int], list[Memory]] = defaultdict(list)
 
-    def take(self, user: Any, nbytes: int, stream: int, *, zeros: bool = False) -> int:
-        """The address of so many bytes, which come back when `user` is gone.
-
-        `zeros`: of memory that its users leave full of zeros.
-        """
+    def take(self, nbytes: int, stream: int, *, zeros: bool = False) -> Loan:
+        """So many bytes. `zeros`: of memory that its users leave full of zeros."""
         kind = (stream, (1 << max(nbytes - 1, 255).bit_length()) * (-1 if zeros else 1))
         free = self._free[kind]
         try:
             memory = free.pop()
         except IndexError:
             memory = Memory(abs(kind[1]), zeros=zeros)
-        weakref.finalize(user, free.append, memory)
-        return memory.address
+        return Loan(memory, free)
 
-    def put(self, user: Any, host: np.ndarray, stream: int) -> int:
-        """The address of a copy of an array, for as long as `user` is there."""
+    def put(self, host: np.ndarray, stream: int) -> Loan:
+        """A copy of an array."""
         host = np.ascontiguousarray(host)
-        address = self.take(user, host.nbytes, stream)
-        upload(address, host, stream)
-        return address
+        loan = self.take(host.nbytes, stream)
+        upload(loan.address, host, stream)
+        return loan
 
 
 class DeviceArray:
@@ -232,3 +246,52 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {self.shape}, at {self.address:#x})"
+
+
+def view_of(address: int, shape: tuple[int, ...], dtype: str, like: DeviceView) -> DeviceView:
+    """A C-contiguous array at an address, on the device and the stream of another."""
+    return DeviceView(address, shape, contiguous_strides(shape), dtype, None, like.stream, like.device)
+
+
+def row_strides(x: DeviceView) -> tuple[int, int, int]:
+    """Of the batch, the tokens and the heads of a view (B, n, heads, ...), in elements."""
+    return x.strides[0], x.strides[1], x.strides[2]
+
+
+def alignment_of(x: DeviceView) -> tuple[int, ...]:
+    """Numbers of elements whose greatest common divisor may be read together from where each row begins."""
+    if SIMULATED:  # which reads any number from anywhere
+        return ()
+    itemsize = FORMATS[x.dtype].bits // 8
+    return x.address // itemsize, *row_strides(x)
+
+
+def empty_like(like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+    """A new C-contiguous array of the library that another one is of, on the same device."""
+    made, address = _maker(type(like.owner).__module__.partition(".")[0])(like.owner, shape, dtype)
+    return DeviceView(address, shape, contiguous_strides(shape), dtype, made, like.stream, like.device)
+
+
+@functools.cache
+def _maker(library: str) -> Callable[[Any, tuple[int, ...], str], tuple[Any, int]]:
+    """``make(owner, shape, dtype)``: an array of a library, and its address."""
+    if library == "torch":
+        torch = sys.modules["torch"]
+
+        def of_torch(owner: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+            made = owner.new_empty(shape, dtype=getattr(torch, dtype))
+            return made, made.data_ptr()
+
+        return of_torch
+    if library == "cupy":
+        make = sys.modules["cupy"].empty
+    elif library in ("numba", "numba_cuda"):
+        make = cuda.device_array
+    else:
+        make = DeviceArray.empty
+
+    def of_interface(owner: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        made = make(shape, "uint16" if dtype == "bfloat16" else dtype)
+        return made, made.__cuda_array_interface__["data"][0]
+
+    return of_interface

@@ -1,98 +1,75 @@
-"""Which block attends to what: a batch cut into pieces, listed once for all its layers.
+"""Which block attends to what: the tokens of a batch cut into pieces, listed once for all layers.
 
 A piece is some new tokens of one sequence and a range of keys; a block takes a piece and some query heads of one
-KV head. Long ranges are split, and the last block to finish merges what the others have left (Flash-Decoding).
+KV head. Long ranges are split (Flash-Decoding). Where the keys are one part, the last block to finish a split range
+merges what the others have left. Where there are several, all blocks leave partial results, and a kernel of its own
+merges them (`merge.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cuda.jit import num_multiprocessors
-from kvnumba.backends.cuda.memory import Pool
-from kvnumba.backends.cuda.tables import Tables
-from kvnumba.storage import Batch
+from kvnumba.storage import Batch, Part
 
 TILE = 16  # keys: ranges begin at multiples, where kernels read so many at once
 MIN_SPLIT = 128  # keys that are worth a piece of their own
-MAX_PARTS = 128  # pieces that one block merges
+MAX_SPLITS = 128  # pieces that one block merges
 
-# Columns of the table of pieces.
-SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, PART, NUM_PARTS, FIRST_PARTIAL, ITEM = range(
-    10
+# Columns of the table of pieces. A piece's split number `SPLIT` of `NUM_SPLITS` leaves partial results from
+# `FIRST_PARTIAL + SPLIT * tokens * num_qo_heads` on; 0 splits: it leaves them there, and does not merge. `ITEM` numbers
+# the counters of what is split.
+SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, SPLIT, NUM_SPLITS, FIRST_PARTIAL, ITEM = (
+    range(10)
 )
 PIECE_COLUMNS = 10
 
 
-class Family(NamedTuple):
-    """A kernel of attention as the plan sees it: rows that a block takes, and blocks that fit a multiprocessor.
+class Shape(NamedTuple):
+    """A kernel of attention as the plan sees it.
 
-    0 of these: the kernel does not split ranges of keys.
+    Attributes
+    ----------
+    name : str
+    rows : int
+        Tokens times query heads of a KV head that a block takes.
+    blocks_per_sm : int
+        Blocks that run on a multiprocessor at a time.
+    merges : bool
+        Whether its blocks can merge a range that is split; otherwise it is split only where a kernel follows that does.
     """
 
     name: str
     rows: int
     blocks_per_sm: int
-
-
-class Launch(NamedTuple):
-    """The pieces of a batch, with so many query heads each, and the memory where blocks leave partial results."""
-
-    heads: int
-    pieces: int
-    num_pieces: int
-    partials: int
-    counters: int
+    merges: bool
 
 
 class AttentionPlan:
-    """What is the same for all layers of a batch; a kernel's share of it is made and uploaded when first asked for."""
+    """What new tokens attend to, and what the layers share once the first has needed it.
 
-    def __init__(
-        self, tables: Tables, num_kv_heads: int, group: int, head_dim: int, window_left: int
-    ) -> None:
-        self.tables = tables
-        self.group = group
-        self._num_kv_heads = num_kv_heads
-        self._head_dim = head_dim
-        self._window_left = window_left
-        self.prepared: dict[Any, Any] = {}  # kernels and launches, by what they are chosen by
-        self._per_head: dict[bytes, int] = {}
+    Attributes
+    ----------
+    parts : sequence of Part
+    num_qo_heads, window_left : int
+    direct : bool
+        Whether blocks write results: one part has all keys of all tokens. Otherwise partial results are merged after.
+    launches : dict
+        What is started in a layer, by what it is chosen by. That of a direct plan is kept by its batch.
+    per_head : dict
+        Numbers for each query head that have been uploaded, by their bytes.
+    """
 
-    def per_head(self, x: np.ndarray | None, pool: Pool, stream: int) -> int:
-        """The address of a number for each query head, uploaded once; 0 for none."""
-        if x is None:
-            return 0
-        key = x.tobytes()
-        if key not in self._per_head:
-            self._per_head[key] = pool.put(self, x, stream)
-        return self._per_head[key]
-
-    @property
-    def new_tokens(self) -> np.ndarray:
-        """Of each sequence."""
-        return np.diff(self.tables.batch.query_start_loc)
-
-    def launch(self, family: Family, sequences: np.ndarray, pool: Pool, stream: int) -> Launch:
-        """Some sequences as the kernel of a family takes them, in memory that comes back with this plan."""
-        heads = min(self.group, family.rows)
-        blocks_per_piece = self._num_kv_heads * -(-self.group // heads)
-        blocks = max(1, num_multiprocessors() * family.blocks_per_sm)
-        pieces = cut(
-            self.tables.batch, sequences, family.rows // heads, blocks, blocks_per_piece, self._window_left
-        )
-        partial_bytes = 4 * pieces.num_partials * blocks_per_piece * family.rows * (self._head_dim + 2)
-        return Launch(
-            heads,
-            pool.put(self, pieces.table, stream),
-            len(pieces.table),
-            pool.take(self, partial_bytes, stream) if partial_bytes else 0,
-            pool.take(self, 4 * pieces.num_items * blocks_per_piece, stream, zeros=True)
-            if partial_bytes
-            else 0,
-        )
+    def __init__(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> None:
+        self.parts = parts
+        self.num_qo_heads = num_qo_heads
+        self.window_left = window_left
+        self.direct = len(parts) == 1 and parts[0].tokens is None
+        self.launches: dict[Any, Any] = parts[0].batch.kept if self.direct else {}
+        self.per_head: dict[bytes, Any] = {}
 
 
 class Pieces(NamedTuple):
@@ -104,50 +81,101 @@ class Pieces(NamedTuple):
 
 
 def cut(
-    batch: Batch, sequences: np.ndarray, tokens: int, blocks: int, blocks_per_piece: int, window_left: int
+    batch: Batch,
+    sequences: np.ndarray,
+    tokens: int,
+    blocks: int,
+    blocks_per_piece: int,
+    num_qo_heads: int,
+    window_left: int,
+    first_partial: int | None = None,
 ) -> Pieces:
-    """Cut some sequences of a batch into pieces of `tokens` new tokens, for about so many `blocks` at a time."""
+    """Cut some sequences of a batch into pieces.
+
+    Parameters
+    ----------
+    batch : Batch
+    sequences : (N,) int
+    tokens : int
+        New tokens that a piece has at most.
+    blocks, blocks_per_piece : int
+        Blocks that run at a time, for about as many the ranges of keys are split; and blocks that share a piece.
+    num_qo_heads, window_left : int
+    first_partial : int, optional
+        From where on all pieces leave partial results. None: only those of split ranges do, from 0 on.
+    """
     query_start_loc, seq_lens = batch.query_start_loc.astype(np.int64), batch.seq_lens.astype(np.int64)
     new = np.diff(query_start_loc)[sequences]
     tiles = -(-new // tokens)
     sequence = np.repeat(sequences, tiles)
-    first = (_count(tiles)) * tokens
+    first = _count(tiles) * tokens
     count = np.minimum(tokens, np.repeat(new, tiles) - first)
-    position = seq_lens[sequence] - np.repeat(new, tiles) + first
-    end = position + count
+    position = batch.positions[sequence] + first
+    end = np.minimum(position + count, seq_lens[sequence])
     begin = np.zeros_like(end)
     if window_left >= 0:
         # a tile is in one block where kernels read whole ones; elsewhere blocks before the window may be gone
         whole = batch.block_size % TILE == 0 or batch.block_table.shape[1] == 1
         step = TILE if whole else 1
-        begin = np.maximum(position - window_left, 0) // step * step
+        begin = np.minimum(np.maximum(position - window_left, 0) // step * step, end)
 
     keys = end - begin
     share = int(keys.sum()) * blocks_per_piece // blocks + 1
-    least = max(share, MIN_SPLIT, int(keys.max(initial=0)) // MAX_PARTS + 1)
+    least = max(share, MIN_SPLIT, int(keys.max(initial=0)) // MAX_SPLITS + 1)
     # up to twice as long, to end with so many blocks that all run at once
-    splits = -(-(least * np.arange(8, 17) // 8) // TILE) * TILE
-    totals = (-(-keys[:, None] // splits)).sum(axis=0) * blocks_per_piece
-    split = splits[np.argmax(totals <= blocks)] if (totals <= blocks).any() else splits[-1]
-    parts = np.maximum(-(-keys // split), 1)
-    each = -(-keys // parts)
-    each = -(-each // TILE) * TILE  # as equal as tiles allow
-    parts = np.maximum(-(-keys // each), 1)
-    part = _count(parts)
-    partials = np.where(parts > 1, parts, 0)
+    lengths = -(-(least * np.arange(8, 17) // 8) // TILE) * TILE
+    totals = (-(-keys[:, None] // lengths)).sum(axis=0) * blocks_per_piece
+    length = lengths[np.argmax(totals <= blocks)] if (totals <= blocks).any() else lengths[-1]
+    splits = np.maximum(-(-keys // length), 1)
+    each = -(-keys // splits)
+    each = np.maximum(-(-each // TILE) * TILE, TILE)  # as equal as tiles allow
+    splits = np.maximum(-(-keys // each), 1)
+    split = _count(splits)
+    rows = count * num_qo_heads
+    if first_partial is None:
+        partials = np.where(splits > 1, splits * rows, 0)
+        starts = np.cumsum(partials) - partials
+    else:
+        partials = splits * rows
+        starts = first_partial + np.cumsum(partials) - partials
 
-    table = np.empty((len(part), PIECE_COLUMNS), np.int32)
-    table[:, SEQUENCE] = np.repeat(sequence, parts)
-    table[:, FIRST_TOKEN] = np.repeat(query_start_loc[sequence] + first, parts)
-    table[:, NUM_TOKENS] = np.repeat(count, parts)
-    table[:, POSITION] = np.repeat(position, parts)
-    table[:, FIRST_KEY] = np.repeat(begin, parts) + part * np.repeat(each, parts)
-    table[:, END_KEY] = np.minimum(table[:, FIRST_KEY] + np.repeat(each, parts), np.repeat(end, parts))
-    table[:, PART] = part
-    table[:, NUM_PARTS] = np.repeat(parts, parts)
-    table[:, FIRST_PARTIAL] = np.repeat(np.cumsum(partials) - partials, parts)
-    table[:, ITEM] = np.repeat(np.arange(len(sequence)), parts)
+    table = np.empty((len(split), PIECE_COLUMNS), np.int32)
+    table[:, SEQUENCE] = np.repeat(sequence, splits)
+    table[:, FIRST_TOKEN] = np.repeat(query_start_loc[sequence] + first, splits)
+    table[:, NUM_TOKENS] = np.repeat(count, splits)
+    table[:, POSITION] = np.repeat(position, splits)
+    table[:, FIRST_KEY] = np.repeat(begin, splits) + split * np.repeat(each, splits)
+    table[:, END_KEY] = np.minimum(table[:, FIRST_KEY] + np.repeat(each, splits), np.repeat(end, splits))
+    table[:, SPLIT] = split
+    table[:, NUM_SPLITS] = np.repeat(splits, splits) if first_partial is None else 0
+    table[:, FIRST_PARTIAL] = np.repeat(starts, splits)
+    table[:, ITEM] = np.repeat(np.arange(len(sequence)), splits)
     return Pieces(table, int(partials.sum()), len(sequence))
+
+
+def rows_to_merge(
+    tables: Sequence[np.ndarray], parts: Sequence[Part], num_tokens: int, num_qo_heads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which partial results belong to which token, of tables of pieces and the parts that they are pieces of.
+
+    Returns
+    -------
+    starts : (num_tokens + 1,) int32
+    rows : (N,) int32
+        Those of token t, for its first query head, are ``rows[starts[t]:starts[t + 1]]``.
+    """
+    found_tokens, found_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for table, part in zip(tables, parts, strict=True):
+        count = table[:, NUM_TOKENS]
+        within = _count(count)
+        token = np.repeat(table[:, FIRST_TOKEN], count) + within
+        found_tokens.append(token if part.tokens is None else part.tokens[token])
+        first = table[:, FIRST_PARTIAL] + table[:, SPLIT] * count * num_qo_heads
+        found_rows.append(np.repeat(first, count) + within * num_qo_heads)
+    tokens, rows = np.concatenate(found_tokens), np.concatenate(found_rows)
+    starts = np.zeros(num_tokens + 1, np.int32)
+    np.cumsum(np.bincount(tokens, minlength=num_tokens), out=starts[1:])
+    return starts, rows[np.argsort(tokens, kind="stable")].astype(np.int32)
 
 
 def _count(lengths: np.ndarray) -> np.ndarray:

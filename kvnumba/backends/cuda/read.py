@@ -6,35 +6,34 @@ import functools
 
 from numba import float32
 
-from kvnumba.backends.cuda.intrinsics import reader, remainder, storer
+from kvnumba.backends.cuda.codecs import Codec, reader
+from kvnumba.backends.cuda.intrinsics import remainder, storer
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda
+from kvnumba.backends.cuda.parameters import ReadAddresses, ReadShape
 from kvnumba.backends.cuda.tables import find_slab
 
 
 @functools.cache
-def read_kernel(fmt: str, width: int) -> Kernel:
+def read_kernel(codec: Codec, width: int) -> Kernel:
     """A warp for each row of out (B, H, length, D), the next when it is done; block ids are (B, max_blocks)."""
-    read_values = reader(fmt, width)
+    read_values = reader(codec, width)
     store = storer("float32", width)
 
-    def read(
-        blocks, codes, scale, zero, out, slab_bytes, num_rows, length, max_blocks, block_size, num_heads, head_dim,
-        group_size,
-    ):  # fmt: skip
+    def read(call, work):
         thread = cuda.threadIdx.x
         lane = thread % WARP
         values = cuda.local.array(width, float32)
         first = (cuda.blockIdx.x * THREADS + thread) // WARP
-        for item in range(first, num_rows, cuda.gridDim.x * (THREADS // WARP)):
-            position, head = item % length, item // length % num_heads
-            sequence = item // length // num_heads
-            slab = (
-                find_slab(blocks + 4 * sequence * max_blocks, position, block_size, num_heads, head)
-                * slab_bytes
-            )
-            offset = remainder(position, block_size)
-            for at in range(lane * width, head_dim, WARP * width):
-                read_values(codes + slab, scale + slab, zero + slab, offset, at, head_dim, group_size, values)
-                store(out + 4 * (item * head_dim + at), values)
+        for item in range(first, work.num_rows, cuda.gridDim.x * (THREADS // WARP)):
+            position, head = item % work.length, item // work.length % work.num_kv_heads
+            sequence = item // work.length // work.num_kv_heads
+            blocks = call.blocks + 4 * sequence * work.max_blocks
+            slab = find_slab(blocks, position, work.block_size, work.num_kv_heads, head) * work.slab_bytes
+            offset = remainder(position, work.block_size)
+            for at in range(lane * width, work.head_dim, WARP * width):
+                read_values(
+                    call.codes + slab, call.scales + slab, offset, at, work.head_dim, work.group_size, values
+                )
+                store(call.out + 4 * (item * work.head_dim + at), values)
 
-    return Kernel(read, "q" * 7 + "i" * 6)
+    return Kernel(read, (ReadAddresses, ReadShape))

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kvnumba.formats import FORMATS, bfloat16_to_float, float_to_bfloat16
+from kvnumba.formats import (
+    FORMATS,
+    bfloat16_to_float,
+    float_to_bfloat16,
+    float_to_fp8_e4m3,
+    fp8_e4m3_to_float,
+    pack_int4,
+    unpack_int4,
+)
 
 
 @functools.cache
@@ -32,6 +40,22 @@ def load_float(address):
 
 
 load_fresh = load_float
+
+
+def load_half(address):
+    return np.float32(memory(address, 1, np.float16)[0])
+
+
+def store_half(address, value):
+    memory(address, 1, np.float16)[0] = value
+
+
+def round_to_half(x):
+    return np.float32(np.float16(x))
+
+
+def multiply(a, b):
+    return a * b
 
 
 def store_float(address, value):
@@ -60,16 +84,22 @@ def remainder(a, b):
     return a % b
 
 
-def loader(fmt, width):
-    dtype = FORMATS[fmt].code_dtype
-    count = FORMATS[fmt].row_length(width)
+_LOAD = {"bfloat16": bfloat16_to_float, "fp8_e4m3": fp8_e4m3_to_float, "int4": unpack_int4}
+_STORE = {
+    "bfloat16": float_to_bfloat16,
+    "fp8_e4m3": float_to_fp8_e4m3,
+    "int4": lambda values: pack_int4(values.astype(np.uint8)),
+}
+"""Stored elements -> numbers, and back, for formats whose elements are not numbers of NumPy's."""
+
+
+def loader(name, width):
+    fmt = FORMATS[name]
+    count = fmt.row_length(width)
 
     def load(address, values):
-        codes = memory(address, count, dtype)
-        if fmt == "int4":
-            values[0::2], values[1::2] = codes >> 4, codes & 15
-        else:
-            values[:] = bfloat16_to_float(codes) if fmt == "bfloat16" else codes
+        stored = memory(address, count, fmt.code_dtype)
+        values[:] = _LOAD[name](stored) if name in _LOAD else stored
 
     return load
 
@@ -81,17 +111,12 @@ def fresh_loader(width):
     return load
 
 
-def storer(fmt, width):
-    dtype = FORMATS[fmt].code_dtype
-    count = FORMATS[fmt].row_length(width)
+def storer(name, width):
+    fmt = FORMATS[name]
+    count = fmt.row_length(width)
 
     def store(address, values):
-        codes = memory(address, count, dtype)
-        if fmt == "int4":
-            whole = values.astype(np.uint8)
-            codes[:] = (whole[0::2] << 4) | whole[1::2]
-        else:
-            codes[:] = float_to_bfloat16(values) if fmt == "bfloat16" else values
+        memory(address, count, fmt.code_dtype)[:] = _STORE[name](values) if name in _STORE else values
 
     return store
 

@@ -7,27 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from kvnumba.backends.cuda.codecs import codec_of
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import THREADS
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, enter
-from kvnumba.formats import SCALE_DTYPE, Format
-from kvnumba.storage import Buffers, Encoded, Layout
+from kvnumba.storage import Buffers, Encoded, Layout, RowLayout
 
 ALIGNMENT = 16  # bytes that a thread reads at once
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CudaBuffers(Buffers):
     """Arrays on the device, and the same memory as the kernels see it.
 
-    A KV head's part of a block is a slab: the keys' codes, then scale and zero point of each of their rows in turn,
-    then the same of the values. What is read together lies together.
+    What a block holds of a KV head is a slab: the keys' codes, then scale and zero point of each of their groups in
+    turn, then the same of the values. What is read together lies together.
 
     Attributes
     ----------
     addresses : tuple of tuple of int
-        Where in a layer's first slab its six parts begin.
+        Of each layer: where in its first slab the keys' codes, their scales, the values' codes and their scales begin.
     slab_bytes : int
         From one slab to the next.
     """
@@ -50,56 +50,59 @@ class CudaBuffers(Buffers):
         return self.addresses[layer][0] + block * self.block_bytes
 
     def on_host(self, blocks: np.ndarray) -> tuple[np.ndarray, tuple[Encoded, Encoded]]:
-        """Room for the bytes (num_layers, N, block_bytes) of blocks, and their parts as views of it."""
-        layout = self.layout
-        raw = np.empty((layout.num_layers, max(len(blocks), 1), self.block_bytes), np.uint8)
+        """Room for the bytes (num_layers, N, block_bytes) of blocks, and its arrays as views of it."""
+        raw = np.empty((self.layout.num_layers, max(len(blocks), 1), self.block_bytes), np.uint8)
         strides = (raw.strides[0], self.block_bytes, self.slab_bytes)
-        offsets = iter(at - self.addresses[0][0] for at in self.addresses[0])
+        begin = self.addresses[0][0]
 
-        def part(like: DeviceArray) -> np.ndarray:
+        def view(like: DeviceArray) -> np.ndarray:
             shape = (*raw.shape[:2], *like.shape[2:])
-            whole = np.ndarray(shape, like.dtype, raw, next(offsets), (*strides, *like.strides[3:]))
+            whole = np.ndarray(shape, like.dtype, raw, like.address - begin, (*strides, *like.strides[3:]))
             return whole[:, : len(blocks)]
 
-        keys, values = (Encoded(*(part(like) for like in kept)) for kept in (self.keys, self.values))
+        keys, values = (Encoded(*(view(like) for like in kept)) for kept in (self.keys, self.values))
         return raw, (keys, values)
 
 
 def allocate(layout: Layout) -> CudaBuffers:
     """Zeroed storage; MemoryError where there is no room for it."""
-    most = THREADS * width_of(layout.head_dim, layout.group_size)
-    if layout.head_dim > most:
-        raise ValueError(f"head_dim: expected at most {most} on the cuda backend; got {layout.head_dim}")
+    for name, rows in (("head_dim", layout.keys), ("value_head_dim", layout.values)):
+        most = THREADS * width_of(rows.head_dim, rows.group_size)
+        if rows.head_dim > most:
+            raise ValueError(f"{name}: expected at most {most} on the cuda backend; got {rows.head_dim}")
     enter()
 
-    formats = (layout.key_format, layout.value_format)
-    row = [fmt.row_length(layout.head_dim) * fmt.code_dtype.itemsize for fmt in formats]
-    scale = [fmt.scales_per_row(layout.head_dim, layout.group_size) * SCALE_DTYPE.itemsize for fmt in formats]
     # of a slab: the keys' codes, their scales and zero points in turn, the same of the values
-    sizes = [layout.block_size * n for n in (row[0], 2 * scale[0], row[1], 2 * scale[1])]
     starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+    for rows in (layout.keys, layout.values):
+        for row_bytes in (
+            rows.row_length * rows.fmt.code_dtype.itemsize,
+            rows.num_groups * codec_of(rows).pair_bytes,
+        ):
+            starts.append(starts[-1] + -(-layout.block_size * row_bytes // ALIGNMENT) * ALIGNMENT)
     slab_bytes = starts.pop()
-    offsets = [starts[0], starts[1], starts[1] + 4, starts[2], starts[3], starts[3] + 4]
     block_bytes = layout.num_kv_heads * slab_bytes
     layer_bytes = layout.num_blocks * block_bytes
-    storage = Memory(layout.num_layers * layer_bytes + OVERREAD * max(row), zeros=True)
+    longest = max(rows.row_length * rows.fmt.code_dtype.itemsize for rows in (layout.keys, layout.values))
+    storage = Memory(layout.num_layers * layer_bytes + OVERREAD * longest, zeros=True)
 
-    def part(n: int, shape: tuple[int, ...], dtype: np.dtype[Any], element_bytes: int) -> DeviceArray:
-        strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * element_bytes, element_bytes)
-        return DeviceArray(storage, offsets[n], shape, strides, dtype)
-
-    def encoded(n: int, fmt: Format) -> Encoded:
-        shape = layout.scales_shape(fmt)
-        return Encoded(
-            part(n, layout.codes_shape(fmt), fmt.code_dtype, fmt.code_dtype.itemsize),
-            part(n + 1, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
-            part(n + 2, shape, SCALE_DTYPE, 2 * SCALE_DTYPE.itemsize),
+    def encoded(rows: RowLayout, codes: int, scales: int) -> Encoded:
+        scale_bytes = codec_of(rows).scale_bytes
+        code_bytes = rows.fmt.code_dtype.itemsize
+        places = iter(
+            ((codes, code_bytes), (scales, 2 * scale_bytes), (scales + scale_bytes, 2 * scale_bytes))
         )
 
+        def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+            offset, step = next(places)
+            strides = (layer_bytes, block_bytes, slab_bytes, shape[-1] * step, step)
+            return DeviceArray(storage, offset, shape, strides, dtype)
+
+        return rows.parts(layout.blocks_shape, array)
+
     addresses = tuple(
-        tuple(storage.address + layer * layer_bytes + offset for offset in offsets)
+        tuple(storage.address + layer * layer_bytes + start for start in starts)
         for layer in range(layout.num_layers)
     )
-    return CudaBuffers(layout, encoded(0, formats[0]), encoded(3, formats[1]), addresses, slab_bytes)
+    keys, values = encoded(layout.keys, *starts[:2]), encoded(layout.values, *starts[2:])
+    return CudaBuffers(layout, keys, values, addresses, slab_bytes)

@@ -1,6 +1,7 @@
-"""How a batch lies in device memory: one vector of int32, uploaded once for all layers.
+"""Tables of integers in device memory, uploaded once for all layers.
 
-``query_start_loc`` (B + 1,), ``seq_lens`` (B,), then ``block_table`` (B, max_blocks).
+Those of a batch lie in one vector of int32: ``query_start_loc`` (B + 1,), ``positions`` (B,), then ``block_table``
+(B, max_blocks).
 """
 
 from __future__ import annotations
@@ -9,29 +10,56 @@ import numpy as np
 
 from kvnumba.backends.cuda.intrinsics import load_int, quotient
 from kvnumba.backends.cuda.jit import device
-from kvnumba.backends.cuda.memory import Pool
+from kvnumba.backends.cuda.memory import Loan, Pool
 from kvnumba.storage import Batch
 
 
-class Tables:
-    """A batch, and its tables on the device once a call has needed them there."""
+class Upload:
+    """Vectors of int32 that go to the device in one copy, when the address of one of them is first asked for."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.num_seqs, self.max_blocks = batch.block_table.shape
-        self.num_tokens = batch.num_tokens
-        self._address: int | None = None
+    def __init__(self) -> None:
+        self._vectors: list[np.ndarray] = []
+        self._length = 0
+        self._loan: Loan | None = None
+
+    @property
+    def sent(self) -> bool:
+        """Whether nothing can be added any more."""
+        return self._loan is not None
+
+    def add(self, vector: np.ndarray) -> int:
+        """Let a vector come along; returns where it begins, in bytes."""
+        self._vectors.append(vector)
+        self._length += vector.size
+        return 4 * (self._length - vector.size)
 
     def address(self, pool: Pool, stream: int) -> int:
-        """Of the tables; the stream that asks first uploads them."""
-        if self._address is None:
-            batch = self.batch
-            self._address = pool.put(
-                self,
-                np.concatenate((batch.query_start_loc, batch.seq_lens, batch.block_table.reshape(-1))),
-                stream,
-            )
-        return self._address
+        """Of the first vector; the stream that asks first uploads them."""
+        if self._loan is None:
+            self._loan = pool.put(np.concatenate(self._vectors, dtype=np.int32), stream)
+        return self._loan.address
+
+
+class Tables:
+    """The tables of a batch, first in an upload that others may join."""
+
+    def __init__(self, batch: Batch, upload: Upload) -> None:
+        self.upload = upload
+        self.begin = upload.add(
+            np.concatenate((batch.query_start_loc, batch.positions, batch.block_table.reshape(-1)))
+        )
+
+    def address(self, pool: Pool, stream: int) -> int:
+        """Of the tables on the device."""
+        return self.upload.address(pool, stream) + self.begin
+
+
+def tables_of(batch: Batch, upload: Upload | None = None) -> Tables:
+    """The batch's tables, made once; with an upload of their own unless one is given."""
+    kept: Tables | None = batch.kept.get(Tables)
+    if kept is None:
+        kept = batch.kept[Tables] = Tables(batch, Upload() if upload is None else upload)
+    return kept
 
 
 @device
@@ -50,9 +78,8 @@ def find_sequence(tables, num_seqs, token):
 @device
 def position_of(tables, num_seqs, sequence, token):
     """Where in its sequence a packed token stands."""
-    following = load_int(tables + 4 * (sequence + 1))
-    length = load_int(tables + 4 * (num_seqs + 1 + sequence))
-    return length - following + token
+    first_token = load_int(tables + 4 * sequence)
+    return load_int(tables + 4 * (num_seqs + 1 + sequence)) + token - first_token
 
 
 @device
