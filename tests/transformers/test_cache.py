@@ -674,7 +674,31 @@ def test_masks_say_what_transformers_says():
         plain = attention_mask(2, 4, 6, 2, 0, function, mask)
         assert type(plain) is DeferredMask
         assert plain.shape == (2, 1, 4, 6)
-        want = masking.sdpa_mask(2, 4, 6, 2, 0, function, mask, allow_is_causal_skip=False)
-        np.testing.assert_array_equal(plain & True, want)
+        want = masking.eager_mask(2, 4, 6, 2, 0, function, mask)
+        np.testing.assert_array_equal(plain + 0, want)
     other = masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long, device="cpu"))
-    assert type(attention_mask(2, 4, 6, 2, 0, other, mask)) is torch.Tensor
+    computed = attention_mask(2, 4, 6, 2, 0, other, mask)
+    assert type(computed) is torch.Tensor
+    np.testing.assert_array_equal(computed, masking.eager_mask(2, 4, 6, 2, 0, other, mask))
+
+
+@pytest.mark.parametrize("name", ["BigBirdPegasus", "NllbMoe"])
+def test_layers_that_use_the_mask_themselves(name):
+    """An encoder that adds the mask to its own scores, and one that keeps padding from its experts."""
+    settings = {
+        "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_experts": 4, "init_std": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    inputs, results = prompts(), []
+    for implementation, make in (("eager", transformers.DynamicCache), ("kvnumba", KVNumbaCache)):
+        model.set_attn_implementation(implementation)
+        cache = transformers.EncoderDecoderCache(
+            make(config=config), transformers.DynamicCache(config=config)
+        )
+        with torch.no_grad():
+            out = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :5] + 1, past_key_values=cache)
+        results.append(out.logits.numpy(force=True))
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)

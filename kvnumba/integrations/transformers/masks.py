@@ -1,4 +1,8 @@
-"""The mask function: plain causal and sliding masks are described, not computed; all others are computed."""
+"""The mask function: plain causal and sliding masks are described, not computed; all others are computed.
+
+Computed masks are additive, 0 and the least number of a dtype, as those of eager attention: some models have layers of
+their own beside those that call the attention function, and these layers add the mask to their scores.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import torch
 from transformers.masking_utils import (
     causal_mask_function,
-    sdpa_mask,
+    eager_mask,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
@@ -36,7 +40,7 @@ class CausalMask:
     padding: np.ndarray | None
 
     def dense(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """The same as a bool mask (B or 1, 1, num_queries, num_keys) of the last queries and keys."""
+        """The same for the last queries and keys, True where they see: (B or 1, 1, num_queries, num_keys) bool."""
         length = num_keys if self.length is None else self.length
         query = np.arange(length - num_queries, length)[:, None]
         key = np.arange(length - num_keys, length)
@@ -50,14 +54,16 @@ class CausalMask:
 
 
 class DeferredMask(Deferred):
-    """A `CausalMask` of the last queries and keys, (B, 1, queries, keys) bool."""
+    """A `CausalMask` of the last queries and keys, (B, 1, queries, keys), additive."""
 
     source: CausalMask
 
     def compute(self) -> torch.Tensor:
         """The mask, element by element."""
-        seen = self.source.dense(self.shape[2], self.shape[3])
-        return seen.expand(self.shape).to(self.device)
+        seen = self.source.dense(self.shape[2], self.shape[3]).expand(self.shape).to(self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device).masked_fill_(
+            ~seen, torch.finfo(self.dtype).min
+        )
 
 
 def attention_mask(
@@ -68,13 +74,14 @@ def attention_mask(
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> torch.Tensor:
     """The mask of a forward pass, as transformers asks for it.
 
     Returns
     -------
-    mask : (B, 1, q_length, kv_length) bool
+    mask : (B, 1, q_length, kv_length), additive
         A `DeferredMask` if it is causal, perhaps with a sliding window, and hides nothing else but padding on the left.
     """
     length = kv_offset + kv_length
@@ -84,10 +91,10 @@ def attention_mask(
         if known:
             shape = (batch_size, 1, q_length, kv_length)
             causal = CausalMask(length, window_left, padding)
-            return DeferredMask(shape, torch.bool, options.get("device", "cpu"), causal)
-    options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options
+            return DeferredMask(shape, dtype, options.get("device", "cpu"), causal)
+    options["allow_is_bidirectional_skip"] = False  # without a mask the attention function would take it for causal
+    return eager_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, **options
     )
 
 
