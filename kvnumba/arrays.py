@@ -130,7 +130,7 @@ def in_precision_of(x: Any, out: np.ndarray) -> np.ndarray:
 
 
 def on_device(argument: str, x: Any, backend: Destination) -> DeviceView | None:
-    """A view of `x` where it lies on a GPU; raises where it cannot be used there, None where it is the host's."""
+    """A view of an array on the backend's GPU, None for a host array; raises if the backend cannot use it."""
     view = device_view(x)
     if view is None:
         return None
@@ -235,7 +235,7 @@ class DeviceView:
         return DeviceView(self.address, shape, strides, self.dtype, self.owner, self.stream, self.device)
 
     def nowhere(self, shape: tuple[int, ...], dtype: str) -> DeviceView:
-        """An array that is not there, at address 0."""
+        """A view without memory (address 0), for a result that nobody wants."""
         return DeviceView(0, shape, contiguous_strides(shape), dtype, None, self.stream, self.device)
 
 

@@ -35,7 +35,7 @@ class Format:
 
     @property
     def number(self) -> int:
-        """The place in the table of formats, by which kernels choose at run time."""
+        """The format's index in the table; kernels switch on it."""
         return list(FORMATS).index(self.name)
 
     @property

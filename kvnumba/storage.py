@@ -26,7 +26,7 @@ class RowLayout:
     head_dim : int
         Elements of the row.
     group_size : int
-        Elements that share a scale; divides `head_dim`. Of no meaning where the format has no scale.
+        Elements that share a scale; divides `head_dim`. Ignored if the format has no scale.
     scale_dtype : dtype
         Of scales and zeros, float32 or float16.
     """
@@ -40,7 +40,7 @@ class RowLayout:
     def of(
         cls, argument: str, fmt: Format, head_dim: int, group_size: int | None, scale_dtype: Any
     ) -> RowLayout:
-        """A checked one; `argument` names `head_dim` in errors. A group is the whole row by default."""
+        """Check the arguments and make a row layout; errors call the width `argument`. Default group: the whole row."""
         if head_dim % fmt.multiple:
             raise ValueError(f"{argument}: expected an even number, {fmt.name} packs pairs; got {head_dim}")
         size = head_dim
@@ -178,7 +178,8 @@ class Layout:
         value_head_dim : int, optional
             Elements of a value (Dv), where they are not as many as those of a key.
         group_size : int, optional
-            Elements of a row that share a scale in int8 and int4; divides the width of what has scales. Default: all.
+            Elements of a row that share a scale in int8 and int4. It divides the widths of keys and values that have
+            scales. Default: all.
         scale_dtype : {"float32", "float16"}
             Of scales and zeros. float32 keeps rows of one repeated value exact; float16 takes half as much:
             4 of 72 bytes less a row in int4 at D = 128.

@@ -18,7 +18,9 @@ def attention(
     dtype=np.float64,
     rounded=None,
 ):
-    """Attention of the newest n tokens q (n, Hq, D) over keys (H, S, D) and values (H, S, Dv): (n, Hq, Dv) and its lse (n, Hq).
+    """Attention of the newest n tokens q (n, Hq, D) over keys (H, S, D) and values (H, S, Dv).
+
+    Returns out (n, Hq, Dv) and lse (n, Hq).
 
     With dtype float32 it is the plain single-precision program whose error the kernels are measured by; with
     `rounded` one that rounds what is multiplied with keys and values, by that function of a vector.

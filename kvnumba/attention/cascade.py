@@ -22,7 +22,7 @@ class Prefix(NamedTuple):
 
 
 def split_prefixes(buffers: Buffers, batch: Batch, num_qo_heads: int, limits: CascadeLimits) -> list[Part]:
-    """The parts of a batch: its sequences less their common prefixes, and these, where that is faster."""
+    """Split a batch into common prefixes and the rest of each sequence, where that is faster."""
     layout = buffers.layout
     prefixes = [
         prefix
@@ -48,7 +48,7 @@ def split_prefixes(buffers: Buffers, batch: Batch, num_qo_heads: int, limits: Ca
 
 
 def common_prefixes(batch: Batch) -> list[Prefix]:
-    """Disjoint sets of sequences with the blocks that all new tokens of each set see, such that most is shared."""
+    """Groups of sequences that begin with the same blocks, chosen so that the fewest blocks are read twice."""
     new = np.diff(batch.query_start_loc)
     limits = np.where(new > 0, batch.positions // batch.block_size, 0)
     return _best(batch.block_table, limits, np.flatnonzero(limits > 0), 0)[1]
@@ -75,7 +75,7 @@ def _prefix_part(buffers: Buffers, batch: Batch, prefix: Prefix) -> Part:
 def _best(
     table: np.ndarray, limits: np.ndarray, sequences: np.ndarray, column: int
 ) -> tuple[int, list[Prefix]]:
-    """The blocks that need not be read again, and how, for sequences that agree in the columns before."""
+    """The best grouping of sequences that agree in the columns before `column`, and how many reads it saves."""
     saved, prefixes = 0, []
     for block in np.unique(table[sequences, column]):
         members = sequences[table[sequences, column] == block]

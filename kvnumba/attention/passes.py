@@ -116,7 +116,7 @@ class Pass:
         return scoring.in_bfloat16 if dtype is not None and is_bfloat16(dtype) else scoring
 
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
-        # a prefix that is attended apart lies before all new tokens: there is no distance in it to mask or to bias by
+        # a shared prefix is attended without positions, so it cannot be combined with a window or ALiBi
         shared = scoring.window_left < 0 and scoring.alibi_slopes is None
         key = (num_qo_heads, scoring.window_left, shared)
         plan = self._plans.get(key)

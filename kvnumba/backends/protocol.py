@@ -2,7 +2,7 @@
 
 New tokens come as views of shape (B, n, heads, D) with adjacent last elements: B sequences of n tokens each, or B = 1
 and the n tokens of a ragged batch. Token t of a batch is ``view[t // n, t % n]``. They are float32 NumPy arrays; where
-a backend takes device arrays they may be `DeviceView` of any float type, all of one call.
+a backend takes device arrays they may be `DeviceView`s of any float type, the same for all arrays of one call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CascadeLimits(NamedTuple):
     Attributes
     ----------
     tile_rows : int
-        Rows (tokens times query heads of a KV head) that a kernel attends to at once: more read the keys again.
+        Rows (tokens times query heads of a KV head) that one read of the keys serves; for more they are read again.
     min_rows : int
         Rows with which a common prefix is worth a part of its own.
     min_bytes : int
@@ -51,11 +51,11 @@ class Backend(Protocol):
         ...
 
     def memory_bytes(self) -> int:
-        """Bytes that storage may take: what is free on a GPU, all that a host has, which gives it page by page."""
+        """Bytes that storage may take: a GPU's free memory; all of a host's, whose pages are taken when written."""
         ...
 
     def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
-        """A new C-contiguous array of the library that another one is of, beside it; where `device` is a GPU."""
+        """A new C-contiguous array of the same library and on the same GPU as `like`."""
         ...
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
@@ -102,14 +102,14 @@ class Backend(Protocol):
         ...
 
     def prepare(self, q: Any, plan: Any, scoring: Scoring) -> None:
-        """What calls of `write` and `attend` with tokens and queries such as q would do before their kernels run."""
+        """Compile and upload now what `write` and `attend` with queries such as q would do first."""
         ...
 
     def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:
         """Attention of new tokens over the keys of all parts of a plan, straight out of the storage.
 
         q (B, n, Hq, D) and out (B, n, Hq, Dv) are of one type, lse (B, n, Hq) is float32; out and lse are written. A
-        token that sees no key gets 0, and an lse of -inf. Where a key or value is NaN or infinite, that may also show
-        in the results of tokens that do not see it: kernels multiply whole tiles, what is masked by the weight 0.
+        token that sees no key gets 0, and an lse of -inf. Kernels multiply whole tiles and give what is masked the
+        weight 0; 0 times NaN is NaN, so a key or value that is not finite may also reach tokens that do not see it.
         """
         ...

@@ -36,7 +36,7 @@ class BlockAllocator:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks without references, idle ones among them."""
+        """Blocks that no sequence holds: free and idle ones."""
         return self._height + len(self._prefixes.idle)
 
     @property
@@ -53,7 +53,7 @@ class BlockAllocator:
             )
 
     def take(self, count: int, fill: Fill | None = None) -> np.ndarray:
-        """Blocks that are held once from here on, filled: free ones, then idle ones, which are evicted."""
+        """Take blocks, each with one reference, and fill them: free ones first, then idle ones, which are evicted."""
         from_stack = min(count, self._height)
         taken = np.empty(count, np.int32)
         taken[:from_stack] = self._stack[self._height - from_stack : self._height][::-1]
@@ -72,14 +72,14 @@ class BlockAllocator:
         return taken
 
     def hold(self, blocks: np.ndarray) -> None:
-        """One reference more to each of some blocks, all different."""
+        """Add a reference to each block; no block may occur twice."""
         if self._prefixes.idle:
             for block in blocks[self.references[blocks] == 0].tolist():
                 del self._prefixes.idle[block]
         self.references[blocks] += 1
 
     def release(self, blocks: np.ndarray) -> None:
-        """One reference less to each of some blocks, all different; the first is the first to be evicted."""
+        """Take a reference from each block; no block may occur twice. The first is the first to be evicted."""
         left = self.references[blocks] - 1
         self.references[blocks] = left
         self._retire(blocks[left == 0])

@@ -33,7 +33,7 @@ class BlockPool:
     """Books blocks for sequences, all or nothing; every operation costs O(blocks touched).
 
     A live sequence has a row in the tables. Its id is the row plus a multiple of ``max_num_seqs`` that grows
-    each time the row is given away, so an id is never used twice and a stale one is always noticed.
+    each time the row is given away, so no id is used twice, and that of a finished sequence is always recognised.
 
     Internal: `snapshot.py` and `integrity.py` read the tables, nothing else writes them.
     """
@@ -46,7 +46,7 @@ class BlockPool:
         self.prefixes = PrefixIndex(num_blocks, block_size)
         self.allocator = BlockAllocator(num_blocks, block_size, self.prefixes)
         self.num_copies = 0
-        self._free_rows = deque(range(max_num_seqs))  # first in, first out: ids of short-lived sequences age
+        self._free_rows = deque(range(max_num_seqs))  # first in, first out, so that a row's ids grow slowly
         self._next_id = np.arange(max_num_seqs)
         # by row
         self.ids = np.full(max_num_seqs, -1)
@@ -120,7 +120,7 @@ class BlockPool:
         return int(self.begin[self.row(seq_id)]) * self.block_size
 
     def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
-        """The widest window through which new tokens see nothing that was given back or may be; None for any."""
+        """The widest window that stays within blocks the sequences still hold; None if they hold all."""
         if not self.num_windowed:
             return None
         rows = self.rows(seq_ids)
@@ -208,7 +208,7 @@ class BlockPool:
             self.allocator.release(released[::-1])
 
     def finish(self, seq_id: int) -> None:
-        """Take back a sequence's blocks and its row. Findable blocks go idle, the last first in line."""
+        """Take back a sequence's blocks and its row. Findable blocks become idle, its last one first to be evicted."""
         with self.lock:
             row = self.row(seq_id, swapped=True)
             # reversed, so that the next sequence is given free blocks in the same order
@@ -261,8 +261,8 @@ class BlockPool:
     ) -> list[int]:
         """Add sequences and findable blocks of a snapshot, all or none; returns the sequences' ids.
 
-        `fill` gets `num_blocks` new blocks, and then `states` makes of them what it wants to be found, and
-        says what the sequences are. Blocks that nothing came of are free again.
+        `fill` gets `num_blocks` new blocks. `states` then registers the findable ones and returns the sequences;
+        blocks that it does not use are freed.
         """
         with self.lock:
             if num_sequences > len(self._free_rows):
@@ -359,7 +359,7 @@ class BlockPool:
         return bool(self.allocator.references[block] > 1 or self.prefixes.findable[block])
 
     def commit(self, seq_ids: Any, batch: Batch, token_ids: list[np.ndarray | None] | None = None) -> None:
-        """Make the new tokens of a booked batch part of their sequences, and full blocks of known ones findable."""
+        """Count a batch's new tokens as held, and let blocks that are full of known tokens be found."""
         with self.lock:
             rows = [self.row(seq_ids[0])] if len(seq_ids) == 1 else self.rows(seq_ids).tolist()
             if token_ids is not None:
@@ -402,7 +402,7 @@ class BlockPool:
         return State(length, int(self.windows[row]), begin, blocks, self.chains[row].copy())
 
     def _become(self, row: int, state: State) -> None:
-        """Let an empty row be what a state says."""
+        """Fill an empty row from a state."""
         self.lens[row] = state.length
         self.windows[row] = state.window_left
         self.num_windowed += state.window_left >= 0
@@ -464,7 +464,7 @@ class BlockPool:
         self.num_copies += len(blocks)
 
     def _append(self, rows: np.ndarray, counts: np.ndarray, blocks: np.ndarray) -> None:
-        """Put new blocks behind those of the rows, `counts` to each, in columns that are there."""
+        """Append `counts` new blocks to each row, whose table is wide enough."""
         first = np.cumsum(counts) - counts
         columns = np.arange(len(blocks)) - np.repeat(first - self.end[rows], counts)
         self.table[np.repeat(rows, counts), columns] = blocks
@@ -489,7 +489,7 @@ class BlockPool:
 
 
 def _placed(count: int, where: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """`count` blocks, of which those at `where` are given and the others are NO_BLOCK."""
+    """An array of `count` entries: the given blocks at `where`, NO_BLOCK elsewhere."""
     placed = np.full(count, NO_BLOCK, np.int32)
     placed[where] = blocks
     return placed

@@ -94,7 +94,7 @@ class PrefixIndex:
         return sorted(self._entries.values(), key=lambda entry: entry.number)
 
     def find(self, token_ids: np.ndarray, salt: str) -> Chain:
-        """The longest chain of full blocks that begins with the tokens and leaves one of them to compute."""
+        """The longest run of known full blocks with these tokens; at least the last token is left to compute."""
         data = token_ids.tobytes()
         width = self._block_bytes
         found: list[Entry] = []

@@ -24,8 +24,7 @@ class Cache:
         self._layout = layout
         self._backend = get_backend(backend)
         self._buffers = self._backend.allocate(layout)
-        # the latest pass that attended or was written, under what it is found by again: attention in several layers, or
-        # after an update, is planned once
+        # the latest pass and its key: later layers, and `attend` after `update`, use the same plan
         self._latest: tuple[Any, Pass] | None = None
 
     @property

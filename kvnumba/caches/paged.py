@@ -228,8 +228,8 @@ class PagedKVCache(Cache):
         Raises
         ------
         ValueError
-            The id is unknown, finished or swapped out, `length` is more than the sequence has, or the
-            tokens that its window would then reach were given back: a sequence with a window can always
+            The id is unknown, finished or swapped out, `length` is more than the sequence has, or its window would
+            then reach tokens whose blocks were given back: a sequence with a window can always
             return to where its latest step began.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)

@@ -131,7 +131,7 @@ def _write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> 
 
 
 def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
-    """What must be the same in the cache that a file is loaded into."""
+    """Header fields that must equal those of the cache that loads the file."""
     return {
         "version": VERSION,
         "byteorder": sys.byteorder,
@@ -162,14 +162,14 @@ def _group_size(layout: Layout) -> int:
 
 
 def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
-    """Header fields that say what a pool holds, and the blocks in which it does, those without a sequence first."""
+    """The header's description of a pool, and the blocks to save, those that no sequence holds first."""
     rows = np.flatnonzero(pool.ids >= 0)
     if pool.swapped[rows].any():
         seq_id = pool.ids[rows][pool.swapped[rows]][0]
         raise ValueError(f"seq_id: sequence {seq_id} is swapped out; swap it in or finish it before you save")
     states = [pool.state(row) for row in rows[np.argsort(pool.ids[rows])]]
-    # the entries of sequences that are forgotten still say which tokens these have; one whose parent is gone
-    # and that no sequence needs cannot be found any more
+    # a forgotten entry still names a sequence's tokens; one without a parent and without a sequence cannot be
+    # found again
     known = {entry.number: entry for entry in pool.prefixes.entries()}
     for state in states:
         known.update((entry.number, entry) for entry in state.chain.entries)

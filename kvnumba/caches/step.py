@@ -120,7 +120,7 @@ class Step:
             raise ValueError("step: its sequences have moved on since it was made; make a new one")
 
     def prepare(self, q: Any, **options: Unpack[AttentionOptions]) -> None:
-        """Compile, plan and upload now what the calls of this step would when they first need it.
+        """Compile, plan and upload now, instead of at this step's first `write` and `attend`.
 
         After it, `write` and `attend` on a GPU do nothing but start kernels, which a CUDA graph can capture.
 

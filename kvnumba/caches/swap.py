@@ -12,7 +12,7 @@ import numpy as np
 from kvnumba.backends.protocol import Backend
 from kvnumba.storage import Buffers, Encoded, array_specs
 
-CHUNK = 64  # blocks that are moved at once: what a backend needs besides
+CHUNK = 64  # blocks that are moved at once: bounds the extra memory
 ALIGNMENT = 64  # bytes at whose multiples the parts of a file begin
 
 
@@ -83,7 +83,7 @@ def _reserve(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         if size:
             os.posix_fallocate(descriptor, 0, size)
-    else:  # written in full: a file of holes would find the disk full too late
+    else:  # written in full: a sparse file would notice a full disk only when it is used
         zeros = bytes(1 << 20)
         for start in range(0, size, len(zeros)):
             os.write(descriptor, zeros[: size - start])

@@ -14,15 +14,15 @@ TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the l
 
 
 def tile_counts(group: int) -> range:
-    """Numbers of new tokens that meet every kernel, of `group` query heads for each KV head."""
+    """Numbers of new tokens that together use every kernel, for `group` query heads per KV head."""
     return range(1, max(3, min(TILE, TILE // group + 2)))
 
 
 def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None = None) -> None:
     """Compile, or load from disk, the kernels that a model's caches will run.
 
-    On the `cpu` backend they depend on the query heads of a KV head only, not on formats, head_dim or lengths.
-    Without this call each compiles at its first use: about 25 s in all, once for an installation.
+    On the `cpu` backend they depend on the query heads of a KV head, and on the dtype of scales (here float32), not on
+    formats, head_dim or lengths. Without this call each compiles at its first use: about 25 s in all, once for an installation.
 
     Parameters
     ----------

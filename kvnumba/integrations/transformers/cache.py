@@ -361,7 +361,7 @@ class KVNumbaCache(Cache):
             if new.started:
                 group.adopt(new.pool)
                 group.restore(new.ids, new.complete_length, new.padding)
-                new.ids.clear()  # they are this group's to finish
+                new.ids.clear()  # this group finishes them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
         twin = KVNumbaCache.__new__(KVNumbaCache)

@@ -99,7 +99,7 @@ def attention_mask(
 
 
 def _window_left(mask_function: Any) -> int | None:
-    """-1 for transformers' causal function, the window of its sliding one, None for any other."""
+    """The window of a transformers mask function: -1 for causal, its width for sliding, None if unknown."""
     if mask_function is causal_mask_function:
         return -1
     # The sliding one is made by and_masks(sliding_window_overlay(window), causal_mask_function): it is recognised by
