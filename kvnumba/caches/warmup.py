@@ -22,7 +22,8 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
     """Compile, or load from disk, the kernels that a model's caches will run.
 
     On the `cpu` backend they depend on the query heads of a KV head, and on the dtype of scales (here float32), not on
-    formats, head_dim or lengths. Without this call each compiles at its first use: about 25 s in all, once for an installation.
+    formats, head_dim or lengths. Without this call each compiles at its first use: about 25 s in all, once for an
+    installation.
 
     Parameters
     ----------
