@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
-from kvnumba.backends.cpu.jit import kernel, plain
+from kvnumba.backends.cpu.jit import inlined, kernel, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
@@ -138,7 +138,7 @@ def take(typing, counter):
     return types.int64(counter), generate
 
 
-@plain
+@inlined
 def list_runs(shape, blocks, key, end, storage, head, runs):
     """List runs from `key` on, up to a phase of them; returns how many, and the key after them.
 
@@ -184,7 +184,7 @@ def piece_of(pieces, n):
     return Piece(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
 
 
-@plain
+@inlined
 def cut_scratch(shape, head_dim, value_dim, floats, positions):
     """A worker's memory as the arrays that its phases use."""
     columns, width = shape.columns, shape.width
@@ -209,7 +209,7 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     )
 
 
-@plain
+@inlined
 def load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch):
     """Lay out a piece's queries, and what is known of each column of its scores."""
     rows, heads = piece.num_tokens * piece.num_heads, piece.num_heads
@@ -244,7 +244,7 @@ def load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch):
             state[QUERY_SUM, column] = total
 
 
-@plain
+@inlined
 def store_result(shape, piece, work, split, value_dim, scratch, views):
     """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
     heads, partial = piece.num_heads, piece.partial
@@ -275,7 +275,7 @@ def store_result(shape, piece, work, split, value_dim, scratch, views):
                 target[d] = (total[r, d] + zero_sum) * inverse
 
 
-@plain
+@inlined
 def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     """One piece of work, from its queries to its result or partial result."""
     keys, values, block_size, kv_head = storage.keys, storage.values, storage.block_size, piece.kv_head

@@ -30,7 +30,7 @@ from kvnumba.backends.cpu.codecs import (
     load_scales,
     split_position,
 )
-from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.jit import inlined, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     PHASE_MAX,
@@ -102,7 +102,7 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     return step, step * np.float32(total)
 
 
-@plain
+@inlined
 def stage(rows, run, tile):
     """The rows of a run into a tile of float32."""
     for t in range(run.num_tokens):

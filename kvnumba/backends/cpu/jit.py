@@ -45,7 +45,10 @@ kernel = _cached(OPTIONS)
 nothing: in a thread of its own an exception would be lost."""
 
 plain = njit(**OPTIONS)
-"""A piece of a kernel, compiled with it."""
+"""A piece of a kernel. Numba compiles it by itself, and again as part of whatever calls it."""
+
+inlined = njit(inline="always", **OPTIONS)
+"""A piece that is written into its one caller: large pieces, for those take long to compile."""
 
 
 @dataclass(frozen=True, eq=False)

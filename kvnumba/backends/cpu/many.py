@@ -29,7 +29,7 @@ from kvnumba.backends.cpu.codecs import (
     nearest_bfloat16,
     side_by_side,
 )
-from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.jit import inlined, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     PHASE_MAX,
@@ -100,14 +100,14 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     return np.float32(0), np.float32(0)
 
 
-@plain
+@inlined
 def stage(rows, run, tile):
     """The rows of a run into a tile, of float32 or of bfloat16."""
     for t in range(run.num_tokens):
         decode_row(rows, run.row + t, tile, t * rows.head_dim)
 
 
-@plain
+@inlined
 def stage_pairs(rows, run, tile_halves):
     """The rows of a run into a tile of bfloat16, two tokens side by side.
 
