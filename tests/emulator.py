@@ -50,7 +50,7 @@ class DeviceMemory:
         self.bytes = np.empty(self.SIZE, np.uint8)
         self._views = {np.dtype(name): self.bytes.view(name) for name in ("u1", "u2", "u4", "i4", "f4")}
         self._used = 256
-        self._begins, self._ends = [], []
+        self._begins, self._ends = np.empty(0, np.int64), np.empty(0, np.int64)
 
     def allocate(self, nbytes):
         at = self._used
@@ -58,15 +58,20 @@ class DeviceMemory:
         if self._used > self.SIZE:
             raise MemoryError("the emulated device is full")
         self.bytes[at : self._used] = 0xFF  # a NaN in every float format
-        self._begins, self._ends = [*self._begins, at], [*self._ends, at + nbytes]
-        self._begins_array, self._ends_array = np.array(self._begins), np.array(self._ends)
+        self._begins, self._ends = np.append(self._begins, at), np.append(self._ends, at + nbytes)
         return self.BASE + at
+
+    def free(self, address):
+        """Let nobody reach it any more; it is not given to anybody else."""
+        kept = self._begins != address - self.BASE
+        assert kept.sum() == len(kept) - 1
+        self._begins, self._ends = self._begins[kept], self._ends[kept]
 
     def where(self, address, nbytes):
         """Offsets of addresses, after the check that so many bytes are allocated and aligned there."""
         at = np.asarray(address) - self.BASE
-        found = np.searchsorted(self._begins_array, at, side="right") - 1
-        bad = (found < 0) | (at + nbytes > self._ends_array[found])
+        found = np.searchsorted(self._begins, at, side="right") - 1
+        bad = (found < 0) | (at + nbytes > self._ends[found])
         if bad.any():
             raise IndexError(f"{nbytes} bytes at {np.asarray(at)[bad]} are not allocated")
         return at
@@ -826,7 +831,8 @@ class Device:
         return 0, self.memory.allocate(nbytes)
 
     def cuMemFree(self, address):
-        return (0,)  # addresses are not used again: what reads freed memory reads what was there
+        self.memory.free(address)
+        return (0,)
 
     def cuMemsetD8(self, address, value, nbytes):
         if nbytes:

@@ -1,6 +1,7 @@
 """The kernels for hardware, line by line, against the oracle on a machine without a GPU: see `emulator`."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +31,11 @@ def gpu():
         backend = package.CudaBackend()
         patch.setattr(registry, "_attempt", lambda name: backend if name == "cuda" else attempt(name))
         yield SimpleNamespace(
-            backend=backend, device=device, array=package.memory.DeviceArray, jit=package.jit
+            backend=backend,
+            device=device,
+            array=package.memory.DeviceArray,
+            jit=package.jit,
+            pool=package.memory.Pool,
         )
 
 
@@ -391,6 +396,17 @@ def test_nan_in_the_cache_reaches_the_results(fmt, new, gpu, normal):
     assert np.isfinite(lse[:2]).all()
     assert np.isnan(out[2:]).all()
     assert np.isnan(lse[2:]).all()
+
+
+def test_memory_in_a_cycle_of_garbage_stays_the_pools(gpu):
+    pool = gpu.pool()
+    for _ in range(3):
+        holder = SimpleNamespace(loan=pool.take(1000, 0))
+        holder.itself = holder
+        del holder
+        gc.collect()
+        loan = pool.put(np.ones(250, np.int32), 0)  # raises where it is not allocated
+        assert pool.take(1000, 0).address != loan.address
 
 
 def test_a_token_needs_one_upload(gpu, normal, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvnumba.arrays import DeviceView, contiguous_strides
+from kvnumba.arrays import DEVICE_DTYPES, DeviceView, contiguous_strides
 from kvnumba.backends.cuda.jit import SIMULATED, cuda, driver_call
 from kvnumba.formats import FORMATS
 from kvnumba.storage import host_memory_bytes
@@ -95,32 +95,34 @@ def download(host: np.ndarray, address: int, stream: int) -> None:
 class Loan:
     """Memory of a pool, which takes it back when nothing refers to this any more."""
 
-    __slots__ = ("_free", "_memory", "address")
+    __slots__ = ("_free", "address")
 
-    def __init__(self, memory: Memory, free: list[Memory]) -> None:
-        self.address = memory.address
-        self._memory = memory
+    def __init__(self, address: int, free: list[int]) -> None:
+        self.address = address
         self._free = free
 
     def __del__(self) -> None:
-        self._free.append(self._memory)
+        self._free.append(self.address)
 
 
 class Pool:
     """Memory that is used again by the stream that used it last: what one call frees the next overwrites in order."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[tuple[int, int], list[Memory]] = defaultdict(list)
+        self._free: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        # here, not in loans: these may become garbage in a cycle, whose members Python tears down in any order
+        self._memory: list[Memory] = []
 
     def take(self, nbytes: int, stream: int, *, zeros: bool = False) -> Loan:
         """So many bytes. `zeros`: of memory that its users leave full of zeros."""
         kind = (stream, (1 << max(nbytes - 1, 255).bit_length()) * (-1 if zeros else 1))
         free = self._free[kind]
         try:
-            memory = free.pop()
+            return Loan(free.pop(), free)
         except IndexError:
             memory = Memory(abs(kind[1]), zeros=zeros)
-        return Loan(memory, free)
+        self._memory.append(memory)
+        return Loan(memory.address, free)
 
     def put(self, host: np.ndarray, stream: int) -> Loan:
         """A copy of an array."""
@@ -276,10 +278,10 @@ def empty_like(like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceVi
 def _maker(library: str) -> Callable[[Any, tuple[int, ...], str], tuple[Any, int]]:
     """``make(owner, shape, dtype)``: an array of a library, and its address."""
     if library == "torch":
-        torch = sys.modules["torch"]
+        dtypes = {name: getattr(sys.modules["torch"], name) for name in DEVICE_DTYPES}
 
         def of_torch(owner: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
-            made = owner.new_empty(shape, dtype=getattr(torch, dtype))
+            made = owner.new_empty(shape, dtype=dtypes[dtype])
             return made, made.data_ptr()
 
         return of_torch
