@@ -35,7 +35,7 @@ MAGIC = b"kvnumba\x00"
 VERSION = 1
 PREAMBLE = struct.Struct("<8sQI")
 CHECKSUM = struct.Struct("<I")
-HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd")  # and a way to name them later
+HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd")  # by which they get a name
 UNFINISHED = ".tmp"  # how the name of a file ends that is not whole yet
 CHUNK = 64  # blocks that are read from or written to a cache at once
 
