@@ -35,6 +35,7 @@ MAGIC = b"kvnumba\x00"
 VERSION = 1
 PREAMBLE = struct.Struct("<8sQI")
 CHECKSUM = struct.Struct("<I")
+HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd")  # by which they get a name
 UNFINISHED = ".tmp"  # how the name of a file ends that is not whole yet
 CHUNK = 64  # blocks that are read from or written to a cache at once
 
@@ -350,7 +351,7 @@ def clear_unfinished(folder: Path, name: str) -> None:
 
 def _open_unfinished(path: Path) -> tuple[BinaryIO, str | None]:
     """A new file in the folder of a path, locked, and its name; None where it has none."""
-    if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
+    if HAS_UNNAMED_FILES:
         try:
             descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o600)
         except OSError as error:  # what kernels and file systems that do not have it answer

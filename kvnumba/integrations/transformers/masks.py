@@ -92,7 +92,8 @@ def attention_mask(
             shape = (batch_size, 1, q_length, kv_length)
             causal = CausalMask(length, window_left, padding)
             return DeferredMask(shape, dtype, options.get("device", "cpu"), causal)
-    options["allow_is_bidirectional_skip"] = False  # without a mask the attention function would take it for causal
+    # never None, which the attention function would take for causal
+    options["allow_is_bidirectional_skip"] = False
     return eager_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, **options
     )
