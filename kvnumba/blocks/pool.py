@@ -296,8 +296,6 @@ class BlockPool:
                 raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
             if (new < 0).any():
                 raise ValueError(f"num_new_tokens: expected 0 or more; got {new[new < 0][0]}")
-            if len(rows) == 1:
-                return self.book_one(int(self.ids[rows[0]]), int(new[0]), copy)
             return self._book_rows(rows, new, copy)
 
     def _book_rows(

@@ -506,6 +506,14 @@ class PagedKVCache(Cache):
             An id is unknown, finished or given twice, or a count is negative.
         """
         tokens = None if token_ids is None else _checked_tokens(token_ids, num_new_tokens)
+        try:
+            one = len(seq_ids) == len(num_new_tokens) == 1
+        except TypeError:
+            one = False  # `book` says what is wrong with them
+        if one:
+            seq_id = arguments.integer("seq_id", seq_ids[0], minimum=0)
+            count = arguments.integer("num_new_tokens", num_new_tokens[0], minimum=0)
+            return self._new_step([seq_id], self._pool.book_one(seq_id, count, self._copy_blocks), tokens)
         batch = self._pool.book(seq_ids, num_new_tokens, self._copy_blocks)
         return self._new_step(np.asarray(seq_ids).tolist(), batch, tokens)
 
