@@ -84,7 +84,7 @@ class NumpyBackend:
     def allocate(self, layout: Layout) -> Buffers:
         return allocate_on_host(layout)
 
-    def memory_bytes(self) -> int:
+    def available_bytes(self) -> int:
         return host_memory_bytes()
 
     def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:

@@ -50,7 +50,7 @@ class Backend(Protocol):
         """Zeroed storage. Raises MemoryError where there is no room for it."""
         ...
 
-    def memory_bytes(self) -> int:
+    def available_bytes(self) -> int:
         """Bytes that storage may take: a GPU's free memory; all of a host's, whose pages are taken when written."""
         ...
 

@@ -70,7 +70,7 @@ class CpuBackend:
     def allocate(self, layout: Layout) -> CpuBuffers:
         return allocate(layout)
 
-    def memory_bytes(self) -> int:
+    def available_bytes(self) -> int:
         return host_memory_bytes()
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: str) -> Any:

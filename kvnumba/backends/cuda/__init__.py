@@ -64,7 +64,7 @@ class CudaBackend:
     def allocate(self, layout: Layout) -> CudaBuffers:
         return allocate(layout)
 
-    def memory_bytes(self) -> int:
+    def available_bytes(self) -> int:
         return memory.free_bytes()
 
     def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:

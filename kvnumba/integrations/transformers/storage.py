@@ -80,7 +80,7 @@ class Settings:
         )
         if backend.device is not None:
             share *= SHARE_OF_GPU
-        num_blocks = max(1, int(backend.memory_bytes() * share) // layout.memory_bytes())
+        num_blocks = max(1, int(backend.available_bytes() * share) // layout.memory_bytes())
         layout = replace(layout, num_blocks=num_blocks)
         try:
             return PagedKVCache.from_layout(layout, MAX_NUM_SEQS, backend=backend.name)
