@@ -187,7 +187,7 @@ def test_other_processors(processor, tmp_path):
     if processor != "plain" and "avx2" not in describe_processor():
         pytest.skip("this processor has no AVX2")
     script = """
-        for fmt in ("float32", "float16", "bfloat16", "int8", "int4"):
+        for fmt in kvnumba.formats.FORMATS:
             attend_once(fmt, 1)
         masks = dict(window_left=300, logits_soft_cap=5.0, alibi_slopes=[0.1, 0.2, 0.3, 0.4], sinks=[0.0] * 4)
         attend_once("int8", 2, **masks)

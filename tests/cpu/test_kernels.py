@@ -246,7 +246,14 @@ def test_load_queries(rows, head_dim, rng):
         scoring = shapes.Score(SM_SCALE, -1, np.float32(0), sinks, slopes, False, fmt == BFLOAT16)
         columns.query[:] = np.nan
         load_queries(
-            columns.shape, piece, work, q, head_dim, stored_rows(fmt, 1, head_dim, rng)[0], scoring, columns.scratch
+            columns.shape,
+            piece,
+            work,
+            q,
+            head_dim,
+            stored_rows(fmt, 1, head_dim, rng)[0],
+            scoring,
+            columns.scratch,
         )
 
     for fmt in ALL if rows <= few.MOST_ROWS else ARITHMETICS:

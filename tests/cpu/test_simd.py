@@ -12,11 +12,12 @@ from numba import njit, types
 from numba.extending import intrinsic
 from oracle import bfloat16
 
-from kvnumba.backends.cpu import plan
-from kvnumba.backends.cpu.codecs import CODE_BYTES, FORMAT_ID, interleave_rows, load_codes
+from kvnumba.backends.cpu import plan, shapes
+from kvnumba.backends.cpu.codecs import CODECS, interleave_rows
 from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I16, I32, LANES, Emitter, constant, vector
 from kvnumba.caches import warmup as compilation
-from kvnumba.storage import Batch
+from kvnumba.formats import FORMATS
+from kvnumba.storage import Batch, Buffers, Layout, Part
 
 
 def compiled(body):
@@ -26,9 +27,9 @@ def compiled(body):
     def apply(typing, x, out):
         def generate(context, builder, signature, args):
             e = Emitter(context, builder)
-            source, target = e.pointer(x, args[0]), e.pointer(out, args[1])
+            source, target = (array.start for array in e.arguments(signature, args))
             for i, result in enumerate(body(e, source)):
-                e.store(result, e.at(target, 4 * i * LANES))
+                e.store(result, target + 4 * i * LANES)
             return context.get_dummy_value()
 
         return types.void(x, out), generate
@@ -70,7 +71,7 @@ def test_sums(rng):
     x = rng.standard_normal((LANES, LANES), dtype=np.float32)
     out = np.empty(LANES, np.float32)
     vectors = compiled(
-        lambda e, source: [e.sums([e.load(e.at(source, 4 * i * LANES), vector(F32)) for i in range(LANES)])]
+        lambda e, source: [e.sums([e.load(source + 4 * i * LANES, vector(F32)) for i in range(LANES)])]
     )
     vectors(x.reshape(-1), out)
     np.testing.assert_allclose(out, x.sum(axis=1), atol=1e-5)
@@ -87,7 +88,7 @@ def test_reduce(rng, step):
 def test_loops_and_conditions():
     def body(e, source):
         first = e.load(source, vector(F32))
-        doubled = e.loop(ir.Constant(ir.IntType(64), 3), [first], lambda i, v: [e.add(v[0], v[0])])[0]
+        doubled = e.loop(3, [first], lambda i, v: [e.add(v[0], v[0])])[0]
         never = e.when(ir.Constant(ir.IntType(1), 0), [doubled], lambda: [constant(0.0)])[0]
         once = e.when(ir.Constant(ir.IntType(1), 1), [never], lambda: [e.add(never, constant(1.0))])[0]
         return [once]
@@ -100,9 +101,10 @@ def test_loops_and_conditions():
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 def test_codes(fmt, rng):
     """Codes come as 16-bit integers, of int4 the even elements before the odd."""
-    codes = rng.integers(0, 256, CODE_BYTES).astype(np.uint8)
+    codec = CODECS[FORMATS[fmt].number]
+    codes = rng.integers(0, 256, codec.chunk_bytes).astype(np.uint8)
     out = np.empty(4 * LANES, np.int16)
-    compiled(lambda e, source: load_codes(e, FORMAT_ID[fmt], source))(codes, out)
+    compiled(lambda e, source: codec.load(e, source))(codes, out)
     want = codes if fmt == "int8" else np.concatenate([codes >> 4, codes & 15])
     np.testing.assert_array_equal(out[: len(want)], want)
 
@@ -111,9 +113,7 @@ def test_dot(rng):
     x = rng.integers(-(2**15) + 1, 2**15, 4 * LANES).astype(np.int16)
     words, out = vector(I16, 2 * LANES), np.empty(LANES, np.int32)
     compiled(
-        lambda e, source: [
-            e.dot(e.load(source, words), e.load(e.at(source, 4 * LANES), words), constant(-7, I32))
-        ]
+        lambda e, source: [e.dot(e.load(source, words), e.load(source + 4 * LANES, words), constant(-7, I32))]
     )(x, out)
     products = x[: 2 * LANES].astype(np.int64) * x[2 * LANES :]
     np.testing.assert_array_equal(out, products.reshape(-1, 2).sum(axis=1) - 7)
@@ -125,7 +125,7 @@ def test_dot_bfloat16(rng):
     bits, out = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(LANES, np.float32)
     compiled(
         lambda e, source: [
-            e.dot_bfloat16(*(e.load(e.at(source, n), vector(F32)) for n in (0, 4 * LANES)), constant(1.0))
+            e.dot_bfloat16(*(e.load(source + n, vector(F32)) for n in (0, 4 * LANES)), constant(1.0))
         ]
     )(bits, out)
     products = x[: 2 * LANES].astype(np.float64) * x[2 * LANES :]
@@ -150,6 +150,13 @@ def test_broadcast_lanes():
     assert (mapped(lambda e, v: e.splat(e.builder.extract_element(v, I32(3))), x) == 3).all()
 
 
+def planned(batches, num_kv_heads, group, head_dim, window_left, num_threads):
+    """The plan of several parts, each a batch and the tokens that it is for."""
+    layout = Layout.of(1, batches[0][0].block_size, num_kv_heads, head_dim)
+    parts = [Part(Buffers(layout, None, None), batch, tokens) for batch, tokens in batches]
+    return plan.plan_parts(parts, num_kv_heads * group, head_dim, window_left, num_threads)
+
+
 @pytest.mark.parametrize("group", [*range(1, 17), 24, 65, 70])
 def test_warmup_meets_every_size(group):
     """The kernels that `warmup` runs are all that prompts of any length and single tokens need."""
@@ -157,7 +164,12 @@ def test_warmup_meets_every_size(group):
     def sizes(counts):
         lengths = np.full(1, 600, np.int32)
         batches = [Batch.of(np.zeros((1, 1), np.int32), lengths, np.array([count]), 600) for count in counts]
-        return {rows for b in batches for rows, _ in plan.plan_batch(b, 1, group, 8, -1, 2).pieces}
+        return {
+            rows
+            for batch in batches
+            for part in planned([(batch, None)], 1, group, 8, -1, 2).parts
+            for rows, _ in part.pieces
+        }
 
     assert sizes(range(1, 300)) == sizes(compilation.tile_counts(group))
 
@@ -165,32 +177,53 @@ def test_warmup_meets_every_size(group):
 @pytest.mark.parametrize("window_left", [-1, 100])
 @pytest.mark.parametrize("group", [1, 4, 7, 12, 70])
 @pytest.mark.parametrize("num_threads", [1, 2, 16])
-def test_a_plan_covers_everything_once(window_left, group, num_threads):
-    """Every new token, query head and key that it may see is in one piece; merges name every partial result."""
+@pytest.mark.parametrize("several", [False, True])
+def test_a_plan_covers_everything_once(window_left, group, num_threads, several):
+    """Every new token, query head and key that it may see is in one piece; merges name every partial result.
+
+    With several parts the second is a prefix of 700 keys more, before all others, for some of the tokens.
+    """
     seq_lens, new, num_kv_heads = np.array([5000, 3, 900, 40]), np.array([1, 3, 130, 0]), 2
     batch = Batch.of(np.zeros((4, 1), np.int32), seq_lens.astype(np.int32), new, 5000)
-    made = plan.plan_batch(batch, num_kv_heads, group, 128, window_left, num_threads)
-    seen = np.zeros((new.sum(), num_kv_heads * group, 5000), np.int8)
-    partials = []
-    for rows, pieces in made.pieces:
-        for piece in pieces:
-            tokens, heads = piece[plan.NUM_TOKENS], piece[plan.NUM_HEADS]
-            assert tokens * heads <= rows
-            assert piece[plan.FIRST_HEAD] // group == piece[plan.KV_HEAD]
-            first = batch.query_start_loc[piece[plan.SEQUENCE]] + piece[plan.FIRST_TOKEN]
-            last_head = piece[plan.FIRST_HEAD] + heads
-            keys = slice(piece[plan.FIRST_KEY], piece[plan.END_KEY])
-            seen[first : first + tokens, piece[plan.FIRST_HEAD] : last_head, keys] += 1
-            partials += [piece[plan.PARTIAL]] * int(piece[plan.PARTIAL] >= 0)
+    start, batches = batch.query_start_loc, [(batch, None)]
+    prefix = np.array([700], np.int32)
+    tokens = np.array([0, *range(4, 134)], np.int32)
+    if several:
+        shared = Batch(batch.block_table[:1], prefix, np.array([0, len(tokens)], np.int32), 5000, prefix)
+        batches.append((shared, tokens))
+    made = planned(batches, num_kv_heads, group, 128, window_left, num_threads)
+    seen = np.zeros((2, new.sum(), num_kv_heads * group, 5000), np.int8)
+    rows_of_partials = {}
+    for number, (part, (keys, order)) in enumerate(zip(made.parts, batches, strict=True)):
+        order = np.arange(new.sum()) if order is None else order
+        for rows, pieces in part.pieces:
+            for values in pieces.tolist():
+                piece = shapes.Piece(*values)
+                assert piece.num_tokens * piece.num_heads <= rows == piece.rows
+                assert piece.first_head // group == piece.kv_head
+                first = piece.token - keys.query_start_loc[piece.sequence]
+                assert piece.position == keys.positions[piece.sequence] + first
+                heads = range(piece.first_head, piece.first_head + piece.num_heads)
+                for i, token in enumerate(order[piece.token : piece.token + piece.num_tokens]):
+                    seen[number, token, heads, piece.first_key : piece.end_key] += 1
+                    for h, head in enumerate(heads):
+                        if piece.partial >= 0:
+                            row = piece.partial * made.partial_rows + i * piece.num_heads + h
+                            rows_of_partials[row] = (token, head)
     for s in range(4):
         for i in range(new[s]):
-            token, position = batch.query_start_loc[s] + i, seq_lens[s] - new[s] + i
+            token, position = start[s] + i, seq_lens[s] - new[s] + i
             first = 0 if window_left < 0 else max(0, position - window_left)
-            assert (seen[token, :, first : position + 1] == 1).all()
-            assert (seen[token] <= 1).all()
-    merged = [
-        p
-        for m in made.merges
-        for p in range(m[plan.FIRST_PARTIAL], m[plan.FIRST_PARTIAL] + m[plan.NUM_PARTIALS])
-    ]
-    assert sorted(partials) == sorted(merged) == list(range(made.num_partials))
+            assert (seen[0, token, :, first : position + 1] == 1).all()
+            if several and token in tokens:
+                first = 0 if window_left < 0 else 700 - window_left + list(tokens).index(token)
+                assert (seen[1, token, :, first:700] == 1).all()
+    assert (seen <= 1).all()
+    assert several or not made.counts_sinks
+    merged = {}
+    for token, head, heads, begin, end in made.merges.tolist():
+        for row in made.sources[begin:end].tolist():
+            for h in range(heads):
+                assert row + h not in merged
+                merged[row + h] = (token, head + h)
+    assert merged == rows_of_partials

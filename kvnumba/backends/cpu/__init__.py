@@ -12,7 +12,8 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from kvnumba.backends.cpu import attend, copy, read, write
+from kvnumba.backends.cpu import copy, read, write
+from kvnumba.backends.cpu.attend import Job, Memory, MergeJob, Views, Work, attend, merge, scratch_sizes
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
@@ -64,7 +65,7 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
-        self._memories: dict[Any, attend.Memory] = {}
+        self._memories: dict[Any, Memory] = {}
         self._counter = np.zeros(1, np.int64)
 
     def allocate(self, layout: Layout) -> CpuBuffers:
@@ -116,8 +117,7 @@ class CpuBackend:
         layout = buffers.layout
         blocks = layout.num_layers * layout.num_blocks
         arrays = tuple(
-            array.reshape(-1).view(np.uint8).reshape(blocks, -1)
-            for array in (*buffers.keys, *buffers.values)
+            array.reshape(-1).view(np.uint8).reshape(blocks, -1) for array in (*buffers.keys, *buffers.values)
         )
         job = copy.CopyJob(pairs, layout.num_layers, layout.num_blocks, arrays)
         num_bytes = len(pairs) * layout.num_layers * sum(array.shape[1] for array in arrays)
@@ -143,7 +143,7 @@ class CpuBackend:
         if out.strides[-1] != out.itemsize:
             raise ValueError("out: expected adjacent last elements")
         score = _score(scoring)
-        views = attend.Views(_view(q), out, lse)
+        views = Views(_view(q), out, lse)
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
             lse[...] = -np.inf if scoring.sinks is None else scoring.sinks
@@ -151,13 +151,15 @@ class CpuBackend:
         with _ONE_AT_A_TIME:
             partials = _NO_PARTIALS
             if plan.num_partials:
-                partials = self._space("partials", (plan.num_partials * plan.partial_rows, value_dim + 1), np.float32)
+                partials = self._space(
+                    "partials", (plan.num_partials * plan.partial_rows, value_dim + 1), np.float32
+                )
             for planned in plan.parts:
-                buffers: CpuBuffers = planned.part.buffers
+                buffers: Any = planned.part.buffers
                 for rows, pieces in planned.pieces:
                     shape = shape_of(rows, buffers.static.scale_dtype)
                     self._counter[0] = 0
-                    work = attend.Work(
+                    work = Work(
                         self._counter,
                         pieces,
                         planned.tokens,
@@ -166,19 +168,19 @@ class CpuBackend:
                         plan.partial_rows,
                     )
                     memory = self._memory(shape, plan.workers, head_dim, value_dim)
-                    job = attend.Job(views, work, buffers.layers[layer], score, memory)
-                    launch(attend.attend, shape, plan.workers, job)
+                    job = Job(views, work, buffers.layers[layer], score, memory)
+                    launch(attend, shape, plan.workers, job)
             if plan.num_partials:
                 sinks = score.sinks if plan.counts_sinks else _NONE
-                merges = attend.MergeJob(views, plan.merges, plan.sources, partials, sinks)
-                launch(attend.merge, COMMON, plan.workers, merges)
+                merges = MergeJob(views, plan.merges, plan.sources, partials, sinks)
+                launch(merge, COMMON, plan.workers, merges)
 
-    def _memory(self, shape: Shape, workers: int, head_dim: int, value_dim: int) -> attend.Memory:
+    def _memory(self, shape: Shape, workers: int, head_dim: int, value_dim: int) -> Memory:
         key = (shape, workers, head_dim, value_dim)
         memory = self._memories.get(key)
         if memory is None:
-            floats, runs = attend.scratch_sizes(shape, head_dim, value_dim)
-            memory = attend.Memory(
+            floats, runs = scratch_sizes(shape, head_dim, value_dim)
+            memory = Memory(
                 self._space("floats", (workers, floats), np.float32),
                 self._space("positions", (workers, shape.width), np.int32),
                 self._space("runs", (workers, runs, 4), np.int64),

@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import COMMON, kernel, launch
-from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, constant, index, vector
+from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, Int, constant, vector
 
 BYTES = 1 << 29
 AHEAD = 4096  # bytes between what is read and what is prefetched
@@ -27,37 +27,41 @@ def _total(e: Emitter, sums: list[ir.Value]) -> ir.Value:
 def _sum(typing, x, begin, end):
     """The sum of whole vectors of x[begin:end], 8 at a time."""
 
-    def generate(context, builder, _, args):
-        e, b = Emitter(context, builder), builder
-        base = e.at(e.pointer(x, args[0]), b.mul(args[1], index(4)))
+    signature = types.float32(x, types.intp, types.intp)
 
-        def body(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            line = e.at(base, b.mul(i, index(32 * LANES)))
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        x, begin, end = e.arguments(signature, args)
+
+        def body(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
+            line = x.start + (begin * 4 + i * (32 * LANES))
             for offset in range(0, 32 * LANES, 64):
-                e.prefetch(e.at(line, offset + AHEAD))
-            return [e.add(s, e.load(e.at(line, 4 * LANES * n), vector(F32))) for n, s in enumerate(sums)]
+                e.prefetch(line + (offset + AHEAD))
+            return [e.add(s, e.load(line + 4 * LANES * n, vector(F32))) for n, s in enumerate(sums)]
 
-        sums = e.loop(b.sdiv(b.sub(args[2], args[1]), index(8 * LANES)), [constant(0.0)] * 8, body)
-        return _total(e, sums)
+        return _total(e, e.loop((end - begin) // (8 * LANES), [constant(0.0)] * 8, body))
 
-    return types.float32(x, types.intp, types.intp), generate
+    return signature, generate
 
 
 @intrinsic
 def _multiply_add(typing, count, x):
     """`count` rounds of 16 independent multiply-adds."""
 
-    def generate(context, builder, _, args):
+    signature = types.float32(types.intp, types.float32)
+
+    def generate(context, builder, signature, args):
         e = Emitter(context, builder)
-        factor = e.splat(args[1])
+        count, x = e.arguments(signature, args)
+        factor = e.splat(x)
         sums = e.loop(
-            args[0],
+            count,
             [constant(float(n)) for n in range(16)],
             lambda i, s: [e.fma(factor, v, factor) for v in s],
         )
         return _total(e, sums)
 
-    return types.float32(types.intp, types.float32), generate
+    return signature, generate
 
 
 @kernel

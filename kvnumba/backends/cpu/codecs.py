@@ -100,9 +100,7 @@ class FloatCodec:
         """Vectors of a chunk in their own order."""
         return [self._to_float(e, stored)]
 
-    def encode(
-        self, e: Emitter, x: Elements, target: Pointer, scale: Array, zero: Array, group: Int
-    ) -> None:
+    def encode(self, e: Emitter, x: Elements, target: Pointer, scale: Array, zero: Array, group: Int) -> None:
         """Store elements, and nothing else: there is no scale."""
 
         def whole(i: Int, _: list[ir.Value]) -> list[ir.Value]:
@@ -162,9 +160,7 @@ class CodeCodec:
             return floats
         return [e.shuffle(floats[0], floats[1], half) for half in (PAIRS[:LANES], PAIRS[LANES:])]
 
-    def encode(
-        self, e: Emitter, x: Elements, target: Pointer, scale: Array, zero: Array, group: Int
-    ) -> None:
+    def encode(self, e: Emitter, x: Elements, target: Pointer, scale: Array, zero: Array, group: Int) -> None:
         """Store a group of elements with its scale and zero point."""
         b, largest = e.builder, self.fmt.max_code
         low, high = self._limits(e, x)
@@ -390,7 +386,9 @@ ARITHMETICS = [FLOAT32, BFLOAT16] if HAS_BFLOAT16_DOT else [FLOAT32]
 AS_CODES = np.array([codec.as_codes for codec in CODECS])
 SPLIT = np.array([codec.split for codec in CODECS])
 LARGEST_CODE = np.array([codec.fmt.max_code if codec.as_codes else 1 for codec in CODECS])
-CODE_BIAS = np.array([(codec.fmt.max_code + 1) // 2 if codec.as_codes else -1 for codec in CODECS], np.float32)
+CODE_BIAS = np.array(
+    [(codec.fmt.max_code + 1) // 2 if codec.as_codes else -1 for codec in CODECS], np.float32
+)
 """What is taken off codes where their size matters: sums of products with them stay small. -1: not codes."""
 
 

@@ -251,15 +251,17 @@ def weigh_run(shape, reading, values, run, following, rows, scratch):
 
 
 @intrinsic
-def weigh(typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch):
+def weigh(
+    typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch
+):
     """Add weighted rows that are read as they lie to the sums, 32-bit integers where they are codes."""
     signature = types.void(shape, types.intp, codes, *[types.intp] * 8, scratch)
     static = shape.static
 
     def generate(context, builder, signature, args):
         e = Emitter(context, builder)
-        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = e.arguments(
-            signature, args
+        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = (
+            e.arguments(signature, args)
         )
 
         def case(fmt: int) -> None:

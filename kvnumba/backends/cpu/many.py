@@ -88,7 +88,11 @@ def top_half(x):
 
 @plain
 def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
-    """A row of queries, scaled; in bfloat16 as it is, for scaling would round what came in bfloat16: scores are scaled."""
+    """A row of queries, scaled.
+
+    For products in bfloat16 it is not: queries that came in bfloat16 are exact as they are, and scaling would round
+    them. There the scores are scaled, by QUERY_STEP.
+    """
     if reading.k_format == BFLOAT16:
         pairs = scratch.query.view(np.uint16).reshape(-1, 2 * shape.columns)
         for d in range(head_dim):
@@ -260,15 +264,17 @@ def weigh_run(shape, reading, values, run, following, rows, scratch):
 
 
 @intrinsic
-def weigh(typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch):
+def weigh(
+    typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch
+):
     """Add weighted rows, or pairs of them, to the sums."""
     signature = types.void(shape, types.intp, codes, *[types.intp] * 8, scratch)
     static = shape.static
 
     def generate(context, builder, signature, args):
         e = Emitter(context, builder)
-        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = e.arguments(
-            signature, args
+        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = (
+            e.arguments(signature, args)
         )
 
         def case(fmt: int) -> None:

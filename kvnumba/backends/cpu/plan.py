@@ -7,7 +7,7 @@ and merged by their lse (Flash-Decoding), so that a single sequence keeps every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -150,11 +150,11 @@ def _tables(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return batch.seq_lens, batch.query_start_loc, batch.positions
 
 
-def _cut(batch: Batch, *rest: int):
+def _cut(batch: Batch, *rest: int) -> Any:
     return _call(cut, *_tables(batch), *rest)
 
 
-def _call(function, *arguments):
+def _call(function: Any, *arguments: Any) -> Any:
     _, call = entry(function, COMMON, *arguments)
     return call(COMMON, *arguments)
 

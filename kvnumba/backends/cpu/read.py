@@ -33,7 +33,9 @@ def read_rows(block_table, length, storage, rows, out, item, end):
     while item < end:
         position = item % length
         blocks = block_table[item // length // num_heads]
-        row = find_row(blocks, position, storage.first_block, block_size, num_heads, item // length % num_heads)
+        row = find_row(
+            blocks, position, storage.first_block, block_size, num_heads, item // length % num_heads
+        )
         run = min(end - item, length - position, block_size - position % block_size)
         for t in range(run):
             decode_row(rows, row + t, out, (item + t) * rows.head_dim)

@@ -114,9 +114,7 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
             def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
                 pointers, found, totals = weights(i, sums[:1])
                 at = run.row + i * static.line
-                step, low = (
-                    load_scales(e, array, at, static.line) for array in (values.scale, values.zero)
-                )
+                step, low = (load_scales(e, array, at, static.line) for array in (values.scale, values.zero))
                 # a token past the run has weight 0, but its stale scale may be NaN
                 none = b.fcmp_ordered("==", found[0], constant(0.0))
                 step = b.select(none, constant(0.0), e.pick(step, pattern))
@@ -132,7 +130,10 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
             e.store(sums[2], state_at(scratch.state, WEIGHT_MAX, static))
 
         if static.takes_codes:
-            with b.if_else(b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))) as (folded, otherwise):
+            with b.if_else(b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))) as (
+                folded,
+                otherwise,
+            ):
                 with folded:
                     fold()
                 with otherwise:

@@ -97,7 +97,9 @@ def scale_dtype_of(rows: RowLayout) -> str:
 def allocate(layout: Layout) -> CpuBuffers:
     """Zeroed storage."""
     host = allocate_on_host(layout, aligned_rows)
-    scale_dtype = max(scale_dtype_of(layout.keys), scale_dtype_of(layout.values), key=lambda name: name == "float16")
+    scale_dtype = max(
+        scale_dtype_of(layout.keys), scale_dtype_of(layout.values), key=lambda name: name == "float16"
+    )
     keys, values = (
         as_rows(encoded, rows, scale_dtype)
         for encoded, rows in ((host.keys, layout.keys), (host.values, layout.values))

@@ -58,14 +58,14 @@ def weigh_rows(
 
         def some(i: Int, totals: list[ir.Value]) -> list[ir.Value]:
             row = values + i * (row_bytes * codec.tokens)
-            loaded = [
-                x for c in range(several) for x in codec.load(e, row + c * chunk_bytes, row_bytes)
-            ]
+            loaded = [x for c in range(several) for x in codec.load(e, row + c * chunk_bytes, row_bytes)]
             weight = first_weight + i * shape.columns
             results = []
             for r in range(rows):
                 w = load_weight(weights + (weight + r) * 4)
-                results += [codec.multiply(e, w, x, totals[r * len(loaded) + n]) for n, x in enumerate(loaded)]
+                results += [
+                    codec.multiply(e, w, x, totals[r * len(loaded) + n]) for n, x in enumerate(loaded)
+                ]
             # the bytes ahead in their own order, a share of them with each turn
             share = codec.tokens * several * chunk_bytes
             behind = (step * turns + i) * share
