@@ -85,7 +85,7 @@ def new_tokens(
     for name, x, view, rows in zip(names, (k, v), views, (layout.keys, layout.values), strict=True):
         array = float_array(name, x) if view is None else view
         check_shape(name, array, (*(found[0].shape[:-1] if found else shape), rows.head_dim), axes)
-        if view is None:
+        if isinstance(array, np.ndarray):
             check_finite(name, array, rows)
         found.append(array)
     return found[0], found[1]

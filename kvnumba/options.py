@@ -73,8 +73,8 @@ class Scoring:
     sm_scale: float
     window_left: int
     logits_soft_cap: float
-    sinks: np.ndarray | DeviceView | None
-    alibi_slopes: np.ndarray | DeviceView | None
+    sinks: Any  # (Hq,) float32, NumPy array or DeviceView, or None
+    alibi_slopes: Any
     arithmetic: str | None
 
     @classmethod

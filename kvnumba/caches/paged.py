@@ -393,7 +393,9 @@ class PagedKVCache(Cache):
         layer = arguments.layer_index(layer, self.num_layers)
         count = k.shape[1]
         if layer == 0:
-            tokens = None if token_ids is None else [arguments.tokens("token_ids", token_ids, count)]
+            tokens: list[np.ndarray | None] | None = None
+            if token_ids is not None:
+                tokens = [arguments.tokens("token_ids", token_ids, count)]
             step = self._new_step([seq_id], self._pool.book_one(seq_id, count, self._copy_blocks), tokens)
         else:
             step = self._running(seq_id, count, layer, token_ids)
