@@ -34,7 +34,7 @@ from kvnumba.backends.cuda.write import write_kernel
 from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.errors import BackendUnavailable
 from kvnumba.options import Scoring
-from kvnumba.storage import Batch, Encoded, Layout, Part, RowLayout
+from kvnumba.storage import Batch, Buffers, Encoded, Layout, Part, RowLayout
 
 BLOCKS_PER_SM = 1 if SIMULATED else 16
 
@@ -59,7 +59,7 @@ class CudaBackend:
             raise BackendUnavailable(reason)
         self.device = device_number()
         self._pool = Pool()
-        self._latest: WeakKeyDictionary[CudaBuffers, _Attention] = WeakKeyDictionary()
+        self._latest: WeakKeyDictionary[Buffers, _Attention] = WeakKeyDictionary()
 
     def allocate(self, layout: Layout) -> CudaBuffers:
         return allocate(layout)
