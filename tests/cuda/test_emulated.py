@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import oracle
 import pytest
+from conftest import SIMULATED
 
 import kvnumba
 from kvnumba.arrays import device_view
@@ -18,6 +19,9 @@ from kvnumba.backends.numpy import NumpyBackend
 from kvnumba.formats import FORMATS
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Layout, Part, RowLayout
+
+if SIMULATED:
+    pytest.skip("the suite without the simulator runs these", allow_module_level=True)
 
 UNIT = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of results as large as 1: what rounding queries, weights and results to a precision may cost."""

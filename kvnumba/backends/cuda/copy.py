@@ -1,4 +1,4 @@
-"""Whole blocks from place to place."""
+"""Whole blocks into others."""
 
 from __future__ import annotations
 

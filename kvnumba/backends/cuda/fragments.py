@@ -104,9 +104,9 @@ def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
 
 @functools.cache
 def scale_functions(codec: Codec, shared: bool) -> ModuleType:
-    """``fetch`` the scales and zero points of a tile, take a ``scale`` or ``zero`` of a token, or ``clear`` both.
+    """``fetch`` a lane's scales and zero points of a tile; ``scale``, ``zero``: those of the lane's token t of four.
 
-    Those of token t of a lane's four lie in `words` from ``at + t * words`` on.
+    ``clear`` sets both of a token to 0.
     """
     wide = codec.scale == "float32"
     words = 2 if wide else 1  # for each token

@@ -58,12 +58,13 @@ def merge_kernel(kind: str, width: int) -> Kernel:
             if call.sinks != 0:
                 total += math.exp(sink - top)
             factor = one / total if total != zero else zero
-            place = element_of(
+            begin_of_row = element_of(
                 work.tokens_per_row, call.out_batch, call.out_token, call.out_head, token, head
             )
             if call.lse != 0 and lane == 0:
                 store_float(
-                    call.lse + 4 * (place // head_dim), top + math.log(total) if total != zero else nothing
+                    call.lse + 4 * (begin_of_row // head_dim),
+                    top + math.log(total) if total != zero else nothing,
                 )
             for at in range(lane * width, head_dim, WARP * width):
                 of.clear_all(sums)
@@ -72,6 +73,6 @@ def merge_kernel(kind: str, width: int) -> Kernel:
                     load(partial + 4 * at, values)
                     of.add_scaled(sums, values, 0, math.exp(load_float(partial + 4 * head_dim) - top))
                 of.scale(sums, factor)
-                store(call.out + (place + at) * itemsize, sums)
+                store(call.out + (begin_of_row + at) * itemsize, sums)
 
     return Kernel(merge, (MergeAddresses, MergeShape))

@@ -83,11 +83,12 @@ def row_opener(kind: str, codec: Codec, head_dim: int, halves: int, extras: bool
 
 @functools.cache
 def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras: bool) -> Any:
-    """``step(...)``: take so many tiles of keys' scores, and weigh their values.
+    """``step(...)``: make weights of the scores of so many tiles of keys, and weigh the tiles' values with them.
 
-    `rows` are the lane's rows, one for each half: position `last`, `factors` of their scores, `slopes`. `tops`,
-    `totals` and `zeros` are their maxima, sums of weights, and weighted sums of zero points; `units` the largest scale
-    so far, the power of two by which weights are divided to stay within float16's range, and its inverse.
+    Arrays with one element for each of the lane's rows: `last`, the position of the row's token; `factors` of its
+    scores; `slopes`; and the state of its softmax: `tops`, the maximum score, `totals`, the sum of weights, `zeros`,
+    the weighted sum of zero points. `units` are the largest scale so far, the power of two by which weights are divided
+    to stay within float16's range once they are multiplied by scales, and the inverse of that power.
     """
     has_scale = codec.fmt.has_scale
     values = value_functions(codec, head_dim, halves)
