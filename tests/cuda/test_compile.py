@@ -80,7 +80,7 @@ def test_matrix_kernels_stay_in_registers_and_out_of_float64(request, compile_ke
 def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width):
     codec = Codec(FORMATS[fmt], scale)
     for kernel in (
-        attend.attend_kernel(4, width, kind, codec, codec),
+        attend.attend_kernel(4, kind, width, codec, width, codec, width),
         write.write_kernel(kind, kind, codec, codec, width),
         read.read_kernel(codec, width),
         copy.copy_kernel(),

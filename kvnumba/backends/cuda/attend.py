@@ -44,20 +44,30 @@ def shared_bytes(rows: int, head_dim: int, value_head_dim: int) -> int:
 
 
 @functools.cache
-def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_codec: Codec) -> Kernel:
-    """Queries and results of a precision `kind`, `width` neighbours of a head at a time."""
-    read_key, read_value = reader(key_codec, width), reader(value_codec, width)
-    load_query, finish = loader(kind, width), finisher(rows, width, kind, THREADS)
-    of, single, one_row = vectors(rows, width), vectors(rows, 1), vectors(1, width)
+def attend_kernel(
+    rows: int,
+    kind: str,
+    query_width: int,
+    key_codec: Codec,
+    key_width: int,
+    value_codec: Codec,
+    value_width: int,
+) -> Kernel:
+    """Queries and results of a precision `kind`; the widths say how many neighbours of a head are read together."""
+    read_key, read_value = reader(key_codec, key_width), reader(value_codec, value_width)
+    load_query, finish = loader(kind, query_width), finisher(rows, value_width, kind, THREADS)
+    of_queries, of_keys, of = vectors(1, query_width), vectors(rows, key_width), vectors(rows, value_width)
+    single = vectors(rows, 1)
     itemsize = FORMATS[kind].bits // 8
-    size, loaded_size = rows * width, TOGETHER * width
+    size, loaded_size = rows * value_width, TOGETHER * value_width
     most_merged = 2 * MAX_SPLITS
     zero, least, hidden = float32(0), float32(LEAST), float32("-inf")
 
     def attend(call, work):
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
-        values, sums = cuda.local.array(width, float32), cuda.local.array(width, float32)
+        query, key = cuda.local.array(query_width, float32), cuda.local.array(key_width, float32)
+        values, sums = cuda.local.array(value_width, float32), cuda.local.array(value_width, float32)
         loaded = cuda.local.array(loaded_size, float32)
         scores, totals = cuda.local.array(rows, float32), cuda.local.array(rows, float32)
         weighted = cuda.local.array(size, float32)
@@ -70,19 +80,20 @@ def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_code
         at_slabs = at_scores + rows * KEYS
         at_factors = at_slabs + 2 * KEYS
         at_tops, at_totals = at_factors + rows, at_factors + 2 * rows
-        key_chunks, chunks = quotient(head_dim, width), quotient(value_head_dim, width)
+        query_chunks, key_chunks = quotient(head_dim, query_width), quotient(head_dim, key_width)
+        chunks = quotient(value_head_dim, value_width)
         shares = quotient(THREADS, chunks)
         share, chunk = quotient(thread, chunks), remainder(thread, chunks)
 
-        for i in range(thread, rows * key_chunks, THREADS):
-            r = quotient(i, key_chunks)
-            c = i - r * key_chunks
-            one_row.clear_all(values)
+        for i in range(thread, rows * query_chunks, THREADS):
+            r = quotient(i, query_chunks)
+            c = i - r * query_chunks
+            of_queries.clear_all(query)
             if r < used:
-                query = query_of(work, piece, token_of(piece, r), r)
-                load_query(call.q + (query + c * width) * itemsize, values)
-                of.scale(values, work.sm_scale)
-            of.put(shared, i * width, values)
+                row = query_of(work, piece, token_of(piece, r), r)
+                load_query(call.q + (row + c * query_width) * itemsize, query)
+                of_queries.scale(query, work.sm_scale)
+            of_queries.put(shared, i * query_width, query)
         for i in range(thread, rows * KEYS, THREADS):
             shared[index(at_scores + i)] = zero
         for r in range(thread, rows, THREADS):
@@ -103,10 +114,10 @@ def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_code
                     of.clear(scores)
                     for c in range(key_chunks):
                         read_key(
-                            call.keys + slab, call.key_scales + slab, offset, c * width, head_dim, work.key_group,
-                            values,
+                            call.keys + slab, call.key_scales + slab, offset, c * key_width, head_dim,
+                            work.key_group, key,
                         )  # fmt: skip
-                        of.dot_rows(scores, shared, c * width, head_dim, values)
+                        of_keys.dot_rows(scores, shared, c * key_width, head_dim, key)
                     for r in range(rows):
                         if r < used:
                             score = scores[r]
@@ -142,7 +153,7 @@ def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_code
                         int64(shared_int[index(at_slabs + KEYS + j)]),
                     )
                     read_value(
-                        call.values + slab, call.value_scales + slab, offset, chunk * width, value_head_dim,
+                        call.values + slab, call.value_scales + slab, offset, chunk * value_width, value_head_dim,
                         work.value_group, values,
                     )  # fmt: skip
                     of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
@@ -154,10 +165,10 @@ def attend_kernel(rows: int, width: int, kind: str, key_codec: Codec, value_code
             if share == s:
                 for r in range(rows):
                     if r < used:
-                        for e in range(width):
-                            at = r * value_head_dim + chunk * width + e
+                        for e in range(value_width):
+                            at = r * value_head_dim + chunk * value_width + e
                             before = shared[index(at)] if s > 0 else zero
-                            shared[index(at)] = before + weighted[r * width + e]
+                            shared[index(at)] = before + weighted[r * value_width + e]
                         if chunk == 0:
                             before = shared[index(at_totals + r)] if s > 0 else zero
                             shared[index(at_totals + r)] = before + totals[r]

@@ -184,9 +184,15 @@ def _kernel(layout: Layout, shape: Shape, q: DeviceView, scoring: Scoring) -> tu
     """The kernel of a shape, and the bytes of shared memory of its blocks."""
     keys, values = codec_of(layout.keys), codec_of(layout.values)
     if shape.name == "attend":
-        sizes = [rows.group_size for rows in (layout.keys, layout.values) if rows.fmt.has_scale]
-        width = width_of(layout.head_dim, layout.value_head_dim, *alignment_of(q), *sizes)
-        kernel = attend.attend_kernel(shape.rows, width, q.dtype, keys, values)
+        kernel = attend.attend_kernel(
+            shape.rows,
+            q.dtype,
+            width_of(layout.head_dim, *alignment_of(q)),
+            keys,
+            width_of(layout.head_dim, layout.keys.group_size),
+            values,
+            width_of(layout.value_head_dim, layout.values.group_size),
+        )
         return kernel, attend.shared_bytes(shape.rows, layout.head_dim, layout.value_head_dim)
     extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
     decoding = shape.name == "decode"
