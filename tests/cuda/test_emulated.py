@@ -425,6 +425,21 @@ def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
         assert np.abs(out[:new] - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
 
 
+def test_a_prepared_step_only_starts_kernels(gpu, normal, monkeypatch):
+    """As a CUDA graph needs it: nothing is uploaded or compiled any more."""
+    cache = kvnumba.PagedKVCache(40, 16, 2, 64, 2, "int8", num_layers=2, backend="cuda")
+    ids = [cache.add_sequence() for _ in range(2)]
+    k, q = (gpu.array.of(normal(6, heads, 64).astype(np.float16)) for heads in (2, 4))
+    step = cache.step(ids, [1, 5])
+    step.prepare(q, sinks=np.ones(4))
+    forbidden = pytest.fail
+    monkeypatch.setattr(gpu.jit._driver(), "cuMemcpyHtoDAsync", lambda *args: forbidden("an upload"))
+    monkeypatch.setattr(gpu.jit.cuda, "jit", lambda *args, **options: forbidden("a compilation"))
+    for layer in range(2):
+        step.write(k, k, layer=layer)
+        step.attend(q, layer=layer, sinks=np.ones(4))
+
+
 class TestEmulator:
     """What the tests above rely on."""
 
