@@ -43,14 +43,6 @@ def gpu():
         )
 
 
-def exact(q, k, v, **options):
-    """The oracle's answer, for values of any width: rows filled up with zeros change no product."""
-    widths = q.shape[-1], v.shape[-1]
-    filled = [np.pad(x, ((0, 0), (0, 0), (0, max(widths) - x.shape[-1]))) for x in (q, k, v)]
-    out, lse = oracle.attention(*filled, **{"sm_scale": widths[0] ** -0.5, **options})
-    return out[..., : widths[1]], lse
-
-
 @pytest.fixture
 def check(gpu, normal):
     """``check(kernels, kind, key_format, value_format, ...)``: a ragged batch, written and attended on the device."""
@@ -93,7 +85,7 @@ def check(gpu, normal):
         got, got_lse, start = on_host(out, kind), lse.copy(), 0
         for seq_id, n in zip(ids, new, strict=True):
             rows = slice(start, start + n)
-            want, want_lse = exact(q_host[rows], *cache.get_kv(seq_id), **dict(options))
+            want, want_lse = oracle.attention(q_host[rows], *cache.get_kv(seq_id), **dict(options))
             largest, largest_lse = (max(1, np.abs(x).max(initial=0)) for x in (want, want_lse))
             assert np.abs(got[rows] - want).max(initial=0) <= 2 * UNIT[kind] * largest
             assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= UNIT[kind] / 4 * largest_lse
@@ -431,6 +423,21 @@ def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
         assert len(uploads) == wanted
         want, _ = oracle.attention(q.copy()[:new].astype(np.float32), *cache.get_kv(ids[0], layer=1))
         assert np.abs(out[:new] - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
+
+
+def test_a_prepared_step_only_starts_kernels(gpu, normal, monkeypatch):
+    """As a CUDA graph needs it: nothing is uploaded or compiled any more."""
+    cache = kvnumba.PagedKVCache(40, 16, 2, 64, 2, "int8", num_layers=2, backend="cuda")
+    ids = [cache.add_sequence() for _ in range(2)]
+    k, q = (gpu.array.of(normal(6, heads, 64).astype(np.float16)) for heads in (2, 4))
+    step = cache.step(ids, [1, 5])
+    step.prepare(q, sinks=np.ones(4))
+    forbidden = pytest.fail
+    monkeypatch.setattr(gpu.jit._driver(), "cuMemcpyHtoDAsync", lambda *args: forbidden("an upload"))
+    monkeypatch.setattr(gpu.jit.cuda, "jit", lambda *args, **options: forbidden("a compilation"))
+    for layer in range(2):
+        step.write(k, k, layer=layer)
+        step.attend(q, layer=layer, sinks=np.ones(4))
 
 
 class TestEmulator:
