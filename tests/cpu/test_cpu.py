@@ -12,6 +12,9 @@ import pytest
 from conftest import TESTED
 
 import kvnumba
+from kvnumba import formats
+from kvnumba.options import Scoring
+from kvnumba.storage import Batch, Encoded, Layout, Part
 
 if "cpu" not in TESTED:
     pytest.skip("another backend is chosen", allow_module_level=True)
@@ -256,3 +259,111 @@ def test_warmup_compiles_all(tmp_path):
         print(set(jit._compiled) == before)
     """
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "True"
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_views_of_any_order(axes, normal):
+    """Tokens are read, and results written, where they lie: with any strides, but for the last axis."""
+    backend = kvnumba.backends.registry.get_backend("cpu")
+    layout = Layout.of(3, 8, 2, 6, value_head_dim=4)
+    batch = Batch.of(np.arange(3, dtype=np.int32)[:, None], np.full(3, 8, np.int32), np.full(3, 5), 8)
+
+    def lie(x):
+        return np.ascontiguousarray(x.transpose(*axes, *range(3, x.ndim))).transpose(
+            *np.argsort(axes), *range(3, x.ndim)
+        )
+
+    k, v, q = normal(3, 5, 2, 6), normal(3, 5, 2, 4), normal(3, 5, 4, 6)
+    results = []
+    for order in (np.array, lie):
+        buffers = backend.allocate(layout)
+        backend.write(buffers, 0, order(k), order(v), batch)
+        plan = backend.plan([Part(buffers, batch)], 4, -1)
+        out, lse = order(np.full((3, 5, 4, 4), np.nan, np.float32)), order(np.zeros((3, 5, 4), np.float32))
+        backend.attend(0, order(q), plan, Scoring.of(4, 6), out, lse)
+        results.append((out, lse))
+    np.testing.assert_array_equal(*(out for out, _ in results))
+    np.testing.assert_array_equal(*(lse for _, lse in results))
+    with pytest.raises(ValueError, match="out, lse"):
+        backend.attend(0, q, plan, Scoring.of(4, 6), out[..., ::-1], lse)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+def test_parts(scale_dtype, normal):
+    """Keys in three parts of several formats, one for some tokens only, are attended to as if they lay together."""
+    backend = kvnumba.backends.registry.get_backend("cpu")
+    shared, own, recent = normal(1, 2, 40, 16), normal(2, 2, 30, 16), normal(2, 2, 6, 16)
+    q, sinks = (
+        normal(1, 4, 4, 16),
+        normal(4),
+    )  # two tokens of each sequence, and a third sequence's in no part
+    q = np.concatenate([q, normal(1, 2, 4, 16)], axis=1)
+
+    def stored(x, fmt, block_size):
+        """Buffers with the same keys and values, (B, H, n, D), and what they hold."""
+        count, heads, length, head_dim = x.shape
+        num_blocks = -(-length // block_size)
+        layout = Layout.of(count * num_blocks, block_size, heads, head_dim, fmt, scale_dtype=scale_dtype)
+        buffers = backend.allocate(layout)
+        table = np.arange(count * num_blocks, dtype=np.int32).reshape(count, num_blocks)
+        lengths = np.full(count, length, np.int32)
+        view = x.swapaxes(1, 2)
+        backend.write(buffers, 0, view, view, Batch.of(table, lengths, lengths, block_size))
+        return buffers, table, lengths, backend.read(buffers, 0, table, length)
+
+    counts = np.array([0, 2, 4], np.int32)
+    prefix, table, lengths, (prefix_k, prefix_v) = stored(shared, "int8", 40)
+    first = Batch(table, lengths, np.array([0, 4], np.int32), 40, lengths)
+    middle, table, lengths, (middle_k, middle_v) = stored(own, "int4", 4)
+    second = Batch(table, lengths, counts, 4, lengths)
+    last, table, lengths, (last_k, last_v) = stored(recent, "float32", 16)
+    third = Batch(table, lengths, counts, 16, lengths - 2)
+    tokens = np.array([0, 1, 2, 3], np.int32)
+    parts = [Part(prefix, first, tokens), Part(middle, second, tokens), Part(last, third, tokens)]
+    out, lse = np.full((1, 6, 4, 16), np.nan, np.float32), np.empty((1, 6, 4), np.float32)
+    scoring = Scoring.of(4, 16, sinks=sinks, arithmetic="float32")
+    backend.attend(0, q, backend.plan(parts, 4, -1), scoring, out, lse)
+    for s in range(2):
+        k = np.concatenate([prefix_k[0], middle_k[s], last_k[s]], axis=1)
+        v = np.concatenate([prefix_v[0], middle_v[s], last_v[s]], axis=1)
+        rows = slice(2 * s, 2 * s + 2)
+        oracle.assert_as_exact((out[0, rows], lse[0, rows]), q[0, rows], k, v, sinks=sinks)
+    assert (out[0, 4:] == 0).all()
+    np.testing.assert_array_equal(lse[0, 4:], np.tile(sinks, (2, 1)))
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_float16_scales(fmt, normal):
+    """Codes and scales are the reference's, bit for bit, also of rows far from 0, and attention reads them."""
+    rows = Layout.of(1, 1, 1, 48, fmt, scale_dtype="float16", group_size=16).keys
+    x = normal(50, 48) * np.geomspace(1e-3, 1e3, 50, dtype=np.float32)[:, None] + np.float32(100)
+    cpu, reference = (kvnumba.backends.registry.get_backend(name) for name in ("cpu", "numpy"))
+    encoded = cpu.encode(x, rows)
+    for have, want in zip(encoded, reference.encode(x, rows), strict=True):
+        assert have.dtype == want.dtype
+        np.testing.assert_array_equal(have, want)
+    np.testing.assert_array_equal(cpu.decode(encoded, rows), reference.decode(encoded, rows))
+
+
+def test_fp8_is_the_nearest_number_bit_for_bit(rng):
+    """Of all float16 numbers, of ties, and of bits of any kind: 0, subnormal, infinite, NaN."""
+    rows = Layout.of(1, 1, 1, 32, "fp8_e4m3").keys
+    backend = kvnumba.backends.registry.get_backend("cpu")
+    x = np.concatenate(
+        [
+            np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32),
+            rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32),
+            formats.fp8_e4m3_to_float(np.arange(256, dtype=np.uint8)).repeat(2) * np.float32(1.0625),
+        ]
+    ).reshape(-1, 32)
+    codes = backend.encode(x, rows).codes
+    size = np.minimum(np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)), 448).astype(np.float64)
+    above = np.searchsorted(oracle.E4M3, size)
+    below = np.maximum(above - 1, 0)
+    to_above, to_below = oracle.E4M3[above] - size, size - oracle.E4M3[below]
+    nearest = np.where((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)), above, below)
+    want = np.where(np.isnan(x), 0x7F, nearest) | np.signbit(x) << 7
+    np.testing.assert_array_equal(codes, want)
+    every = np.arange(256, dtype=np.uint8).reshape(-1, 32)
+    have = backend.decode(Encoded(every, np.empty((8, 0)), np.empty((8, 0))), rows)
+    np.testing.assert_array_equal(have, formats.fp8_e4m3_to_float(every))

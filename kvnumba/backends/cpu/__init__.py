@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -12,8 +13,8 @@ import llvmlite.binding
 import numba
 import numpy as np
 
+from kvnumba.backends.cpu import attend as attention
 from kvnumba.backends.cpu import copy, read, write
-from kvnumba.backends.cpu.attend import Job, Memory, MergeJob, Views, Work, attend, merge, scratch_sizes
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
@@ -65,7 +66,7 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
-        self._memories: dict[Any, Memory] = {}
+        self._memories: dict[Any, attention.Memory] = {}
         self._counter = np.zeros(1, np.int64)
 
     def allocate(self, layout: Layout) -> CpuBuffers:
@@ -140,10 +141,13 @@ class CpuBackend:
     def attend(
         self, layer: int, q: np.ndarray, plan: Plan, scoring: Scoring, out: np.ndarray, lse: np.ndarray
     ) -> None:
-        if out.strides[-1] != out.itemsize:
-            raise ValueError("out: expected adjacent last elements")
+        if not (_is_view(out) and min(lse.strides) >= 0):
+            raise ValueError(
+                f"out, lse: expected adjacent last elements of out, and no axis that runs backwards; got strides "
+                f"{out.strides} and {lse.strides}"
+            )
         score = _score(scoring)
-        views = Views(_view(q), out, lse)
+        views = attention.Views(_view(q), out, lse)
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
             lse[...] = -np.inf if scoring.sinks is None else scoring.sinks
@@ -159,7 +163,7 @@ class CpuBackend:
                 for rows, pieces in planned.pieces:
                     shape = shape_of(rows, buffers.static.scale_dtype)
                     self._counter[0] = 0
-                    work = Work(
+                    work = attention.Work(
                         self._counter,
                         pieces,
                         planned.tokens,
@@ -168,19 +172,19 @@ class CpuBackend:
                         plan.partial_rows,
                     )
                     memory = self._memory(shape, plan.workers, head_dim, value_dim)
-                    job = Job(views, work, buffers.layers[layer], score, memory)
-                    launch(attend, shape, plan.workers, job)
+                    job = attention.Job(views, work, buffers.layers[layer], score, memory)
+                    launch(attention.attend, shape, plan.workers, job)
             if plan.num_partials:
                 sinks = score.sinks if plan.counts_sinks else _NONE
-                merges = MergeJob(views, plan.merges, plan.sources, partials, sinks)
-                launch(merge, COMMON, plan.workers, merges)
+                merges = attention.MergeJob(views, plan.merges, plan.sources, partials, sinks)
+                launch(attention.merge, COMMON, plan.workers, merges)
 
-    def _memory(self, shape: Shape, workers: int, head_dim: int, value_dim: int) -> Memory:
+    def _memory(self, shape: Shape, workers: int, head_dim: int, value_dim: int) -> attention.Memory:
         key = (shape, workers, head_dim, value_dim)
         memory = self._memories.get(key)
         if memory is None:
-            floats, runs = scratch_sizes(shape, head_dim, value_dim)
-            memory = Memory(
+            floats, runs = attention.scratch_sizes(shape, head_dim, value_dim)
+            memory = attention.Memory(
                 self._space("floats", (workers, floats), np.float32),
                 self._space("positions", (workers, shape.width), np.int32),
                 self._space("runs", (workers, runs, 4), np.int64),
@@ -218,10 +222,15 @@ def _workers(num_values: int) -> int:
 
 
 def _view(x: np.ndarray) -> np.ndarray:
-    """A view that kernels may read: its last elements are adjacent. Any other is copied."""
-    return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+    """Tokens as kernels read them, whose last elements are adjacent and no axis runs backwards; others are copied."""
+    return x if _is_view(x) else np.ascontiguousarray(x)
 
 
+def _is_view(x: np.ndarray) -> bool:
+    return x.strides[-1] == x.itemsize and min(x.strides) >= 0
+
+
+@functools.lru_cache(64)
 def _score(scoring: Scoring) -> Score:
     """Options as the kernels see them."""
     return Score(
