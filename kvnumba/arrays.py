@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -253,6 +254,7 @@ def device_view(x: Any) -> DeviceView | None:
     return None
 
 
+@functools.lru_cache(1024)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of C order, in elements."""
     strides = [1] * len(shape)
@@ -262,11 +264,15 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _of_torch(x: Any) -> DeviceView:
-    stream_of = sys.modules["torch"]._C._cuda_getCurrentRawStream
     device = x.get_device()
-    return DeviceView(
-        x.data_ptr(), tuple(x.shape), x.stride(), _torch_name(x.dtype), x, stream_of(device), device
-    )
+    stream = _torch_stream_of()(device)
+    return DeviceView(x.data_ptr(), tuple(x.shape), x.stride(), _torch_name(x.dtype), x, stream, device)
+
+
+@functools.cache
+def _torch_stream_of() -> Callable[[int], int]:
+    """The function that gives torch's current stream of a device."""
+    return sys.modules["torch"]._C._cuda_getCurrentRawStream
 
 
 @functools.cache
