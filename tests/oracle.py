@@ -68,8 +68,8 @@ def assert_as_exact(actual, q, k, v, *, rounded=None, **options):
     """`actual`, (out, lse) as `attention` returns them, errs at most twice as much as plain NumPy in float32.
 
     Both against float64, in the largest error. An error of a few units in the last place is always granted, more of
-    them to long heads: the rounding errors of a sum of D products grow as the square root of D. And
-    for kernels that round queries and weights a step of their rounding, or four times the error of a plain program
+    them to long heads: the rounding errors of a sum of D products grow as the square root of D; and to large scores,
+    for what a score is rounded by is the relative error of its weight. And for kernels that round queries and weights a step of their rounding, or four times the error of a plain program
     that rounds them alike.
     """
     exact = attention(q, k, v, **options)
@@ -77,7 +77,8 @@ def assert_as_exact(actual, q, k, v, *, rounded=None, **options):
     alike = exact if rounded is None else attention(q, k, v, rounded=rounded, **options)
     for have, want, by, too in zip(actual, exact, plain, alike, strict=True):
         assert have.shape == want.shape
-        unit = np.finfo(np.float32).eps * max(1.0, np.abs(want).max(initial=0))
+        size = max(1.0, np.abs(want).max(initial=0), np.abs(exact[1]).max(initial=0) / 8)
+        unit = np.finfo(np.float32).eps * size
         step = 0 if rounded is None else 2.0**-15 * max(1.0, np.abs(want).max(initial=0))
         granted = max(step, 4 * np.abs(too - want).max(initial=0))
         allowed = max(2 * np.abs(by - want).max(initial=0), max(8, q.shape[-1] ** 0.5) * unit, granted)
