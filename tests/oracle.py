@@ -69,8 +69,8 @@ def assert_as_exact(actual, q, k, v, *, rounded=None, **options):
 
     Both against float64, in the largest error. An error of a few units in the last place is always granted, more of
     them to long heads: the rounding errors of a sum of D products grow as the square root of D; and to large scores,
-    for what a score is rounded by is the relative error of its weight. And for kernels that round queries and weights a step of their rounding, or four times the error of a plain program
-    that rounds them alike.
+    for what a score is rounded by is the relative error of its weight. Kernels that round queries and weights are
+    granted a step of their rounding, or four times the error of a plain program that rounds them alike.
     """
     exact = attention(q, k, v, **options)
     plain = attention(q, k, v, dtype=np.float32, **options)
