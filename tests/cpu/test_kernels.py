@@ -18,7 +18,7 @@ if "cpu" not in TESTED:
 
 from numba import njit
 
-from kvnumba.backends.cpu import attend, few, many, shapes, softmax
+from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax
 from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
 from kvnumba.backends.cpu.plan import shape_of
 from kvnumba.backends.cpu.simd import LANES
@@ -91,7 +91,7 @@ def add_phase(shape, reading, rows, scratch):
 
 @njit
 def stage(rows, run, tile):
-    many.stage(rows, run, tile)
+    codecs.decode_rows(rows, run.row, run.num_tokens, tile, 0)
 
 
 @njit

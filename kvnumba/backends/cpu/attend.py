@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
-from kvnumba.backends.cpu.jit import inlined, kernel, plain
+from kvnumba.backends.cpu.jit import borrowed, inlined, kernel, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
@@ -321,7 +321,7 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
 @kernel
 def attend(shape, worker, workers, job):
     """Take pieces of one size until none is left, each worker in its own scratch."""
-    views, work, storage, scoring, memory = job
+    views, work, storage, scoring, memory = borrowed(job)
     scratch = cut_scratch(
         shape,
         storage.keys.head_dim,
@@ -339,7 +339,7 @@ def attend(shape, worker, workers, job):
 @kernel
 def merge(static, worker, workers, job):
     """Combine partial results over disjoint keys, weighted by their lse."""
-    views, merges, sources, partials, sinks = job
+    views, merges, sources, partials, sinks = borrowed(job)
     out, lse = memory_of(views.out), memory_of(views.lse)
     width = partials.shape[1] - 1
     for m in range(worker, merges.shape[0], workers):

@@ -519,6 +519,13 @@ def decode_row(rows, row, out, to):
 
 
 @plain
+def decode_rows(rows, first, count, out, to):
+    """Read rows from number `first` on, one after the other into out[to:]."""
+    for n in range(count):
+        decode_row(rows, first + n, out, to + n * rows.head_dim)
+
+
+@plain
 def encode_row(x, start, rows, row):
     """Store x[start : start + head_dim], of a flat x, as a row of the storage."""
     codes, scale, zero, fmt, head_dim = rows

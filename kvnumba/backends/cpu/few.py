@@ -26,11 +26,11 @@ from kvnumba.backends.cpu.codecs import (
     FLOAT32,
     LARGEST_CODE,
     SPLIT,
-    decode_row,
+    decode_rows,
     load_scales,
     split_position,
 )
-from kvnumba.backends.cpu.jit import inlined, plain
+from kvnumba.backends.cpu.jit import each_run, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     PHASE_MAX,
@@ -102,20 +102,13 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     return step, step * np.float32(total)
 
 
-@inlined
-def stage(rows, run, tile):
-    """The rows of a run into a tile of float32."""
-    for t in range(run.num_tokens):
-        decode_row(rows, run.row + t, tile, t * rows.head_dim)
-
-
-@plain
+@each_run
 def score_run(shape, reading, keys, run, following, masks, scratch):
     codes, scale, zero, _, head_dim = keys
     row_bytes = codes.shape[1]
     if not reading.k_direct:
         prefetch_rows(codes, following, run.num_tokens)
-        stage(keys, run, scratch.tile)
+        decode_rows(keys, run.row, run.num_tokens, scratch.tile, 0)
         codes, following, row_bytes = scratch.tile_bytes, 0, 4 * head_dim
         run = Run(0, run.num_tokens, run.scores, run.key)
     ahead = min(AHEAD, run.num_tokens)
@@ -233,7 +226,7 @@ def _score(
     e.store(e.loop(tiles, [e.load(greatest, vector(F32))], tile)[0], greatest)
 
 
-@plain
+@each_run
 def weigh_run(shape, reading, values, run, following, rows, scratch):
     codes, head_dim = values.codes, values.head_dim
     row, row_bytes = run.row, codes.shape[1]
@@ -241,7 +234,7 @@ def weigh_run(shape, reading, values, run, following, rows, scratch):
         round_weights(shape, run, scratch)
     if not reading.v_direct:
         prefetch_rows(codes, following, run.num_tokens)
-        stage(values, run, scratch.tile)
+        decode_rows(values, run.row, run.num_tokens, scratch.tile, 0)
         codes, row, following, row_bytes = scratch.tile_bytes, 0, 0, 4 * head_dim
     ahead = min(AHEAD, run.num_tokens)
     weigh(

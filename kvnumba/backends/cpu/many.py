@@ -25,11 +25,12 @@ from kvnumba.backends.cpu.codecs import (
     FLOAT32,
     FloatCodec,
     decode_row,
+    decode_rows,
     interleave_rows,
     nearest_bfloat16,
     side_by_side,
 )
-from kvnumba.backends.cpu.jit import inlined, plain
+from kvnumba.backends.cpu.jit import each_run, plain
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     PHASE_MAX,
@@ -104,14 +105,7 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     return np.float32(0), np.float32(0)
 
 
-@inlined
-def stage(rows, run, tile):
-    """The rows of a run into a tile, of float32 or of bfloat16."""
-    for t in range(run.num_tokens):
-        decode_row(rows, run.row + t, tile, t * rows.head_dim)
-
-
-@inlined
+@plain
 def stage_pairs(rows, run, tile_halves):
     """The rows of a run into a tile of bfloat16, two tokens side by side.
 
@@ -133,16 +127,16 @@ def stage_pairs(rows, run, tile_halves):
             )
 
 
-@plain
+@each_run
 def score_run(shape, reading, keys, run, following, masks, scratch):
     codes, head_dim = keys.codes, keys.head_dim
     row_bytes = codes.shape[1]
     if not reading.k_direct:
         prefetch_rows(codes, following, run.num_tokens)
         if reading.k_format == BFLOAT16:
-            stage(keys, run, scratch.tile_halves)
+            decode_rows(keys, run.row, run.num_tokens, scratch.tile_halves, 0)
         else:
-            stage(keys, run, scratch.tile)
+            decode_rows(keys, run.row, run.num_tokens, scratch.tile, 0)
         row_bytes = 2 * head_dim if reading.k_format == BFLOAT16 else 4 * head_dim
         codes, following = scratch.tile_bytes, 0
         run = Run(0, run.num_tokens, run.scores, run.key)
@@ -241,7 +235,7 @@ def _score(
         e.store(value, where)
 
 
-@plain
+@each_run
 def weigh_run(shape, reading, values, run, following, rows, scratch):
     codes, head_dim = values.codes, values.head_dim
     row, row_bytes, count = run.row, codes.shape[1], run.num_tokens
@@ -254,7 +248,7 @@ def weigh_run(shape, reading, values, run, following, rows, scratch):
             stage_pairs(values, run, scratch.tile_halves)
             count = (count + 1) // 2
         else:
-            stage(values, run, scratch.tile)
+            decode_rows(values, run.row, run.num_tokens, scratch.tile, 0)
         codes, row, following, row_bytes = scratch.tile_bytes, 0, 0, 4 * head_dim
     ahead = min(AHEAD, count)
     weigh(

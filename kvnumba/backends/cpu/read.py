@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kvnumba.backends.cpu.codecs import decode_row
-from kvnumba.backends.cpu.jit import kernel, plain
+from kvnumba.backends.cpu.codecs import decode_rows
+from kvnumba.backends.cpu.jit import borrowed, kernel, plain
 from kvnumba.backends.cpu.storage import Rows, Storage, find_row
 
 
@@ -37,15 +37,14 @@ def read_rows(block_table, length, storage, rows, out, item, end):
             blocks, position, storage.first_block, block_size, num_heads, item // length % num_heads
         )
         run = min(end - item, length - position, block_size - position % block_size)
-        for t in range(run):
-            decode_row(rows, row + t, out, (item + t) * rows.head_dim)
+        decode_rows(rows, row, run, out, item * rows.head_dim)
         item += run
 
 
 @kernel
 def read(static, worker, workers, job):
     """Gather keys and values."""
-    block_table, length, storage, k, v = job
+    block_table, length, storage, k, v = borrowed(job)
     count = block_table.shape[0] * storage.num_heads * length
     item, end = worker * count // workers, (worker + 1) * count // workers
     read_rows(block_table, length, storage, storage.keys, k, item, end)
@@ -55,7 +54,7 @@ def read(static, worker, workers, job):
 @kernel
 def decode(static, worker, workers, job):
     """Decode rows."""
-    rows, out = job
+    rows, out = borrowed(job)
     count = rows.codes.shape[0]
-    for row in range(worker * count // workers, (worker + 1) * count // workers):
-        decode_row(rows, row, out, row * rows.head_dim)
+    begin, end = worker * count // workers, (worker + 1) * count // workers
+    decode_rows(rows, begin, end - begin, out, begin * rows.head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvnumba.backends.cpu.codecs import encode_row
-from kvnumba.backends.cpu.jit import kernel, plain
+from kvnumba.backends.cpu.jit import borrowed, kernel, plain
 from kvnumba.backends.cpu.storage import Rows, Storage, memory_of, offset_of
 
 CHUNK = 32  # tokens of a head that are written together: runs that the memory system streams
@@ -42,7 +42,7 @@ def write_chunk(x, begin, end, slot_mapping, storage, rows):
 @kernel
 def write(static, worker, workers, job):
     """Encode the keys and values of new tokens where the slot mapping says."""
-    k, v, slot_mapping, storage = job
+    k, v, slot_mapping, storage = borrowed(job)
     count = slot_mapping.shape[0]
     end_of_share = (worker + 1) * count // workers
     for begin in range(worker * count // workers, end_of_share, CHUNK):
@@ -54,7 +54,7 @@ def write(static, worker, workers, job):
 @kernel
 def encode(static, worker, workers, job):
     """Encode rows, one after the other in a flat x."""
-    x, rows = job
+    x, rows = borrowed(job)
     count = rows.codes.shape[0]
     for row in range(worker * count // workers, (worker + 1) * count // workers):
         encode_row(x, row * rows.head_dim, rows, row)
