@@ -112,14 +112,13 @@ def float_to_fp8_e4m3(x: np.ndarray) -> np.ndarray:
     (Micikevicius et al., 2022).
     """
     x = np.ascontiguousarray(x, dtype=np.float32)
-    size = np.minimum(np.abs(x), np.float32(FP8_E4M3_MAX))
+    nan = np.isnan(x)
+    size = np.where(nan, np.float32(0), np.minimum(np.abs(x), np.float32(FP8_E4M3_MAX)))
     # three bits after the leading one, but never finer than 2**-9, the smallest subnormal number
-    exponent = np.maximum(np.frexp(np.where(np.isnan(size), 0, size))[1] - 1, -6)
+    exponent = np.where(size < 2.0**-6, -6, np.frexp(size)[1] - 1)
     units = np.rint(np.ldexp(size, 3 - exponent))  # 8 to 16; less where the number is subnormal
-    with np.errstate(invalid="ignore"):
-        # the leading one adds to the exponent by itself, and so does a carry
-        code = (exponent + 6) * 8 + units
-        code = np.where(np.isnan(x), 0x7F, code).astype(np.uint8)
+    # the leading one adds to the exponent by itself, and so does a carry
+    code = np.where(nan, 0x7F, (exponent + 6) * 8 + units).astype(np.uint8)
     return code | (np.signbit(x).astype(np.uint8) << np.uint8(7))
 
 

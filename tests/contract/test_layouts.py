@@ -202,3 +202,15 @@ def test_sizes_without_allocating():
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         Layout.of(**{"num_blocks": 2, "block_size": 4, "num_kv_heads": 1, "head_dim": 8, **arguments})
+
+
+def test_fp8_is_encoded_bit_for_bit_the_same_on_all_backends(backend, normal):
+    x = normal(1, 2, 60, 64) * np.exp2(np.linspace(-16, 10, 64, dtype=np.float32))
+    x[..., ::7] = 0
+    x[0, 0, :, 1:4] = -0.0, np.inf, np.nan
+    bits = []
+    for name in (backend, "numpy"):
+        cache = kvnumba.KVCache(1, 60, 2, 64, "fp8_e4m3", backend=name)
+        cache.update(x, x)
+        bits.append(np.array(cache.k_cache))
+    np.testing.assert_array_equal(bits[0], bits[1])
