@@ -19,7 +19,7 @@ from typing import Any
 from shapes import DECODE, PREFILL
 from worker import CALLS
 
-from kvnumba.commands.timing import Timing
+from kvnumba.commands.timing import SETTLE, Timing
 
 HERE = Path(__file__).resolve().parents[1]
 WORKER = HERE / "benchmarks" / "worker.py"
@@ -91,7 +91,7 @@ def main(other: Path) -> None:
     print(f"milliseconds of {HERE} (times as fast as {other})\n")
     print("| | " + " | ".join(formats) + " |\n" + "|---" * (len(formats) + 1) + "|")
     rows = [
-        (name, "attend", spec, 3 if spec[3] > 1 else ROUNDS) for name, spec in {**DECODE, **PREFILL}.items()
+        (name, "attend", spec, 5 if spec[3] > 1 else ROUNDS) for name, spec in {**DECODE, **PREFILL}.items()
     ]
     rows += [(f"{kind} 8192 tokens", kind, (), ROUNDS) for kind in ("write", "read")]
     rows += [(f"{kind}, one token at 64", kind, (), ROUNDS) for kind in CALLS]
@@ -100,6 +100,7 @@ def main(other: Path) -> None:
         for fmt in formats:
             for checkout in checkouts:
                 checkout.make(kind, fmt, spec)
+            time.sleep(SETTLE)
             seconds = [[checkout.seconds() for checkout in checkouts] for _ in range(rounds)]
             cells.append(cell([pair[0] for pair in seconds], [pair[1] for pair in seconds]))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

@@ -27,6 +27,8 @@ DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
 
+LARGE = 1 << 16  # elements of which one pass is worth what it costs to begin
+
 _LARGEST = {
     np.dtype(np.float32): np.float32(np.finfo(np.float32).max / 2),  # their differences are finite
     np.dtype(np.float16): np.float32(np.finfo(np.float16).max),
@@ -159,6 +161,12 @@ def check_finite(argument: str, array: np.ndarray, rows: RowLayout) -> None:
     if not rows.fmt.has_scale:
         return
     limit = _LARGEST[rows.scale_dtype]
+    if array.size > LARGE:
+        flat = array.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = float(np.dot(flat, flat))  # one pass, by several threads
+        if squares <= float(limit) ** 2:  # false of NaN and of a sum that overflows
+            return
     if not array.size or (array.min() >= -limit and array.max() <= limit):  # false of NaN
         return
     outside = ~(np.abs(array) <= limit)

@@ -47,8 +47,8 @@ def read(static, worker, workers, job):
     block_table, length, storage, k, v = borrowed(job)
     count = block_table.shape[0] * storage.num_heads * length
     item, end = worker * count // workers, (worker + 1) * count // workers
-    read_rows(block_table, length, storage, storage.keys, k, item, end)
-    read_rows(block_table, length, storage, storage.values, v, item, end)
+    for rows, out in ((storage.keys, k), (storage.values, v)):
+        read_rows(block_table, length, storage, rows, out, item, end)
 
 
 @kernel
