@@ -81,7 +81,7 @@ def test_scales_in_float16(backend, fmt, group_size, normal):
     for stored, x in zip(cache.get_kv(seq_id), (k, v), strict=True):
         parts = x.reshape(2, 100, groups, -1).astype(np.float64)
         step = np.ptp(parts, axis=-1, keepdims=True) / {"int8": 255, "int4": 15}[fmt]
-        # half a step, and the rounding of the zero point and of the largest code's scale
+        # half a step, and the rounding of the zero and of the largest code's scale
         allowed = step / 2 + 2.0**-11 * (
             np.abs(parts).max(-1, keepdims=True) + 2 * np.ptp(parts, -1, keepdims=True)
         )

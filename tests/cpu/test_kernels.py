@@ -370,7 +370,7 @@ def test_softmax(rows, count, rng):
     if rows > few.MOST_ROWS:
         return
 
-    for fmt, bias in MIDDLE.items():  # scales and zero points go into the weights
+    for fmt, bias in MIDDLE.items():  # scales and zeros go into the weights
         table[:], out[:] = start, scores
         values, _, _ = stored_rows(fmt, count, 2, rng)
         scale, zero = (x[FIRST : FIRST + count] for x in (values.scale, values.zero))

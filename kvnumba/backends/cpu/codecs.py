@@ -114,7 +114,7 @@ class FloatCodec:
 
 
 class CodeCodec:
-    """A format of unsigned codes with scales and zero points: value = code * scale + zero."""
+    """A format of unsigned codes with scales and zeros: value = code * scale + zero."""
 
     as_codes = True
     tokens = 2
@@ -161,7 +161,7 @@ class CodeCodec:
         return [e.shuffle(floats[0], floats[1], half) for half in (PAIRS[:LANES], PAIRS[LANES:])]
 
     def encode(self, e: Emitter, x: Elements, target: Pointer, scale: Array, zero: Array, group: Int) -> None:
-        """Store a group of elements with its scale and zero point."""
+        """Store a group of elements with its scale and zero."""
         b, largest = e.builder, self.fmt.max_code
         low, high = self._limits(e, x)
         step = b.fdiv(b.fsub(high, low), constant(float(largest)))
@@ -327,7 +327,7 @@ def _quantize(
 
 
 def load_scales(e: Emitter, array: Array, at: Int, lanes: int) -> ir.Value:
-    """Scales or zero points from number `at` on, as float32."""
+    """Scales or zeros from number `at` on, as float32."""
     pointer = array.start + at * array.item_bytes
     if array.dtype == types.uint16:
         return half_to_float(e, e.load(pointer, vector(I16, lanes)))
@@ -335,7 +335,7 @@ def load_scales(e: Emitter, array: Array, at: Int, lanes: int) -> ir.Value:
 
 
 def _store_scale(e: Emitter, array: Array, at: Int, value: ir.Value) -> ir.Value:
-    """Store the number in all lanes of `value` as a scale or zero point; returns it as it can be read again."""
+    """Store the number in all lanes of `value` as a scale or zero; returns it as it can be read again."""
     stored = float_to_half(e, value) if array.dtype == types.uint16 else value
     e.store(e.builder.extract_element(stored, I32(0)), array.start + at * array.item_bytes)
     return half_to_float(e, stored) if array.dtype == types.uint16 else value
@@ -452,7 +452,7 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
 
 @intrinsic
 def encode_values(typing, x, start, count, fmt, codes, to, scale, zero, group):
-    """Store x[start : start + count] from byte `to` of codes on, with one scale and zero point."""
+    """Store x[start : start + count] from byte `to` of codes on, with one scale and zero."""
     signature = types.void(x, types.intp, types.intp, types.intp, codes, types.intp, scale, zero, types.intp)
 
     def generate(context, builder, signature, args):
@@ -529,8 +529,9 @@ def decode_rows(rows, first, count, out, to):
 def encode_row(x, start, rows, row):
     """Store x[start : start + head_dim], of a flat x, as a row of the storage."""
     codes, scale, zero, fmt, head_dim = rows
-    groups = max(1, scale.shape[1])
-    size, step = head_dim // groups, codes.shape[1] // groups
+    groups, size, step = max(1, scale.shape[1]), head_dim, codes.shape[1]
+    if groups > 1:  # a row may be encoded in the time of two divisions
+        size, step = size // groups, step // groups
     for group in range(groups):
         to = row * codes.shape[1] + group * step
         encode_values(x, start + group * size, size, fmt, codes, to, scale, zero, row * groups + group)

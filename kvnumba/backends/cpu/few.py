@@ -1,7 +1,7 @@
 """Micro-kernels for a few rows of queries, as when decoding: scores are dot products along head_dim.
 
 Storage is read in place. Codes are multiplied as the integers that they are, by queries and weights that are rounded to
-16-bit integers; scales and zero points stay out of the inner loops. Rows with several scales, and codes where products
+16-bit integers; scales and zeros stay out of the inner loops. Rows with several scales, and codes where products
 are to be in float32, are staged: decoded to float32 in scratch.
 
 Queries are (columns, padded head_dim), float32 or 16-bit integers in the first half of each row; where a format is

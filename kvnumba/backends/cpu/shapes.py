@@ -89,7 +89,7 @@ class Shape(Static):
     SLOPE,
     ROW_MAX,  # the greatest score
     ROW_SUM,  # of the weights, in this lane
-    ZERO_SUM,  # of weights times the values' zero points, in this lane
+    ZERO_SUM,  # of weights times the values' zeros, in this lane
     PHASE_MAX,  # the greatest score of the phase, in this lane
     RESCALE,  # what sums of earlier phases are multiplied by
     WEIGHT_MAX,  # the greatest weight of the phase, in this lane

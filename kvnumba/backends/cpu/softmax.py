@@ -67,7 +67,7 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
     """Turn the scores of a run into weights, in place, and add them to ROW_SUM.
 
     Where values are multiplied as codes, each token's scale goes into its weights, of which the greatest is kept in
-    WEIGHT_MAX. What the values count from (the zero point, and the scale times `code_bias`) is weighed here and added
+    WEIGHT_MAX. What the values count from (the zero, and the scale times `code_bias`) is weighed here and added
     up in ZERO_SUM: it is the same for all elements of a value.
     """
     signature = types.void(shape, run, reading, values, scratch)

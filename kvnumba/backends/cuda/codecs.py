@@ -1,7 +1,7 @@
 """What this backend does with a storage format: encode and decode rows, and hand their elements to matrix instructions.
 
 A row of the table at the end is all that the kernels know of a format. Where it has scales, they lie in pairs:
-scale and zero point of each group of elements, group after group and row after row.
+scale and zero of each group of elements, group after group and row after row.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Codec(NamedTuple):
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a scale and a zero point."""
+        """Bytes of a scale and a zero."""
         return 2 * self.scale_bytes
 
     @property

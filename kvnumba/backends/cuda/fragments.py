@@ -65,7 +65,7 @@ def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
     """``load(address, c, words) -> scale, total``: a lane's part of a query, as A fragments in the order of the keys.
 
     Where the query has to become what the keys' elements are, or is multiplied with codes, it is scaled by a power of
-    two into float16's range. `scale` is that power, `total` then the sum of its elements, which zero points multiply.
+    two into float16's range. `scale` is that power, `total` then the sum of its elements, which zeros multiply.
     """
     matrix, bits = keys.matrix, keys.fmt.bits
     assert matrix is not None
@@ -104,7 +104,7 @@ def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
 
 @functools.cache
 def scale_functions(codec: Codec, shared: bool) -> ModuleType:
-    """``fetch`` a lane's scales and zero points of a tile; ``scale``, ``zero``: those of the lane's token t of four.
+    """``fetch`` a lane's scales and zeros of a tile; ``scale``, ``zero``: those of the lane's token t of four.
 
     ``clear`` sets both of a token to 0.
     """
@@ -139,7 +139,7 @@ def scale_functions(codec: Codec, shared: bool) -> ModuleType:
 
 
 def words_of_tile(codec: Codec, head_dim: int) -> tuple[int, int]:
-    """Words of 32 bits that a lane has of a tile, and of its scales and zero points."""
+    """Words of 32 bits that a lane has of a tile, and of its scales and zeros."""
     scales = 4 * codec.pair_bytes // 4 if codec.fmt.has_scale else 1
     return head_dim * codec.fmt.bits // 64, scales
 

@@ -87,7 +87,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
 
     Arrays with one element for each of the lane's rows: `last`, the position of the row's token; `factors` of its
     scores; `slopes`; and the state of its softmax: `tops`, the maximum score, `totals`, the sum of weights, `zeros`,
-    the weighted sum of zero points. `units` are the largest scale so far, the power of two by which weights are divided
+    the weighted sum of zeros. `units` are the largest scale so far, the power of two by which weights are divided
     to stay within float16's range once they are multiplied by scales, and the inverse of that power.
     """
     has_scale = codec.fmt.has_scale

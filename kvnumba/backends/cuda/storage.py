@@ -21,7 +21,7 @@ OVERREAD = 16  # rows past the last that kernels may read (and never use)
 class CudaBuffers(Buffers):
     """Arrays on the device, and the same memory as the kernels see it.
 
-    What a block holds of a KV head is a slab: the keys' codes, then scale and zero point of each of their groups in
+    What a block holds of a KV head is a slab: the keys' codes, then scale and zero of each of their groups in
     turn, then the same of the values. What is read together lies together.
 
     Attributes
@@ -76,7 +76,7 @@ def allocate(layout: Layout) -> CudaBuffers:
             raise ValueError(f"{name}: expected at most {most} on the cuda backend; got {rows.head_dim}")
     enter()
 
-    # of a slab: the keys' codes, their scales and zero points in turn, the same of the values
+    # of a slab: the keys' codes, their scales and zeros in turn, the same of the values
     starts = [0]
     for rows in (layout.keys, layout.values):
         for row_bytes in (

@@ -289,7 +289,7 @@ class KVNumbaCache(Cache):
             group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens, scales and zero points included."""
+        """Bytes of the blocks that hold tokens, scales and zeros included."""
         return sum(group.used_bytes() for group in self._groups.values())
 
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:

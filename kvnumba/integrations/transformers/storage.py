@@ -395,7 +395,7 @@ class LayerGroup:
         return twin
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens, scales and zero points included."""
+        """Bytes of the blocks that hold tokens, scales and zeros included."""
         if not self.started:
             return 0
         pool = self.pool
