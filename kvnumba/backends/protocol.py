@@ -108,9 +108,9 @@ class Backend(Protocol):
     def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:
         """Attention of new tokens over the keys of all parts of a plan, straight out of the storage.
 
-        q (B, n, Hq, D) and out (B, n, Hq, Dv) are of one type, lse (B, n, Hq) is float32; out and lse are written. Their
-        strides are not negative, the last elements of q and out are adjacent. A
-        token that sees no key gets 0, and an lse of -inf. Kernels multiply whole tiles and give what is masked the
-        weight 0; 0 times NaN is NaN, so a key or value that is not finite may also reach tokens that do not see it.
+        q (B, n, Hq, D) and out (B, n, Hq, Dv) are of one type, lse (B, n, Hq) is float32; out and lse are written. No
+        stride is negative, and the last elements of q and out are adjacent. A token that sees no key gets 0, and an
+        lse of -inf. Kernels multiply whole tiles and give what is masked the weight 0; 0 times NaN is NaN, so a key or
+        value that is not finite may also reach tokens that do not see it.
         """
         ...
