@@ -78,20 +78,20 @@ def new_tokens(
     float32 arrays, or views of what lies on the backend's device: these are taken as they are, and nobody looks whether
     they are finite.
     """
-    views = [on_device(name, x, backend) for name, x in zip(names, (k, v), strict=True)]
+    views = on_device(names[0], k, backend), on_device(names[1], v, backend)
     if (views[0] is None) != (views[1] is None):
         raise TypeError(
             f"{names[1]}: expected an array on the same device as {names[0]}; got a {type(v).__name__} "
             f"beside a {type(k).__name__}"
         )
-    found: list[Any] = []
-    for name, x, view, rows in zip(names, (k, v), views, (layout.keys, layout.values), strict=True):
-        array = float_array(name, x) if view is None else view
-        check_shape(name, array, (*(found[0].shape[:-1] if found else shape), rows.head_dim), axes)
-        if isinstance(array, np.ndarray):
-            check_finite(name, array, rows)
-        found.append(array)
-    return found[0], found[1]
+    keys = float_array(names[0], k) if views[0] is None else views[0]
+    check_shape(names[0], keys, (*shape, layout.keys.head_dim), axes)
+    values = float_array(names[1], v) if views[1] is None else views[1]
+    check_shape(names[1], values, (*keys.shape[:-1], layout.values.head_dim), axes)
+    if views[0] is None:
+        check_finite(names[0], keys, layout.keys)
+        check_finite(names[1], values, layout.values)
+    return keys, values
 
 
 def queries(
@@ -156,7 +156,7 @@ def on_device(argument: str, x: Any, backend: Destination) -> DeviceView | None:
     return view
 
 
-def check_finite(argument: str, array: np.ndarray, rows: RowLayout) -> None:
+def check_finite(argument: str, array: Any, rows: RowLayout) -> None:
     """Raise if rows with scales cannot hold a value: NaN, infinity, or beyond what their scales reach."""
     if not rows.fmt.has_scale:
         return

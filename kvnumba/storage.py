@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -360,14 +359,20 @@ class Batch:
             np.array((seq_len - num_new_tokens,), np.int32),
         )
 
-    @functools.cached_property
+    @property
     def num_tokens(self) -> int:
         """New tokens of all sequences together (T)."""
         return int(self.query_start_loc[-1])
 
-    @functools.cached_property
+    @property
     def slot_mapping(self) -> np.ndarray:
-        """``block * block_size + offset`` of each new token, (T,) int64."""
+        """``block * block_size + offset`` of each new token, (T,) int64; made once."""
+        found = self.kept.get("slot_mapping")  # a cached_property takes longer than making it, for one token
+        if found is None:
+            found = self.kept["slot_mapping"] = self._slots()
+        return found
+
+    def _slots(self) -> np.ndarray:
         block_size = self.block_size
         if self.num_tokens == len(self.seq_lens) == 1:  # the commonest batch: one token of one sequence
             position = int(self.positions[0])

@@ -324,6 +324,8 @@ class KVCache(Cache):
 
     def _batch(self, lengths: list[int], count: int) -> Batch:
         """The last `count` tokens of elements of such lengths."""
+        if self.batch_size == 1:
+            return Batch.of_one(self._block_table, lengths[0], count, self.max_seq_len)
         seq_lens = np.array(lengths, np.int32)
         query_start_loc = np.arange(self.batch_size + 1, dtype=np.int32) * np.int32(count)
         return Batch(
@@ -377,7 +379,7 @@ class KVCache(Cache):
 
     def _checked_lengths(self) -> list[int]:
         lengths = self.seq_lens
-        if len(lengths) != self.batch_size or any(type(length) is not int for length in lengths):
+        if {*map(type, lengths)} != {int} or len(lengths) != self.batch_size:
             lengths = arguments.integers("seq_lens", lengths, length=self.batch_size).tolist()
         if min(lengths) < 0 or max(lengths) > self.max_seq_len:
             raise ValueError(f"seq_lens: expected 0 to max_seq_len={self.max_seq_len}; got {self.seq_lens}")
