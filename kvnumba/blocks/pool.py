@@ -96,9 +96,9 @@ class BlockPool:
         """A number that grows with every change of a sequence: what was planned before it is stale."""
         return int(self._generations[self.row(seq_id)])
 
-    def lengths(self, seq_ids: Any) -> np.ndarray:
-        """Tokens that sequences hold, (B,) int32."""
-        return self.lens[self.rows(seq_ids)]
+    def length(self, seq_id: int, *, swapped: bool = False) -> int:
+        """Tokens that a sequence holds."""
+        return int(self.lens[self.row(seq_id, swapped=swapped)])
 
     def generations(self, seq_ids: list[int]) -> list[int]:
         """`generation` of each of some sequences."""
@@ -127,11 +127,7 @@ class BlockPool:
         windows = self.windows[rows]
         if (windows < 0).all():
             return None
-        seen = (
-            batch.seq_lens
-            - np.diff(batch.query_start_loc)
-            - self.begin[rows].astype(np.int64) * self.block_size
-        )
+        seen = batch.positions - self.begin[rows].astype(np.int64) * self.block_size
         return int(np.minimum(windows, np.where(self.begin[rows] > 0, seen, windows))[windows >= 0].min())
 
     def live(self) -> dict[int, int]:

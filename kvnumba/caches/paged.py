@@ -135,9 +135,7 @@ class PagedKVCache(Cache):
 
     def seq_len(self, seq_id: int) -> int:
         """Tokens that a sequence holds: right after `add_sequence`, what was found of its tokens."""
-        return int(
-            self._pool.lens[self._pool.row(arguments.integer("seq_id", seq_id, minimum=0), swapped=True)]
-        )
+        return self._pool.length(arguments.integer("seq_id", seq_id, minimum=0), swapped=True)
 
     def block_table(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order: (blocks,) int32, a copy; -1 for blocks outside its window."""
@@ -534,7 +532,7 @@ class PagedKVCache(Cache):
 
     def _length(self, seq_id: int, layer: int) -> int:
         """Tokens of a sequence that a layer holds, those of a pass that has layers to go included."""
-        length = int(self._pool.lens[self._pool.row(seq_id)])
+        length = self._pool.length(seq_id)
         step = self._steps.get(seq_id)
         if step is not None and step.covers(layer) and step.is_latest():
             return int(step.batch.seq_lens[0])
