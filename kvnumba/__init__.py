@@ -9,6 +9,7 @@ from kvnumba.attention.merging import merge_states
 from kvnumba.backends.quantization import dequantize, quantize
 from kvnumba.backends.registry import available_backends, use_backend
 from kvnumba.blocks.stats import CacheStats
+from kvnumba.calibration import Calibration
 from kvnumba.caches.contiguous import KVCache, QuantizedKVCache
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_with_cache
@@ -21,7 +22,7 @@ from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
 from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
-from kvnumba.storage import Layout
+from kvnumba.storage import Layout, LayoutOptions
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
@@ -32,11 +33,13 @@ __all__ = [
     "BackendUnavailable",
     "CacheFull",
     "CacheStats",
+    "Calibration",
     "ChunkedPrefillCache",
     "ContinuousBatcher",
     "IncrementalDecoder",
     "KVCache",
     "Layout",
+    "LayoutOptions",
     "PagedKVCache",
     "QuantizedKVCache",
     "Request",

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from kvnumba import arguments
+from kvnumba.calibration import Calibration
 from kvnumba.formats import Format, resolve_format
+from kvnumba.transforms import RowTransform, rotation_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SCALE_DTYPES = ("float32", "float16")
 
@@ -91,34 +96,46 @@ class RowLayout:
         )
 
 
-class RowTransform(Protocol):
-    """What is done to rows before they are stored, and undone after: it leaves ``q . k`` as it is.
+class LayoutOptions(TypedDict, total=False):
+    """How a cache stores its rows: keyword arguments of every cache. None is the default of each.
 
-    Every method takes and returns float32 (..., D) of a layer, whose heads are the axis before the last.
+    Attributes
+    ----------
+    key_format, value_format : str
+        Format of one of them, where it differs from `dtype`.
+    value_head_dim : int
+        Elements of a value (Dv), where they are not as many as those of a key.
+    group_size : int
+        Elements of a row that share a scale in int8 and int4. It divides the widths of keys and values that have
+        scales. Default: all.
+    scale_dtype : {"float32", "float16"}
+        Of scales and zeros. float32, the default, keeps rows of one repeated value exact; float16 takes half as much:
+        4 of 72 bytes less a row in int4 at D = 128.
+    num_layers : int
+        Layers that move together: a sequence's length is one number, which moves with the last. Default: 1.
+    rotation : bool
+        Keep keys and values multiplied by a Hadamard matrix, which spreads outliers over a row, so that few bits cost
+        less. Attention and `get_kv` are those of what was written.
+    calibration : Calibration
+        Keep each key channel shifted and scaled as was measured for the model, which takes away what channels that are
+        larger than others cost. See `kvnumba.calibrate`.
+    recent_tokens : int
+        So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16, which
+        is kept besides: there few bits cost most. Default: 0.
+    sink_tokens : int
+        So are so many of its first tokens. Default: 0.
     """
 
-    name: str
-    """Says which transform it is; saved with a cache's contents and compared when they are loaded."""
-
-    def store_keys(self, k: np.ndarray, layer: int) -> np.ndarray:
-        """Keys as they are stored."""
-        ...
-
-    def load_keys(self, k: np.ndarray, layer: int) -> np.ndarray:
-        """The inverse of `store_keys`."""
-        ...
-
-    def queries(self, q: np.ndarray, layer: int) -> np.ndarray:
-        """Queries as they meet stored keys."""
-        ...
-
-    def store_values(self, v: np.ndarray, layer: int) -> np.ndarray:
-        """Values as they are stored."""
-        ...
-
-    def load_values(self, v: np.ndarray, layer: int) -> np.ndarray:
-        """The inverse of `store_values`, of stored values and of attention's output alike."""
-        ...
+    key_format: Any
+    value_format: Any
+    value_head_dim: int | None
+    group_size: int | None
+    scale_dtype: Any
+    num_layers: int | None
+    rotation: bool | None
+    calibration: Calibration | None
+    recent_tokens: int | None
+    sink_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,8 @@ class Layout:
         How a row of keys, and of values, is stored.
     transform : RowTransform, optional
         What is done to rows before they are stored. None: nothing.
+    recent_tokens, sink_tokens : int
+        The newest and the first tokens of a sequence that are kept in float16 besides.
     """
 
     num_layers: int
@@ -144,6 +163,8 @@ class Layout:
     keys: RowLayout
     values: RowLayout
     transform: RowTransform | None = None
+    recent_tokens: int = 0
+    sink_tokens: int = 0
 
     @classmethod
     def of(
@@ -153,14 +174,7 @@ class Layout:
         num_kv_heads: int,
         head_dim: int,
         dtype: Any = "float32",
-        *,
-        key_format: Any = None,
-        value_format: Any = None,
-        value_head_dim: int | None = None,
-        group_size: int | None = None,
-        scale_dtype: Any = "float32",
-        num_layers: int = 1,
-        transform: RowTransform | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> Layout:
         """Check the numbers of a layout and fill in the defaults.
 
@@ -172,47 +186,55 @@ class Layout:
             H and D.
         dtype : str or dtype
             Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8" or "int4".
-        key_format, value_format : str, optional
-            Format of one of them, where it differs from `dtype`.
-        value_head_dim : int, optional
-            Elements of a value (Dv), where they are not as many as those of a key.
-        group_size : int, optional
-            Elements of a row that share a scale in int8 and int4. It divides the widths of keys and values that have
-            scales. Default: all.
-        scale_dtype : {"float32", "float16"}
-            Of scales and zeros. float32 keeps rows of one repeated value exact; float16 takes half as much:
-            4 of 72 bytes less a row in int4 at D = 128.
-        num_layers : int
-        transform : RowTransform, optional
+        **options
+            See `LayoutOptions`.
 
         Raises
         ------
         ValueError, TypeError
             An argument is not as above; the message names it.
         """
-        default = resolve_format("dtype", dtype)
-        key = default if key_format is None else resolve_format("key_format", key_format)
-        value = default if value_format is None else resolve_format("value_format", value_format)
+        unknown = options.keys() - LayoutOptions.__annotations__.keys()
+        if unknown:
+            expected = ", ".join(LayoutOptions.__annotations__)
+            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected some of {expected}")
+        given = {name: value for name, value in options.items() if value is not None}
+        key, value = (
+            resolve_format(name, given[name]) if name in given else resolve_format("dtype", dtype)
+            for name in ("key_format", "value_format")
+        )
+        group_size = options.get("group_size")
         if group_size is not None and not (key.has_scale or value.has_scale):
             raise ValueError("group_size: expected None, the formats have no scales")
+        scale_dtype = given.get("scale_dtype", "float32")
         head_dim = arguments.integer("head_dim", head_dim, minimum=1)
-        width = head_dim
-        if value_head_dim is not None:
-            width = arguments.integer("value_head_dim", value_head_dim, minimum=1)
+        widest = "value_head_dim" if "value_head_dim" in given else "head_dim"
+        value_head_dim = arguments.integer(widest, given.get("value_head_dim", head_dim), minimum=1)
+        num_layers = arguments.integer("num_layers", given.get("num_layers", 1), minimum=1)
+        num_kv_heads = arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
+        recent_tokens = arguments.integer("recent_tokens", given.get("recent_tokens", 0), minimum=0)
+        sink_tokens = arguments.integer("sink_tokens", given.get("sink_tokens", 0), minimum=0)
+        if recent_tokens and min(key.bits, value.bits) >= 16:
+            raise ValueError(f"recent_tokens: expected 0, {key.name} is float already; got {recent_tokens}")
+        if sink_tokens and not recent_tokens:
+            raise ValueError(f"sink_tokens: expected 0 without recent_tokens; got {sink_tokens}")
         return cls(
-            num_layers=arguments.integer("num_layers", num_layers, minimum=1),
+            num_layers=num_layers,
             num_blocks=arguments.integer("num_blocks", num_blocks, minimum=1),
             block_size=arguments.integer("block_size", block_size, minimum=1),
-            num_kv_heads=arguments.integer("num_kv_heads", num_kv_heads, minimum=1),
+            num_kv_heads=num_kv_heads,
             keys=RowLayout.of("head_dim", key, head_dim, group_size, scale_dtype),
-            values=RowLayout.of(
-                "head_dim" if value_head_dim is None else "value_head_dim",
-                value,
-                width,
-                group_size,
-                scale_dtype,
+            values=RowLayout.of(widest, value, value_head_dim, group_size, scale_dtype),
+            transform=_transform(
+                given.get("rotation", False),
+                options.get("calibration"),
+                num_layers,
+                num_kv_heads,
+                head_dim,
+                value_head_dim,
             ),
-            transform=transform,
+            recent_tokens=recent_tokens,
+            sink_tokens=sink_tokens,
         )
 
     @property
@@ -243,6 +265,35 @@ class Layout:
         if self.keys.fmt == self.values.fmt:
             return self.keys.fmt.name
         return f"keys {self.keys.fmt.name}, values {self.values.fmt.name}"
+
+
+def _transform(
+    rotation: bool,
+    calibration: Calibration | None,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int,
+) -> RowTransform | None:
+    """The transform that a user asked for, after checks."""
+    if not isinstance(rotation, (bool, np.bool_)):
+        raise TypeError(f"rotation: expected True or False; got {rotation!r}")
+    if rotation:
+        for name, width in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):
+            if rotation_size(width) == 1:
+                raise ValueError(
+                    f"rotation: expected an even {name}, pairs are the least to rotate; got {width}"
+                )
+    if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration: expected a Calibration; got a {type(calibration).__name__}")
+        shapes = [array.shape for array in calibration.shifts]
+        if shapes != [(num_kv_heads, head_dim)] * num_layers:
+            raise ValueError(
+                f"calibration: expected one of {num_layers} layers of shape (H, D) = ({num_kv_heads}, {head_dim}), as "
+                f"the cache's; got {calibration!r}"
+            )
+    return RowTransform(bool(rotation), calibration) if rotation or calibration is not None else None
 
 
 class Encoded(NamedTuple):
@@ -314,12 +365,13 @@ def write_blocks_on_host(buffers: Buffers, blocks: np.ndarray, keys: Encoded, va
 class Batch:
     """New tokens of some sequences, and the blocks in which the keys lie that they see: integers only.
 
-    Token i of sequence s sees key j if ``j < seq_lens[s]`` and ``j <= positions[s] + i``.
+    Token i of sequence s sees key j if ``begins[s] <= j < seq_lens[s]`` and ``j <= positions[s] + i``.
 
     Attributes
     ----------
     block_table : (B, max_blocks) int32
-        Block ids of each sequence, in order; entries past its length are not read.
+        Block ids of each sequence, in order; entries past its length are not read. Of a block -1 nothing is read, and
+        new tokens that belong there are not written.
     seq_lens : (B,) int32
         Keys of each sequence, those of the new tokens included.
     query_start_loc : (B + 1,) int32
@@ -329,6 +381,8 @@ class Batch:
     positions : (B,) int32
         Where each sequence's first new token stands among these keys. Usually its last keys are those of the new
         tokens: ``seq_lens`` less their number. Tokens that come after all keys have positions from ``seq_lens`` on.
+    begins : (B,) int32, optional
+        The first key of each sequence that is seen. None: 0.
     kept : dict
         What a backend has derived from the batch, to use it again in the next layer.
     """
@@ -338,6 +392,7 @@ class Batch:
     query_start_loc: np.ndarray
     block_size: int
     positions: np.ndarray
+    begins: np.ndarray | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -366,7 +421,7 @@ class Batch:
 
     @property
     def slot_mapping(self) -> np.ndarray:
-        """``block * block_size + offset`` of each new token, (T,) int64; made once."""
+        """``block * block_size + offset`` of each new token, (T,) int64, negative for a block -1; made once."""
         found = self.kept.get("slot_mapping")  # a cached_property takes longer than making it, for one token
         if found is None:
             found = self.kept["slot_mapping"] = self._slots()

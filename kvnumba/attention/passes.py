@@ -69,9 +69,6 @@ class Pass:
         """Store the keys and values of the next layer."""
         self.require_next(layer)
         if k.size or v.size:
-            transform = self._buffers.layout.transform
-            if transform is not None:
-                k, v = transform.store_keys(k, layer), transform.store_values(v, layer)
             self._backend.write(self._buffers, layer, k, v, self.batch)
         self.next_layer += 1
 
@@ -85,13 +82,7 @@ class Pass:
         scoring = self._scoring(q, options, dtype)
         if not q.size:
             return
-        plan = self._plan(q.shape[2], scoring)
-        transform = self._buffers.layout.transform
-        if transform is not None:
-            q = transform.queries(q, layer)
-        self._backend.attend(layer, q, plan, scoring, out, lse)
-        if transform is not None:
-            out[...] = transform.load_values(out, layer)
+        self._backend.attend(layer, q, self._plan(q.shape[2], scoring), scoring, out, lse)
 
     def prepare(self, q: Any, options: AttentionOptions) -> None:
         """Do what `attend` does once for all layers, and once for all passes."""
@@ -164,4 +155,4 @@ def read(
         return k, v
     # the heads are the axis before the last where a transform sees them
     k, v = (x.swapaxes(1, 2) for x in (k, v))
-    return transform.load_keys(k, layer).swapaxes(1, 2), transform.load_values(v, layer).swapaxes(1, 2)
+    return transform.load_keys(k, layer).swapaxes(1, 2), transform.load_values(v).swapaxes(1, 2)

@@ -115,9 +115,13 @@ class NumpyBackend:
 
     def write(self, buffers: Buffers, layer: int, k: np.ndarray, v: np.ndarray, batch: Batch) -> None:
         layout = buffers.layout
-        block, offset = np.divmod(batch.slot_mapping, layout.block_size)
+        if layout.transform is not None:
+            k, v = layout.transform.store_keys(k, layer), layout.transform.store_values(v)
+        stored = batch.slot_mapping >= 0
+        block, offset = np.divmod(batch.slot_mapping[stored], layout.block_size)
         for new, kept, rows in ((k, buffers.keys, layout.keys), (v, buffers.values, layout.values)):
-            encoded = self.encode(new.reshape(-1, rows.head_dim), rows)
+            by_token = new.reshape(-1, layout.num_kv_heads, rows.head_dim)[stored]
+            encoded = self.encode(by_token.reshape(-1, rows.head_dim), rows)
             for array, store in zip(encoded, kept, strict=True):
                 store[layer][block, :, offset] = array.reshape(len(block), layout.num_kv_heads, -1)
 
@@ -150,6 +154,10 @@ class NumpyBackend:
         out: np.ndarray,
         lse: np.ndarray,
     ) -> None:
+        transform = plan.parts[0].buffers.layout.transform  # the same of all parts
+        offsets = np.zeros(lse.shape, np.float32)
+        if transform is not None:
+            offsets, q = transform.offsets(q, layer), transform.queries(q, layer)
         # the state of the online softmax of every row: its maximum, the sum of its weights, the weighted sum of values
         row_max = np.full(lse.shape, -np.inf, np.float32)
         row_sum = np.zeros(lse.shape, np.float32)
@@ -175,6 +183,7 @@ class NumpyBackend:
                         positions,
                         scoring,
                         q[tile],
+                        offsets[tile],
                         row_max[tile],
                         row_sum[tile],
                         weighted[tile],
@@ -183,6 +192,8 @@ class NumpyBackend:
         np.divide(weighted, row_sum[..., None], out=out, where=row_sum[..., None] != 0)
         with np.errstate(divide="ignore"):
             np.add(row_max, np.log(row_sum), out=lse)
+        if transform is not None:
+            out[...] = transform.load_values(out)
 
     def _attend_tile(
         self,
@@ -192,6 +203,7 @@ class NumpyBackend:
         positions: np.ndarray,
         scoring: Scoring,
         q: np.ndarray,
+        offsets: np.ndarray,
         row_max: np.ndarray,
         row_sum: np.ndarray,
         weighted: np.ndarray,
@@ -208,16 +220,18 @@ class NumpyBackend:
         def by_token(x: np.ndarray) -> np.ndarray:
             return np.moveaxis(x, 2, 0).reshape(count, num_qo_heads, *x.shape[3:])
 
-        query, row_max, row_sum, weighted = (
-            np.ascontiguousarray(by_kv_head(x)) for x in (q, row_max, row_sum, weighted)
+        query, offsets, row_max, row_sum, weighted = (
+            np.ascontiguousarray(by_kv_head(x)) for x in (q, offsets, row_max, row_sum, weighted)
         )
         block_ids, seq_len = part.batch.block_table[sequence], part.batch.seq_lens[sequence]
-        first_key = 0 if scoring.window_left < 0 else max(0, positions[0] - scoring.window_left)
+        first_key = 0 if part.batch.begins is None else part.batch.begins[sequence]
+        if scoring.window_left >= 0:
+            first_key = max(first_key, positions[0] - scoring.window_left)
         end_key = min(positions[-1] + 1, seq_len)
         for start in range(first_key, end_key, KEY_TILE):
             keys = np.arange(start, min(start + KEY_TILE, end_key))
             k, v = self._gather(part.buffers, layer, block_ids, keys)
-            scores = score(query, k, positions, keys, scoring)
+            scores = score(query, k, offsets, positions, keys, scoring)
             tile_max = np.maximum(row_max, scores.max(axis=-1))
             # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
             shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
@@ -245,7 +259,12 @@ class NumpyBackend:
 
 
 def score(
-    query: np.ndarray, k: np.ndarray, positions: np.ndarray, keys: np.ndarray, scoring: Scoring
+    query: np.ndarray,
+    k: np.ndarray,
+    offsets: np.ndarray,
+    positions: np.ndarray,
+    keys: np.ndarray,
+    scoring: Scoring,
 ) -> np.ndarray:
     """The definition of a score, which every kernel follows: scale, cap, bias and mask, in this order.
 
@@ -253,6 +272,8 @@ def score(
     ----------
     query : (H, G, n, D) float32
     k : (H, m, D) float32
+    offsets : (H, G, n) float32
+        What is added to the products of each query, see `RowTransform.offsets`.
     positions : (n,) int
         Of the queries.
     keys : (m,) int
@@ -264,7 +285,8 @@ def score(
     (H, G, n, m) float32
         -inf where a query does not see a key.
     """
-    scores = (query @ k[:, None].swapaxes(-1, -2)) * np.float32(scoring.sm_scale)
+    products = query @ k[:, None].swapaxes(-1, -2) + offsets[..., None]
+    scores = products * np.float32(scoring.sm_scale)
     if scoring.logits_soft_cap > 0:
         cap = np.float32(scoring.logits_soft_cap)
         scores = cap * np.tanh(scores / cap)

@@ -16,7 +16,7 @@ from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
 from kvnumba.errors import CacheFull
 from kvnumba.options import AttentionOptions
-from kvnumba.storage import Batch, Layout
+from kvnumba.storage import Batch, Layout, LayoutOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -34,18 +34,10 @@ class KVCache(Cache):
         B, S_max, H (also accepted as `num_heads`) and D.
     dtype : str or dtype
         Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8" or "int4".
-    key_format, value_format : str, optional
-        Format of one of them, where it differs from `dtype`.
-    value_head_dim : int, optional
-        Elements of a value (Dv), where they are not D.
-    group_size : int, optional
-        Elements of a row that share a scale in int8 and int4. Default: all.
-    scale_dtype : {"float32", "float16"}
-        Of scales and zeros.
-    num_layers : int
-        Layers that move together: a sequence's length is one number, which `update` moves with the last.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
         Default: `use_backend`, then ``KVNUMBA_BACKEND``, then "auto".
+    **options
+        Other formats, scales, layers, rotation, calibration, tokens kept in float: see `kvnumba.LayoutOptions`.
 
     Attributes
     ----------
@@ -69,13 +61,8 @@ class KVCache(Cache):
         head_dim: int,
         dtype: Any = np.float32,
         *,
-        key_format: Any = None,
-        value_format: Any = None,
-        value_head_dim: int | None = None,
-        group_size: int | None = None,
-        scale_dtype: Any = "float32",
-        num_layers: int = 1,
         backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> None:
         layout = Layout.of(
             arguments.integer("batch_size", batch_size, minimum=1),
@@ -83,12 +70,7 @@ class KVCache(Cache):
             num_kv_heads,
             head_dim,
             dtype,
-            key_format=key_format,
-            value_format=value_format,
-            value_head_dim=value_head_dim,
-            group_size=group_size,
-            scale_dtype=scale_dtype,
-            num_layers=num_layers,
+            **options,
         )
         self._start(layout, backend)
 
@@ -397,7 +379,7 @@ class QuantizedKVCache(KVCache):
     batch_size, max_seq_len, num_kv_heads, head_dim : int
         As in `KVCache`.
     bits : {8, 4}
-    group_size, scale_dtype, num_layers, backend
+    backend, **options
         As in `KVCache`.
     """
 
@@ -410,10 +392,8 @@ class QuantizedKVCache(KVCache):
         head_dim: int,
         bits: int = 8,
         *,
-        group_size: int | None = None,
-        scale_dtype: Any = "float32",
-        num_layers: int = 1,
         backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> None:
         super().__init__(
             batch_size,
@@ -421,10 +401,8 @@ class QuantizedKVCache(KVCache):
             num_kv_heads,
             head_dim,
             code_format(bits).name,
-            group_size=group_size,
-            scale_dtype=scale_dtype,
-            num_layers=num_layers,
             backend=backend,
+            **options,
         )
 
     @property

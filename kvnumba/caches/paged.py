@@ -21,7 +21,7 @@ from kvnumba.caches.base import Cache
 from kvnumba.caches.step import Step
 from kvnumba.caches.swap import SwappedBlocks, fill_blocks, save_blocks
 from kvnumba.options import AttentionOptions
-from kvnumba.storage import Batch, Layout
+from kvnumba.storage import Batch, Layout, LayoutOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -47,7 +47,7 @@ class PagedKVCache(Cache):
         H (also accepted as `num_heads`) and D.
     max_num_seqs : int
         Sequences that may be live at the same time.
-    dtype, key_format, value_format, value_head_dim, group_size, scale_dtype, num_layers, backend
+    dtype, backend, **options
         As in `KVCache`.
     """
 
@@ -61,27 +61,10 @@ class PagedKVCache(Cache):
         max_num_seqs: int,
         dtype: Any = np.float32,
         *,
-        key_format: Any = None,
-        value_format: Any = None,
-        value_head_dim: int | None = None,
-        group_size: int | None = None,
-        scale_dtype: Any = "float32",
-        num_layers: int = 1,
         backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> None:
-        layout = Layout.of(
-            num_blocks,
-            block_size,
-            num_kv_heads,
-            head_dim,
-            dtype,
-            key_format=key_format,
-            value_format=value_format,
-            value_head_dim=value_head_dim,
-            group_size=group_size,
-            scale_dtype=scale_dtype,
-            num_layers=num_layers,
-        )
+        layout = Layout.of(num_blocks, block_size, num_kv_heads, head_dim, dtype, **options)
         self._start(layout, max_num_seqs, backend)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Layouts: widths of their own for values, dtypes of scales, row transforms, and sizes without allocating."""
+"""Layouts: widths of their own for values, dtypes of scales, and sizes without allocating."""
 
 import numpy as np
 import oracle
@@ -108,61 +108,6 @@ def test_what_float16_scales_cannot_reach(backend, normal):
     with pytest.raises(ValueError, match=r"new_k: expected finite values up to .* with float16 scales"):
         cache.update(x, x)
     assert cache.seq_lens == [0]
-
-
-class Turned:
-    """Keys and queries with their elements in another order and other signs, values doubled."""
-
-    name = "turned"
-
-    def _turn(self, x):
-        return x[..., ::-1] * np.where(np.arange(x.shape[-1]) % 2, np.float32(-1), np.float32(1))
-
-    def store_keys(self, k, layer):
-        return self._turn(k) * np.float32(layer + 1)
-
-    def load_keys(self, k, layer):
-        signs = np.where(np.arange(k.shape[-1]) % 2, np.float32(-1), np.float32(1))
-        return (k * signs)[..., ::-1] / np.float32(layer + 1)
-
-    def queries(self, q, layer):
-        return self._turn(q) / np.float32(layer + 1)
-
-    def store_values(self, v, layer):
-        return 2 * v
-
-    def load_values(self, v, layer):
-        return v / 2
-
-
-def test_a_row_transform_is_not_seen(backend, normal):
-    layout = Layout.of(8, 4, 2, 8, num_layers=2, transform=Turned())
-    cache = kvnumba.PagedKVCache.from_layout(layout, 2, backend=backend)
-    seq_id = cache.add_sequence()
-    k, v = normal(2, 9, 2, 8), normal(2, 9, 2, 8)
-    q = normal(9, 4, 8)
-    step = cache.step([seq_id], [9])
-    for layer in range(2):
-        step.write(k[layer], v[layer], layer=layer)
-        out, lse = step.attend(q, layer=layer, return_lse=True)
-        keys, values = k[layer].swapaxes(0, 1), v[layer].swapaxes(0, 1)
-        want, want_lse = oracle.attention(q, keys, values)
-        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-5)
-        found = cache.get_kv(seq_id, layer=layer) if layer else step.get_kv(layer=layer)[0]
-        np.testing.assert_allclose(found[0], keys, rtol=1e-6)
-        np.testing.assert_array_equal(found[1], values)
-    np.testing.assert_array_equal(cache.v_pool[0, cache.block_table(seq_id)[0], :, 0], 2 * v[0, 0])
-
-
-def test_a_transform_belongs_to_what_is_saved(backend, normal, tmp_path):
-    layout = Layout.of(8, 4, 2, 8, transform=Turned())
-    cache = kvnumba.PagedKVCache.from_layout(layout, 2, backend=backend)
-    cache.update(cache.add_sequence(), normal(2, 3, 8), normal(2, 3, 8))
-    cache.save(tmp_path / "a.kv")
-    other = kvnumba.PagedKVCache(8, 4, 2, 8, 2, backend=backend)
-    with pytest.raises(ValueError, match="transform: expected None; the file has 'turned'"):
-        other.load(tmp_path / "a.kv")
 
 
 def test_sizes_without_allocating():

@@ -113,3 +113,56 @@ def test_a_window_reaches_over_parts(backend, normal):
     ):
         found = attend(backend, parts, q, **options)
         oracle.assert_as_exact(found, q, k.swapaxes(0, 1), v.swapaxes(0, 1), **options)
+
+
+@pytest.mark.parametrize("new", [1, 20])
+def test_keys_before_the_first_are_not_seen(backend, fmt, new, normal):
+    """Two sequences of one batch begin somewhere within a block; what lies before is never read as a number."""
+    backend = get_backend(backend)
+    k, v = normal(300, H, D), normal(300, H, D)
+    buffers, table = filled(backend, fmt, k, v, 16)
+    keys, values = stored(backend, buffers, table, 300)
+    rounded = oracle.sixteen_bits if backend.name == "cpu" and fmt in ("int8", "int4") else None
+    lens, begins = np.array([300, 90], np.int32), np.array([37, 68], np.int32)
+    starts = np.array([0, new, 2 * new], np.int32)
+    batch = Batch(np.concatenate((table, table)), lens, starts, 16, lens - np.int32(new), begins)
+    q = normal(2 * new, 4, D)
+    for options in ({}, {"window_left": 40}, {"logits_soft_cap": 2.0, "sinks": normal(4)}):
+        out, lse = attend(backend, [Part(buffers, batch)], q, **options)
+        for n, (begin, end) in enumerate(zip(begins, lens, strict=True)):
+            mine = slice(n * new, (n + 1) * new)
+            seen = keys[:, begin:end], values[:, begin:end]
+            oracle.assert_as_exact((out[mine], lse[mine]), q[mine], *seen, rounded=rounded, **options)
+
+
+def test_a_part_may_have_no_keys_for_a_sequence(backend, normal):
+    backend = get_backend(backend)
+    k, v = normal(40, H, D), normal(40, H, D)
+    buffers, table = filled(backend, "float32", k, v, 16)
+    tables, starts = np.concatenate((table, table)), np.array([0, 2, 4], np.int32)
+    lens, begins = np.array([40, 17], np.int32), np.array([5, 17], np.int32)
+    one = Part(buffers, Batch(tables, lens, starts, 16, np.array([38, 100], np.int32), begins))
+    lens, begins = np.array([5, 30], np.int32), np.array([5, 3], np.int32)
+    two = Part(buffers, Batch(tables, lens, starts, 16, np.array([50, 28], np.int32), begins))
+    q = normal(4, 4, D)
+    out, lse = attend(backend, [one, two], q)
+    k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+    oracle.assert_as_exact((out[:2], lse[:2]), q[:2], k[:, 5:], v[:, 5:])
+    oracle.assert_as_exact((out[2:], lse[2:]), q[2:], k[:, 3:30], v[:, 3:30])
+
+
+def test_tokens_that_belong_to_no_block_are_not_written(backend, fmt, normal):
+    backend = get_backend(backend)
+    buffers = backend.allocate(Layout.of(4, 4, H, D, fmt))
+    table = np.array([[2, 0], [-1, -1], [1, -1]], np.int32)
+    k, v = normal(18, H, D), normal(18, H, D)
+    batch = Batch.of(table, np.array([6, 8, 6], np.int32), [6, 8, 4], 4)
+    backend.write(buffers, 0, k[None], v[None], batch)
+    both = zip(stored(backend, buffers, table[:1], 6), (k[:6], v[:6]), strict=True)
+    for have, want in both:
+        oracle.assert_stored(have, want.swapaxes(0, 1), fmt)
+    have = stored(backend, buffers, table[2:, :1], 4)
+    for x, want in zip(have, (k[14:16], v[14:16]), strict=True):
+        oracle.assert_stored(x[:, 2:], want.swapaxes(0, 1), fmt)
+    untouched = backend.read_blocks(buffers, np.array([3]))
+    assert all(not array.any() for part in untouched for array in part)
