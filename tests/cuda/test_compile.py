@@ -14,6 +14,7 @@ from numba.cuda import dispatcher
 
 from kvnumba.backends.cuda import attend, copy, decode, merge, prefill, read, write
 from kvnumba.backends.cuda.codecs import Codec
+from kvnumba.backends.cuda.transforms import NONE, Transform
 from kvnumba.formats import FORMATS
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -46,6 +47,10 @@ def compile_kernel(request, monkeypatch):
     return compile_ptx
 
 
+TRANSFORMS = [NONE, Transform(128, 128, calibrated=True)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "transformed"])
 @pytest.mark.parametrize("make", [decode.decode_kernel, prefill.prefill_kernel])
 @pytest.mark.parametrize(
     ("kind", "fmt", "scale"),
@@ -57,17 +62,20 @@ def compile_kernel(request, monkeypatch):
         ("float16", "fp8_e4m3", "float32"),
     ],
 )
-def test_matrix_kernels_stay_in_registers_and_out_of_float64(request, compile_kernel, make, kind, fmt, scale):
+def test_matrix_kernels_stay_in_registers_and_out_of_float64(
+    request, compile_kernel, make, kind, fmt, scale, transform
+):
     codec = Codec(FORMATS[fmt], scale)
     if "sm_80" in request.node.name and codec.matrix.capability > (8, 0):
         pytest.skip(f"devices of this capability do not multiply {fmt}")
-    ptx = compile_kernel(make(kind, codec, codec, 128, 128, True))
+    ptx = compile_kernel(make(kind, codec, codec, 128, 128, True, transform))
     assert "mma.sync" in ptx
     assert "ld.global.nc" in ptx
     assert ".f64" not in ptx
     assert ".local" not in ptx
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "transformed"])
 @pytest.mark.parametrize(
     ("kind", "fmt", "scale", "width"),
     [
@@ -77,11 +85,11 @@ def test_matrix_kernels_stay_in_registers_and_out_of_float64(request, compile_ke
         ("float32", "fp8_e4m3", "float32", 4),
     ],
 )
-def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width):
+def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width, transform):
     codec = Codec(FORMATS[fmt], scale)
     for kernel in (
-        attend.attend_kernel(4, kind, width, codec, width, codec, width),
-        write.write_kernel(kind, kind, codec, codec, width),
+        attend.attend_kernel(4, kind, width, codec, width, codec, width, transform),
+        write.write_kernel(kind, kind, codec, codec, width, transform),
         read.read_kernel(codec, width),
         copy.copy_kernel(),
         merge.merge_kernel(kind, width),
@@ -94,7 +102,10 @@ def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width):
 def test_what_is_encoded_is_rounded_as_numpy_rounds(compile_kernel):
     """A product and a sum are two roundings, and quotients are exact."""
     codec = Codec(FORMATS["int8"], "float32")
-    for kernel in (read.read_kernel(codec, 4), write.write_kernel("float32", "float32", codec, codec, 4)):
+    for kernel in (
+        read.read_kernel(codec, 4),
+        write.write_kernel("float32", "float32", codec, codec, 4, NONE),
+    ):
         ptx = compile_kernel(kernel)
         assert "fma.rn.f32" not in ptx
         assert "div.approx" not in ptx

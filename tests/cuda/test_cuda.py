@@ -25,8 +25,9 @@ from kvnumba.backends.cuda.plan import (
     NUM_TOKENS,
     SEQUENCE,
     SPLIT,
-    cut,
+    ranges_of,
     rows_to_merge,
+    split,
 )
 from kvnumba.storage import Batch, Part
 
@@ -356,9 +357,9 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
         new = rng.integers(0, 30, 12)
         lengths = new + rng.integers(0, 3000, 12)
         batch = Batch.of(np.zeros((12, 200), np.int32), lengths.astype(np.int32), new, 16)
-        pieces = cut(batch, np.flatnonzero(new), tokens, blocks, 2, 4, window_left)
+        (table,) = split([ranges_of(batch, np.flatnonzero(new), tokens, window_left)], blocks, 2, 4).tables
         seen = {}
-        for row in pieces.table.tolist():
+        for row in table.tolist():
             for token in range(row[FIRST_TOKEN], row[FIRST_TOKEN] + row[NUM_TOKENS]):
                 seen.setdefault((row[SEQUENCE], token), []).append(row)
         assert len(seen) == new.sum()
@@ -378,12 +379,13 @@ def test_partial_results_are_where_the_merge_looks_for_them(rng):
         new = rng.integers(0, 9, 5) if tokens is None else np.array([1, 3])
         lengths = (new + rng.integers(0, 900, len(new))).astype(np.int32)
         batch = Batch.of(np.zeros((len(new), 60), np.int32), lengths, new, 16)
-        pieces = cut(batch, np.flatnonzero(new), 4, 20, 2, 6, -1, count)
-        assert (pieces.table[:, NUM_SPLITS] == 0).all()
-        assert pieces.table[:, FIRST_PARTIAL].min() == count
+        pieces = split([ranges_of(batch, np.flatnonzero(new), 4, -1)], 20, 2, 6, count)
+        (table,) = pieces.tables
+        assert (table[:, NUM_SPLITS] == 0).all()
+        assert table[:, FIRST_PARTIAL].min() == count
         count += pieces.num_partials
         parts.append(Part(None, batch, tokens))
-        tables.append(pieces.table)
+        tables.append(table)
     starts, rows = rows_to_merge(tables, parts, 40, 6)
     assert sorted(rows) == list(range(0, count, 6))
     assert starts[0] == 0
@@ -411,7 +413,10 @@ def test_the_simulator_computes_as_hardware_does(rows, width, normal):
         "clear": (sums[:rows],),
         "clear_all": (sums,),
         "put": (shared, 3, values),
+        "take": (shared, 3, values),
         "scale": (values, np.float32(1.5)),
+        "scale_each": (values, shared[:width]),
+        "calibrate": (values, shared[:width], np.abs(shared[5 : 5 + width]) + 1),
         "add_scaled": (values, shared, 5, np.float32(0.5)),
         "dequantize": (values, np.float32(0.1), np.float32(-1)),
         "quantize": (values, np.float32(-2), np.float32(0.3), np.float32(15)),

@@ -16,6 +16,7 @@ import kvnumba
 from kvnumba.arrays import device_view
 from kvnumba.backends import registry
 from kvnumba.backends.numpy import NumpyBackend
+from kvnumba.calibration import Calibration
 from kvnumba.formats import FORMATS
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Layout, Part, RowLayout
@@ -61,13 +62,14 @@ def check(gpu, normal):
 
     def run(
         kernels, kind, key_format, value_format, *, lengths, new, heads=2, group=4, head_dim=64, block_size=16,
-        value_head_dim=None, scale_dtype="float32", options=(),
+        value_head_dim=None, scale_dtype="float32", rotation=False, calibrated=False, options=(),
     ):  # fmt: skip
         blocks = sum(-(-length // block_size) for length in lengths) + 3
         cache = kvnumba.PagedKVCache(
             blocks, block_size, heads, head_dim, len(lengths),
             key_format=key_format, value_format=value_format, value_head_dim=value_head_dim,
-            scale_dtype=scale_dtype, backend="cuda",
+            scale_dtype=scale_dtype, rotation=rotation,
+            calibration=a_calibration(normal, heads, head_dim) if calibrated else None, backend="cuda",
         )  # fmt: skip
         for part, fmt in ((cache.k_pool, key_format), (cache.v_pool, value_format)):
             part[...] = {"bfloat16": 0x7FC0, "fp8_e4m3": 255, "int8": 255, "int4": 255}.get(fmt, np.nan)
@@ -83,16 +85,22 @@ def check(gpu, normal):
         out, lse = step.attend(q, return_lse=True, **dict(options))
         assert set(gpu.device.launched) == kernels
         got, got_lse, start = on_host(out, kind), lse.copy(), 0
+        unit = UNIT[kind] * (2 if rotation or calibrated else 1)  # transformed queries are rounded once more
         for seq_id, n in zip(ids, new, strict=True):
             rows = slice(start, start + n)
             want, want_lse = oracle.attention(q_host[rows], *cache.get_kv(seq_id), **dict(options))
             largest, largest_lse = (max(1, np.abs(x).max(initial=0)) for x in (want, want_lse))
-            assert np.abs(got[rows] - want).max(initial=0) <= 2 * UNIT[kind] * largest
-            assert np.abs(lse.copy()[rows] - want_lse).max(initial=0) <= UNIT[kind] / 4 * largest_lse
+            assert np.abs(got[rows] - want).max(initial=0) <= 2 * unit * largest
+            assert np.abs(got_lse[rows] - want_lse).max(initial=0) <= unit / 4 * largest_lse
             start += n
         return out, got_lse
 
     return run
+
+
+def a_calibration(normal, heads, head_dim):
+    shape = (heads, head_dim)
+    return Calibration((normal(*shape) / 4,), (np.exp(normal(*shape) / 4),), 1)
 
 
 MATRIX_KINDS = [
@@ -139,6 +147,32 @@ def test_keys_and_values_in_different_formats(key_format, value_format, check):
 def test_options(options, fmt, check):
     for kernel, new in (("decode", [1]), ("decode", [3]), ("prefill", [40])):
         check({kernel}, "float16", fmt, fmt, group=2, lengths=[200], new=new, options=options)
+
+
+@pytest.mark.parametrize(("kind", "fmt"), MATRIX_KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("rotation", "calibrated"), [(True, True), (True, False), (False, True)])
+def test_transforms(kind, fmt, head_dim, rotation, calibrated, check):
+    """In both kernels; pieces that are split, and rows that fill no warp."""
+    transform = {"rotation": rotation, "calibrated": calibrated, "head_dim": head_dim}
+    check({"decode"}, kind, fmt, fmt, group=3, lengths=[300, 17], new=[1, 2], **transform)
+    check({"prefill"}, kind, fmt, fmt, group=3, lengths=[60], new=[37], **transform)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("fmt", ["float16", "int4"])
+def test_options_see_what_a_calibration_takes_away(options, fmt, check):
+    transform = {"rotation": True, "calibrated": True, "group": 2}
+    for kernel, new in (("decode", 3), ("prefill", 40)):
+        check({kernel}, "float16", fmt, fmt, lengths=[200], new=[new], options=options, **transform)
+
+
+@pytest.mark.parametrize(("head_dim", "value_head_dim"), [(40, 256), (6, 128), (512, 20)])
+def test_transforms_of_any_width(head_dim, value_head_dim, check):
+    """In the float32 kernel, where a row's elements may be those of several warps."""
+    shape = {"head_dim": head_dim, "value_head_dim": value_head_dim, "rotation": True, "calibrated": True}
+    for new in ([1, 1], [2, 9]):
+        check({"attend"}, "float32", "float16", "float32", lengths=[150, 30], new=new, group=2, **shape)
 
 
 @pytest.mark.parametrize("group", [1, 5, 8, 20])
@@ -244,10 +278,11 @@ class TestParts:
 
     @pytest.fixture
     def filled(self, gpu, normal):
-        def fill(lengths, new, fmt, *, after=False, block_size=16, head_dim=64):
+        def fill(lengths, new, fmt, *, after=False, block_size=16, head_dim=64, **transform):
             layout = Layout.of(
-                sum(-(-n // block_size) for n in lengths) + 1, block_size, 2, head_dim, fmt, value_head_dim=64
-            )
+                sum(-(-n // block_size) for n in lengths) + 1, block_size, 2, head_dim, fmt, value_head_dim=64,
+                **transform,
+            )  # fmt: skip
             buffers = gpu.backend.allocate(layout)
             width = max(-(-n // block_size) for n in lengths)
             table, used = np.zeros((len(lengths), width), np.int32), 1
@@ -326,6 +361,70 @@ class TestParts:
             )
             assert np.abs(out[token] - want[0]).max() <= 2 * unit * max(1, np.abs(want).max())
             assert np.abs(lse[token] - want_lse[0]).max() <= unit / 2 * max(1, np.abs(want_lse).max())
+
+    @pytest.mark.parametrize("kind", ["float32", "float16"])
+    @pytest.mark.parametrize("new", [[1, 1, 1], [2, 1, 2], [3, 40, 20]])
+    def test_recent_tokens_in_float(self, kind, new, gpu, filled, normal):
+        """Keys from some place on out of other blocks: of one sequence all, of one none, which no block holds."""
+        lengths, begins = np.array([700, 60, 50], np.int32), np.array([533, 0, 50], np.int32)
+        transform = {"rotation": True, "calibration": a_calibration(normal, 2, 64)}
+        older = filled(lengths, new, "int4", scale_dtype="float16", **transform)
+        recent = filled(lengths, new, "float16", **transform)
+        table = np.where(
+            np.arange(older.batch.block_table.shape[1]) < begins[:, None] // 16, -1, recent.batch.block_table
+        )
+        parts = [
+            Part(older.buffers, dataclasses.replace(older.batch, seq_lens=begins, kept={})),
+            Part(
+                recent.buffers,
+                dataclasses.replace(recent.batch, block_table=table.astype(np.int32), begins=begins, kept={}),
+            ),
+        ]
+        q = normal(1, sum(new), 4, 64).astype(np.float16).astype(np.float32)
+        options = {"sinks": np.array([0.5, 3.0, -1.0, 2.0])}
+        both = {"decode"} if max(new) < 3 else {"decode", "prefill", "merge"}
+        for order in (parts, parts[::-1]):
+            gpu.device.launched.clear()
+            out, lse = self.attend(gpu, order, q, kind, Scoring.of(4, 64, **options))
+            assert set(gpu.device.launched) == (both if kind == "float16" else {"attend"})
+            for n, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+                rows = slice(*recent.batch.query_start_loc[n : n + 2])
+                keys, values = (
+                    np.concatenate((a[n][:, :begin], b[n][:, begin:]), axis=1)
+                    for a, b in ((older.k, recent.k), (older.v, recent.v))
+                )
+                shape = keys.shape[1]
+                assert shape == length
+                keys = older.buffers.layout.transform.load_keys(keys.swapaxes(0, 1), 0).swapaxes(0, 1)
+                values = older.buffers.layout.transform.load_values(values)
+                want, want_lse = oracle.attention(q[0, rows], keys, values, **options)
+                assert np.abs(out[rows] - want).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
+                assert np.abs(lse[rows] - want_lse).max() <= UNIT[kind] / 2 * max(1, np.abs(want_lse).max())
+
+    @pytest.mark.parametrize("kind", ["float32", "float16"])
+    @pytest.mark.parametrize("new", [1, 40])
+    @pytest.mark.parametrize("window_left", [-1, 50])
+    def test_keys_before_the_first(self, kind, new, window_left, gpu, filled, normal):
+        """They are NaN in memory, as what was never written may be."""
+        cached = filled([150, 90], [new, new], "float16")
+        begins = np.array([37, 30], np.int32)
+        for n, begin in enumerate(begins):
+            for key in range(begin % 16):
+                block = cached.batch.block_table[n, begin // 16]
+                cached.buffers.keys.codes[0, block, :, key] = cached.buffers.values.codes[
+                    0, block, :, key
+                ] = np.nan
+        q = normal(1, 2 * new, 4, 64).astype(np.float16).astype(np.float32)
+        scoring = Scoring.of(4, 64, window_left=window_left)
+        batch = dataclasses.replace(cached.batch, begins=begins, kept={})
+        out, lse = self.attend(gpu, [Part(cached.buffers, batch)], q, kind, scoring)
+        for n, begin in enumerate(begins):
+            rows = slice(n * new, (n + 1) * new)
+            want, want_lse = oracle.attention(
+                q[0, rows], cached.k[n][:, begin:], cached.v[n][:, begin:], window_left=window_left
+            )
+            assert np.abs(out[rows] - want).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
+            assert np.abs(lse[rows] - want_lse).max() <= UNIT[kind] / 2 * max(1, np.abs(want_lse).max())
 
     @pytest.mark.parametrize("kind", ["float32", "float16"])
     @pytest.mark.parametrize("new", [2, 40])

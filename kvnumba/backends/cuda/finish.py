@@ -31,7 +31,7 @@ from kvnumba.backends.cuda.intrinsics import (
 from kvnumba.backends.cuda.jit import WARP, device, int32
 from kvnumba.backends.cuda.plan import FIRST_PARTIAL, ITEM, MAX_SPLITS, NUM_SPLITS, SPLIT
 from kvnumba.backends.cuda.rows import head_of, partial_of, result_of, token_of
-from kvnumba.backends.cuda.transforms import rotation_in_lanes
+from kvnumba.backends.cuda.transforms import bits_of, rotation_in_lanes
 from kvnumba.formats import FORMATS
 
 TOGETHER = 16  # partial results that a thread has on their way at a time
@@ -58,7 +58,8 @@ def finisher(rows: int, width: int, kind: str, threads: int, rotation: int = 1) 
     itemsize = FORMATS[kind].bits // 8
     zero, one, least, nothing = float32(0), float32(1), float32(LEAST), float32("-inf")
 
-    rotated, rotate = rotation > 1, rotation_in_lanes(width, 1, max(rotation // width, 1))
+    rotated = rotation > 1
+    rotate = rotation_in_lanes(width, bits_of(width), bits_of(rotation // width))
 
     @device
     def add_up(shared, at, copies, stride, sums):

@@ -24,7 +24,7 @@ from kvnumba.backends.cuda.codecs import Codec, pieces_of_row
 from kvnumba.backends.cuda.intrinsics import load_int, loader
 from kvnumba.backends.cuda.jit import cuda, device
 from kvnumba.backends.cuda.plan import TILE
-from kvnumba.backends.cuda.transforms import Transform, rotation_in_lanes
+from kvnumba.backends.cuda.transforms import Transform, bits_of, rotation_in_lanes
 
 ALL = 0xFFFFFFFF
 LOG2_E = math.log2(math.e)
@@ -81,7 +81,7 @@ def query_loader(kind: str, keys: Codec, head_dim: int, transform: Transform) ->
     transformed, calibrated, rotated = transform.of_queries, transform.calibrated, transform.keys > 1
     scaled = keys.fmt.has_scale or kind != matrix.element or (transformed and matrix.element == "float16")
     size = 2 * count if transformed else 2
-    load_channels, rotate = loader("float32", 4), rotation_in_lanes(2 * count, 1, 4)
+    load_channels, rotate = loader("float32", 4), rotation_in_lanes(2 * count, bits_of(2 * count), (1, 2))
     pack_element = hw.pack_halves[matrix.element]
     arrange = matrix.arrange
     zero, one = float32(0), float32(1)

@@ -29,7 +29,7 @@ from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
 from kvnumba.backends.cuda.plan import FIRST_PARTIAL, NUM_SPLITS, SPLIT, TILE, Shape
 from kvnumba.backends.cuda.rows import head_of, open_piece, partial_of, result_of, token_of
 from kvnumba.backends.cuda.softmax import Sight, online_softmax, row_opener
-from kvnumba.backends.cuda.transforms import Transform, rotation_in_lanes
+from kvnumba.backends.cuda.transforms import Transform, bits_of, rotation_in_lanes
 
 WARPS = 4
 SHAPE = Shape("prefill", 16 * WARPS, 2, merges=False)
@@ -56,7 +56,8 @@ def prefill_kernel(
     )
     query_words, columns, part = head_dim // 8, value_head_dim // 16, value_head_dim // 8
     both_words, num_sums = 2 * query_words, 8 * columns
-    rotated, rotate = transform.values > 1, rotation_in_lanes(part, 4, 8)
+    rotated = transform.values > 1
+    rotate = rotation_in_lanes(num_sums, bits_of(num_sums // 2, 2), (4, 8, 16))
     find, element, result = values.find, values.element, values.result
     zero, one, least, nothing = float32(0), float32(1), float32(LEAST), float32("-inf")
     log2_e, ln_2 = float32(LOG2_E), float32(math.log(2))
@@ -71,7 +72,7 @@ def prefill_kernel(
         zeros, units = cuda.local.array(2, float32), cuda.local.array(3, float32)
         factors, offsets = cuda.local.array(2, float32), cuda.local.array(2, float32)
         slopes, last = cuda.local.array(2, float32), cuda.local.array(2, int32)
-        row_sums, four = cuda.local.array(part, float32), cuda.local.array(4, float32)
+        four = cuda.local.array(4, float32)
 
         thread = int32(cuda.threadIdx.x)
         lane, first_row = thread & int32(31), (thread >> int32(5)) * 16
@@ -117,8 +118,21 @@ def prefill_kernel(
             results = load_int(piece.address + 4 * NUM_SPLITS) != 0  # else partial results, which are merged
             first = load_int(piece.address + 4 * FIRST_PARTIAL)
             first += load_int(piece.address + 4 * SPLIT) * piece.num_tokens * work.num_qo_heads
+            # the sums become values, of two of them the one with the lower element first, as rotations take them
+            _, low_second = find(0)
             for half in range(2):
-                total, added, top = sum_of_quad(totals[half]), sum_of_quad(zeros[half]), tops[half]
+                added = sum_of_quad(zeros[half])
+                for n in range(2):
+                    added_here = cuda.shfl_sync(ALL, added, c * 8 + 4 * n)
+                    for j in range(columns):
+                        s = 4 * (half * columns + j)
+                        low_value = result(sums, s, low_second, n, units[1], added_here)
+                        high_value = result(sums, s, 1 - low_second, n, units[1], added_here)
+                        sums[s + n], sums[s + 2 + n] = low_value, high_value
+            if rotated:
+                rotate(sums)
+            for half in range(2):
+                total, top = sum_of_quad(totals[half]), tops[half]
                 row = int32(min(first_row + 8 * half + g, piece.used - 1))
                 token = token_of(piece, row)
                 head = head_of(piece, token, row)
@@ -143,21 +157,16 @@ def prefill_kernel(
                         store_float(begin_of_row + 4 * value_head_dim + 4, total)
                 for n in range(2):
                     source = c * 8 + 4 * n
-                    factor_here, added_here = (
-                        cuda.shfl_sync(ALL, factor, source),
-                        cuda.shfl_sync(ALL, added, source),
-                    )
+                    factor_here = cuda.shfl_sync(ALL, factor, source)
                     begin_here = cuda.shfl_sync(ALL, begin_of_row, source)
-                    for e in range(part):
-                        j, second = find(e)
-                        value = result(sums, 4 * (half * columns + j), second, n, units[1], added_here)
-                        row_sums[e] = value * factor_here
-                    if rotated:
-                        rotate(row_sums)
                     if first_row + 8 * half + 2 * c + n < piece.used:
                         for e in range(0, part, 4):
                             for i in range(4):
-                                four[i] = row_sums[e + i]
+                                j, second = find(e + i)
+                                four[i] = (
+                                    sums[4 * (half * columns + j) + 2 * (second ^ low_second) + n]
+                                    * factor_here
+                                )
                             j, second = find(e)
                             at = element(j, g, second)
                             if results:

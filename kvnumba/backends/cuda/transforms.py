@@ -1,7 +1,7 @@
 """Row transforms in kernels: `kvnumba.transforms` says what they are.
 
-A rotation is sums and differences of pairs whose numbers differ in one bit, for each bit in turn. It does not matter
-which bit comes first, nor where a row's elements lie: in shared memory, or in the registers of several lanes.
+A rotation is sums and differences of pairs whose numbers differ in one bit, for each bit in turn.
+Rows lie in shared memory, or in the registers of several lanes.
 """
 
 from __future__ import annotations
@@ -91,15 +91,15 @@ def _simulated_rotation(size: int, wait: Any) -> Any:
 
 
 @functools.cache
-def rotation_in_lanes(count: int, distance: int, lanes: int) -> Any:
-    """``rotate(values)``: elements of which each lane has `count`, together with other lanes of its warp.
+def rotation_in_lanes(size: int, bits: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
+    """``rotate(values)``: elements that the lanes of a warp have in an array of `size` each.
 
-    So many `lanes` share them, whose numbers differ in the bits from `distance` on. All lanes of the warp call it.
+    Those that are rotated together differ in some `bits` of their place in the array, and of the number of their lane.
+    All lanes of the warp call it.
     """
-    norm, half = float32((count * lanes) ** -0.5), count // 2
-    distances = [distance << n for n in range(lanes.bit_length() - 1)]
+    one, norm, half = float32(1), float32(2 ** (-(len(bits) + len(lanes)) / 2)), size // 2
 
-    def of_lane(bit: int) -> Any:
+    def within(bit: int) -> Any:
         @device
         def stage(values):
             for i in range(half):
@@ -109,20 +109,18 @@ def rotation_in_lanes(count: int, distance: int, lanes: int) -> Any:
 
         return stage
 
-    def of_lanes(bit: int) -> Any:
-        one = float32(1)
-
+    def between(bit: int) -> Any:
         @device
         def stage(values):
-            sign = -one if int32(cuda.threadIdx.x) & int32(bit) else one
-            for i in range(count):
+            sign = -one if int32(cuda.threadIdx.x) & int32(bit) != 0 else one
+            for i in range(size):
                 values[i] = cuda.shfl_xor_sync(0xFFFFFFFF, values[i], bit) + sign * values[i]
 
         return stage
 
     @device
     def scale(values):
-        for i in range(count):
+        for i in range(size):
             values[i] *= norm
 
     def both(first: Any, second: Any) -> Any:
@@ -133,5 +131,10 @@ def rotation_in_lanes(count: int, distance: int, lanes: int) -> Any:
 
         return stages
 
-    stages = [of_lane(1 << n) for n in range(count.bit_length() - 1)] + [of_lanes(bit) for bit in distances]
-    return functools.reduce(both, stages, scale)
+    # a function for each stage, so that the array is indexed by constants and stays in registers
+    return functools.reduce(both, [*map(within, bits), *map(between, lanes)], scale)
+
+
+def bits_of(below: int, first: int = 1) -> tuple[int, ...]:
+    """The powers of two from `first` to the last before another one."""
+    return tuple(1 << n for n in range(first.bit_length() - 1, below.bit_length() - 1))
