@@ -47,11 +47,22 @@ def compile_kernel(request, monkeypatch):
     return compile_ptx
 
 
+def decode_of_one(kind, keys, values, *others):
+    return decode.decode_kernel(kind, ((keys, values),), *others)
+
+
+def check_matrix_kernel(ptx):
+    assert "mma.sync" in ptx
+    assert "ld.global.nc" in ptx
+    assert ".f64" not in ptx
+    assert ".local" not in ptx
+
+
 TRANSFORMS = [NONE, Transform(128, 128, calibrated=True)]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "transformed"])
-@pytest.mark.parametrize("make", [decode.decode_kernel, prefill.prefill_kernel])
+@pytest.mark.parametrize("make", [decode_of_one, prefill.prefill_kernel], ids=["decode", "prefill"])
 @pytest.mark.parametrize(
     ("kind", "fmt", "scale"),
     [
@@ -68,11 +79,14 @@ def test_matrix_kernels_stay_in_registers_and_out_of_float64(
     codec = Codec(FORMATS[fmt], scale)
     if "sm_80" in request.node.name and codec.matrix.capability > (8, 0):
         pytest.skip(f"devices of this capability do not multiply {fmt}")
-    ptx = compile_kernel(make(kind, codec, codec, 128, 128, True, transform))
-    assert "mma.sync" in ptx
-    assert "ld.global.nc" in ptx
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    check_matrix_kernel(compile_kernel(make(kind, codec, codec, 128, 128, True, transform)))
+
+
+def test_two_parts_in_one_kernel(compile_kernel):
+    codecs = tuple((Codec(FORMATS[fmt], "float16"),) * 2 for fmt in ("int4", "float16"))
+    check_matrix_kernel(
+        compile_kernel(decode.decode_kernel("float16", codecs, 128, 128, False, TRANSFORMS[1]))
+    )
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "transformed"])

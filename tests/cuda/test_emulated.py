@@ -382,7 +382,7 @@ class TestParts:
         ]
         q = normal(1, sum(new), 4, 64).astype(np.float16).astype(np.float32)
         options = {"sinks": np.array([0.5, 3.0, -1.0, 2.0])}
-        both = {"decode"} if max(new) < 3 else {"decode", "prefill", "merge"}
+        both = {"decode_both"} if max(new) < 3 else {"decode", "prefill", "merge"}
         for order in (parts, parts[::-1]):
             gpu.device.launched.clear()
             out, lse = self.attend(gpu, order, q, kind, Scoring.of(4, 64, **options))

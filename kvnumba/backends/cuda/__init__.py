@@ -272,8 +272,11 @@ class CudaBackend:
         sinks = self._per_head(plan, scoring.sinks, stream)
         slopes = self._per_head(plan, scoring.alibi_slopes, stream)
         result = (out.address, *row_strides(out))
-        for launch, addresses in launches.of_parts:
-            launch(stream, (q.address, *result, lse.address, sinks, slopes, *addresses[layer]))
+        for launch, storages in launches.of_parts:
+            addresses: tuple[int, ...] = (q.address, *result, lse.address, sinks, slopes)
+            for storage in storages:
+                addresses += storage[layer]
+            launch(stream, addresses)
         if launches.merge is not None:
             launches.merge(stream, (*result, lse.address, sinks))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 from numba import float32, int32, int64, uint32
 
@@ -23,8 +24,8 @@ from kvnumba.backends.cuda.fragments import (
     words_of_tile,
 )
 from kvnumba.backends.cuda.intrinsics import LEAST, barrier, index
-from kvnumba.backends.cuda.jit import Kernel, cuda
-from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
+from kvnumba.backends.cuda.jit import Kernel, cuda, device
+from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape, StorageAddresses
 from kvnumba.backends.cuda.plan import TILE, Shape
 from kvnumba.backends.cuda.rows import open_piece
 from kvnumba.backends.cuda.softmax import Sight, online_softmax, row_opener
@@ -36,6 +37,7 @@ TILES = {(16, 64): 2, (16, 128): 1, (8, 64): 2, (8, 128): 2, (4, 64): 4, (4, 128
 """Bits of the wider of both formats and the larger width -> tiles of a step: as many as the registers hold."""
 
 SHAPE = Shape("decode", ROWS, 1, merges=True)
+PARTS = 2  # that one launch serves at most
 
 
 def shared_bytes(value_head_dim: int) -> int:
@@ -46,14 +48,55 @@ def shared_bytes(value_head_dim: int) -> int:
 @functools.cache
 def decode_kernel(
     kind: str,
+    codecs: tuple[tuple[Codec, Codec], ...],
+    head_dim: int,
+    value_head_dim: int,
+    extras: bool,
+    transform: Transform,
+) -> Kernel:
+    """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi.
+
+    `codecs` are those of the keys and the values of one or two parts. The second one's pieces are those of the blocks
+    that come after the first one's, so that both run side by side.
+    """
+    attend = [
+        _attention(kind, keys, values, head_dim, value_head_dim, extras, transform) for keys, values in codecs
+    ]
+    attend_first, attend_second = attend[0], attend[-1]
+
+    if len(codecs) == 1:
+
+        def decode(call, work):
+            attend_first(call, work, int32(cuda.blockIdx.x))
+
+        return Kernel(decode, (AttendAddresses, AttendShape), 32 * WARPS)
+
+    def decode_both(call, storage, work, second_work):
+        piece = int32(cuda.blockIdx.x)
+        if piece < work.num_pieces:
+            attend_first(call, work, piece)
+        else:
+            second_call = AttendAddresses(
+                call.q, call.out, call.out_batch, call.out_token, call.out_head, call.lse, call.sinks, call.slopes,
+                storage.keys, storage.key_scales, storage.values, storage.value_scales, storage.channel_shifts,
+                storage.channel_scales,
+            )  # fmt: skip
+            attend_second(second_call, second_work, piece - work.num_pieces)
+
+    parameters = (AttendAddresses, StorageAddresses, AttendShape, AttendShape)
+    return Kernel(decode_both, parameters, 32 * WARPS)
+
+
+def _attention(
+    kind: str,
     key_codec: Codec,
     value_codec: Codec,
     head_dim: int,
     value_head_dim: int,
     extras: bool,
     transform: Transform,
-) -> Kernel:
-    """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
+) -> Any:
+    """``attend(call, work, number)``: what a block does for a piece."""
     bits, width = max(key_codec.fmt.bits, value_codec.fmt.bits), max(head_dim, value_head_dim)
     count = TILES[bits, width]
     keys, values = key_functions(key_codec, head_dim, 1), value_functions(value_codec, value_head_dim, 1)
@@ -76,7 +119,8 @@ def decode_kernel(
     zero, one, least, ln_2 = float32(0), float32(1), float32(LEAST), float32(math.log(2))
     loaded_size, sums_size = 4 * TOGETHER, shared_floats(ROWS, value_head_dim, WARPS)
 
-    def decode(call, work):
+    @device
+    def attend(call, work, number):
         kw, vw = cuda.local.array(all_key_words, uint32), cuda.local.array(all_value_words, uint32)
         ks, vs = cuda.local.array(all_key_scales, uint32), cuda.local.array(all_value_scales, uint32)
         query, read = cuda.local.array(query_words, uint32), cuda.local.array(query_words, uint32)
@@ -94,7 +138,7 @@ def decode_kernel(
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         g, c = lane >> int32(2), lane & int32(3)
-        piece = open_piece(work, cuda.blockIdx.x, cuda.blockIdx.y)
+        piece = open_piece(work, number, cuda.blockIdx.y)
         tile, end_tile = (piece.begin >> 4) + warp * count, (piece.end + TILE - 1) >> 4
         if tile < end_tile:
             for u in range(count):
@@ -181,4 +225,4 @@ def decode_kernel(
         barrier()
         finish(call, work, piece, thread, shared, WARPS, at_tops, at_totals, four, loaded)
 
-    return Kernel(decode, (AttendAddresses, AttendShape), 32 * WARPS)
+    return attend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import struct
 import sys
 import threading
@@ -87,19 +88,19 @@ def num_multiprocessors() -> int:
 
 
 class Kernel:
-    """A function that runs on the device, and whose arguments are two named tuples of numbers.
+    """A function that runs on the device, and whose arguments are named tuples of numbers.
 
     Parameters
     ----------
     function : callable
-    parameters : two classes of named tuples
-        Annotated with `Long`, ``int`` or ``float``; the first with `Long` only.
+    parameters : tuple of classes of named tuples
+        Annotated with `Long`, ``int`` or ``float``. The first half of them, with `Long` only, differ from call to call.
     threads : int
         Of a block.
     """
 
     def __init__(
-        self, function: Callable[..., Any], parameters: tuple[type, type], threads: int = THREADS
+        self, function: Callable[..., Any], parameters: tuple[type, ...], threads: int = THREADS
     ) -> None:
         self.function = function
         self.parameters = parameters
@@ -133,7 +134,7 @@ class Kernel:
 
 
 class Launch:
-    """A kernel with its grid and its second tuple of arguments, packed once; a call gives the first.
+    """A kernel with its grid and the second half of its arguments, packed once; a call gives the first.
 
     Launched through the driver with one packed buffer of arguments: Numba's own launch looks at every argument's
     type in every call and takes ten times as long.
@@ -145,18 +146,19 @@ class Launch:
         Blocks along x and y.
     shared_bytes : int
         Of a block.
-    shape : named tuple
-        The kernel's second argument.
+    *shapes : named tuples
+        The second half of the kernel's arguments.
     """
 
-    def __init__(self, kernel: Kernel, grid: tuple[int, int], shared_bytes: int, shape: Any) -> None:
+    def __init__(self, kernel: Kernel, grid: tuple[int, int], shared_bytes: int, *shapes: Any) -> None:
         self._kernel = kernel
         self._grid = grid
         self._shared_bytes = shared_bytes
-        self._shape = shape
-        first, second = ("".join(letter for _, letter in _letters(each)) for each in kernel.parameters)
+        self._shapes = shapes
+        letters = ["".join(letter for _, letter in _letters(each)) for each in kernel.parameters]
+        first, second = ("".join(half) for half in (letters[: -len(shapes)], letters[-len(shapes) :]))
         self._first = struct.Struct(first)  # in native alignment, which is the device's too
-        self._rest = struct.pack(second, *shape)
+        self._rest = struct.pack(second, *itertools.chain(*shapes))
         self._end = self._first.size + len(self._rest)
 
     def prepare(self) -> None:
@@ -167,8 +169,12 @@ class Launch:
         """Run blocks; returns before they have run, except in the simulator."""
         kernel = self._kernel
         if SIMULATED:
-            first = kernel.parameters[0](*addresses)
-            _simulate(kernel.function, self._grid, self._shared_bytes, (first, self._shape))
+            given = iter(addresses)
+            calls = [
+                make(*itertools.islice(given, len(_letters(make))))
+                for make in kernel.parameters[: -len(self._shapes)]
+            ]
+            _simulate(kernel.function, self._grid, self._shared_bytes, (*calls, *self._shapes))
             return
         if kernel.handle is None:
             kernel.compile()

@@ -24,7 +24,7 @@ from kvnumba.backends.cuda.merge import merge_kernel
 from kvnumba.backends.cuda.parameters import AttendShape, MergeShape
 from kvnumba.backends.cuda.plan import TILE, AttentionPlan, Pieces, Shape, ranges_of, rows_to_merge, split
 from kvnumba.backends.cuda.storage import CudaBuffers
-from kvnumba.backends.cuda.tables import Upload, tables_of
+from kvnumba.backends.cuda.tables import Tables, Upload, tables_of
 from kvnumba.backends.cuda.transforms import transform_of
 from kvnumba.options import Scoring
 from kvnumba.storage import Layout, Part
@@ -40,15 +40,15 @@ class Launches(NamedTuple):
 
     Attributes
     ----------
-    of_parts : list of (Launch, addresses)
-        A kernel for some sequences of a part, and the addresses of the part's layers.
+    of_parts : list of (Launch, storages)
+        A kernel for some sequences of one or two parts, and for each of these the addresses of its layers.
     merge : Launch, optional
         Where these leave partial results.
     memory : tuple
         What keeps the tables and the partial results where they are.
     """
 
-    of_parts: list[tuple[Launch, tuple[tuple[int, ...], ...]]]
+    of_parts: list[tuple[Launch, list[tuple[tuple[int, ...], ...]]]]
     merge: Launch | None
     memory: tuple[Upload, Loan, Loan]
 
@@ -64,6 +64,8 @@ class _Share(NamedTuple):
     """Some sequences of a part, and the kernel that takes them."""
 
     part: Part
+    tables: Tables
+    tokens: int | None  # where in the upload the part's tokens are
     shape: Shape
     sequences: np.ndarray
     heads: int  # of those that share a KV head, how many a block takes
@@ -74,79 +76,74 @@ def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool
     """What serves queries such as q; the memory that it takes is the stream's."""
     num_tokens = q.shape[0] * q.shape[1]
     num_qo_heads, value_head_dim = q.shape[2], plan.parts[0].buffers.layout.value_head_dim
+    partial_bytes = 4 * (value_head_dim + 4)
     upload = _upload_of(plan)
-    tables = [tables_of(part.batch, upload) for part in plan.parts]
-    tokens = [None if part.tokens is None else upload.add(part.tokens) for part in plan.parts]
-    shares = _shares(plan, q, scoring)
+    shares = _shares(plan, q, scoring, upload)
     together = _merge_together(plan, shares)
     merged_after = not plan.direct and not together
     groups = [shares] if together else [[share] for share in shares]
     cuts: list[Pieces] = []
+    num_partials = 0
     for group in groups:
         shape, heads = group[0].shape, group[0].heads
+        ranges = [
+            ranges_of(share.part.batch, share.sequences, shape.rows // heads, plan.window_left)
+            for share in group
+        ]
         splits = shape.merges or merged_after
-        cuts.append(
-            split(
-                [
-                    ranges_of(each.part.batch, each.sequences, shape.rows // heads, plan.window_left)
-                    for each in group
-                ],
-                max(1, num_multiprocessors() * shape.blocks_per_sm) if splits else 1,
-                group[0].blocks_per_piece,
-                num_qo_heads,
-                sum(pieces.num_partials for pieces in cuts) if merged_after else None,
-            )
+        blocks = max(1, num_multiprocessors() * shape.blocks_per_sm) if splits else 1
+        pieces = split(
+            ranges, blocks, group[0].blocks_per_piece, num_qo_heads, num_partials if merged_after else None
         )
+        cuts.append(pieces)
+        num_partials += pieces.num_partials
     places = [[upload.add(table.reshape(-1)) for table in pieces.tables] for pieces in cuts]
     starts = rows = 0
     if merged_after:
-        found = rows_to_merge(
-            [pieces.tables[0] for pieces in cuts], [share.part for share in shares], num_tokens, num_qo_heads
+        starts, rows = (
+            upload.add(vector)
+            for vector in rows_to_merge(
+                [pieces.tables[0] for pieces in cuts],
+                [share.part for share in shares],
+                num_tokens,
+                num_qo_heads,
+            )
         )
-        starts, rows = (upload.add(vector) for vector in found)
 
     base = upload.address(pool, stream)
-    partials = pool.take(4 * sum(pieces.num_partials for pieces in cuts) * (value_head_dim + 4), stream)
+    partials = pool.take(num_partials * partial_bytes, stream)
     num_items = [
-        pieces.num_items * group[0].blocks_per_piece for pieces, group in zip(cuts, groups, strict=True)
+        pieces.num_items * group[0].blocks_per_piece for group, pieces in zip(groups, cuts, strict=True)
     ]
     counters = pool.take(4 * sum(num_items), stream, zeros=True)
     of_parts, item, partial = [], 0, 0
-    for group, pieces, at, items in zip(groups, cuts, places, num_items, strict=True):
-        for share, table, place in zip(group, pieces.tables, at, strict=True):
-            if not len(table):
-                continue
-            buffers, batch = share.part.buffers, share.part.batch
-            assert isinstance(buffers, CudaBuffers)
-            layout, number = buffers.layout, plan.parts.index(share.part)
-            token_numbers = tokens[number]
-            work = AttendShape(
-                tables[number].address(pool, stream),
-                base + place,
-                0 if token_numbers is None else base + token_numbers,
-                partials.address + (0 if merged_after else 4 * partial * (value_head_dim + 4)),
-                counters.address + 4 * item,
-                *row_strides(q),
-                buffers.slab_bytes,
-                tokens_per_row=q.shape[1],
-                num_seqs=batch.block_table.shape[0],
-                max_blocks=batch.block_table.shape[1],
-                block_size=layout.block_size,
-                num_kv_heads=layout.num_kv_heads,
-                num_qo_heads=num_qo_heads,
-                group=num_qo_heads // layout.num_kv_heads,
-                heads=share.heads,
-                head_dim=layout.head_dim,
-                value_head_dim=value_head_dim,
-                key_group=layout.keys.group_size,
-                value_group=layout.values.group_size,
-                window_left=min(scoring.window_left, WIDEST),
-                sm_scale=float(scoring.sm_scale),
-                soft_cap=float(scoring.logits_soft_cap),
+    for group, pieces, begins, items in zip(groups, cuts, places, num_items, strict=True):
+        used = [
+            (
+                share,
+                _work(
+                    share,
+                    len(table),
+                    q,
+                    scoring,
+                    tables=share.tables.address(pool, stream),
+                    pieces=base + begin,
+                    tokens=0 if share.tokens is None else base + share.tokens,
+                    partials=partials.address + (0 if merged_after else partial * partial_bytes),
+                    counters=counters.address + 4 * item,
+                ),
             )
-            kernel, shared_bytes = _kernel(layout, share.shape, q, scoring)
-            grid = (len(table), share.blocks_per_piece)
-            of_parts.append((Launch(kernel, grid, shared_bytes, work), buffers.addresses))
+            for share, table, begin in zip(group, pieces.tables, begins, strict=True)
+            if len(table)
+        ]
+        at_once = decode.PARTS if group[0].shape.name == "decode" else 1
+        for n in range(0, len(used), at_once):
+            some, works = zip(*used[n : n + at_once], strict=True)
+            buffers = [share.part.buffers for share in some]
+            kernel, shared_bytes = _kernel([each.layout for each in buffers], group[0].shape, q, scoring)
+            grid = (sum(work.num_pieces for work in works), group[0].blocks_per_piece)
+            launch = Launch(kernel, grid, shared_bytes, *works)
+            of_parts.append((launch, [each.addresses for each in buffers if isinstance(each, CudaBuffers)]))
         item += items
         partial += pieces.num_partials
 
@@ -165,6 +162,37 @@ def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool
         width = width_of(value_head_dim)
         merge = Launch(merge_kernel(q.dtype, width), (blocks, 1), 0, work_of_merge)
     return Launches(of_parts, merge, (upload, partials, counters))
+
+
+def _work(share: _Share, num_pieces: int, q: DeviceView, scoring: Scoring, **addresses: int) -> AttendShape:
+    """What a kernel is given for a part of all layers."""
+    buffers, batch = share.part.buffers, share.part.batch
+    assert isinstance(buffers, CudaBuffers)
+    layout, num_qo_heads = buffers.layout, q.shape[2]
+    q_batch, q_token, q_head = row_strides(q)
+    return AttendShape(
+        **addresses,
+        q_batch=q_batch,
+        q_token=q_token,
+        q_head=q_head,
+        slab_bytes=buffers.slab_bytes,
+        num_pieces=num_pieces,
+        tokens_per_row=q.shape[1],
+        num_seqs=batch.block_table.shape[0],
+        max_blocks=batch.block_table.shape[1],
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        num_qo_heads=num_qo_heads,
+        group=num_qo_heads // layout.num_kv_heads,
+        heads=share.heads,
+        head_dim=layout.head_dim,
+        value_head_dim=layout.value_head_dim,
+        key_group=layout.keys.group_size,
+        value_group=layout.values.group_size,
+        window_left=min(scoring.window_left, WIDEST),
+        sm_scale=float(scoring.sm_scale),
+        soft_cap=float(scoring.logits_soft_cap),
+    )
 
 
 def _merge_together(plan: AttentionPlan, shares: list[_Share]) -> bool:
@@ -186,37 +214,43 @@ def _upload_of(plan: AttentionPlan) -> Upload:
     return Upload()
 
 
-def _kernel(layout: Layout, shape: Shape, q: DeviceView, scoring: Scoring) -> tuple[Kernel, int]:
-    """The kernel of a shape, and the bytes of shared memory of its blocks."""
-    keys, values, transform = codec_of(layout.keys), codec_of(layout.values), transform_of(layout)
+def _kernel(layouts: list[Layout], shape: Shape, q: DeviceView, scoring: Scoring) -> tuple[Kernel, int]:
+    """The kernel of a shape for parts that are stored so, and the bytes of shared memory of its blocks."""
+    layout = layouts[0]
+    head_dim, value_head_dim, transform = layout.head_dim, layout.value_head_dim, transform_of(layout)
+    codecs = tuple((codec_of(each.keys), codec_of(each.values)) for each in layouts)
+    keys, values = codecs[0]
     if shape.name == "attend":
         kernel = attend.attend_kernel(
             shape.rows,
             q.dtype,
-            width_of(layout.head_dim, *alignment_of(q)),
+            width_of(head_dim, *alignment_of(q)),
             keys,
-            width_of(layout.head_dim, layout.keys.group_size),
+            width_of(head_dim, layout.keys.group_size),
             values,
-            width_of(layout.value_head_dim, layout.values.group_size),
+            width_of(value_head_dim, layout.values.group_size),
             transform,
         )
-        return kernel, attend.shared_bytes(shape.rows, layout.head_dim, layout.value_head_dim)
+        return kernel, attend.shared_bytes(shape.rows, head_dim, value_head_dim)
     extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
-    decoding = shape.name == "decode"
-    make = decode.decode_kernel if decoding else prefill.prefill_kernel
-    kernel = make(q.dtype, keys, values, layout.head_dim, layout.value_head_dim, extras, transform)
-    return kernel, decode.shared_bytes(layout.value_head_dim) if decoding else 0
+    if shape.name == "decode":
+        kernel = decode.decode_kernel(q.dtype, codecs, head_dim, value_head_dim, extras, transform)
+        return kernel, decode.shared_bytes(value_head_dim)
+    return prefill.prefill_kernel(q.dtype, keys, values, head_dim, value_head_dim, extras, transform), 0
 
 
-def _shares(plan: AttentionPlan, q: DeviceView, scoring: Scoring) -> list[_Share]:
+def _shares(plan: AttentionPlan, q: DeviceView, scoring: Scoring, upload: Upload) -> list[_Share]:
     """Which kernels serve a plan's parts, and the sequences of each."""
     shares = []
     for part in plan.parts:
+        tables = tables_of(part.batch, upload)
+        tokens = None if part.tokens is None else upload.add(part.tokens)
         num_kv_heads = part.buffers.layout.num_kv_heads
         group = q.shape[2] // num_kv_heads
         for shape, sequences in _shapes_of(part, plan, q, scoring, group):
             heads = min(group, shape.rows)
-            shares.append(_Share(part, shape, sequences, heads, num_kv_heads * -(-group // heads)))
+            blocks_per_piece = num_kv_heads * -(-group // heads)
+            shares.append(_Share(part, tables, tokens, shape, sequences, heads, blocks_per_piece))
     return shares
 
 

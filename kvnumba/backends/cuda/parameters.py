@@ -106,6 +106,17 @@ class AttendAddresses(NamedTuple):
     channel_scales: Long
 
 
+class StorageAddresses(NamedTuple):
+    """A layer's storage alone, of a second part of the keys; 0: there is none."""
+
+    keys: Long
+    key_scales: Long
+    values: Long
+    value_scales: Long
+    channel_shifts: Long
+    channel_scales: Long
+
+
 class AttendShape(NamedTuple):
     """Tables of the batch and of its pieces (`plan.py`), shapes, and how scores are made.
 
@@ -122,6 +133,7 @@ class AttendShape(NamedTuple):
     q_token: Long
     q_head: Long
     slab_bytes: Long
+    num_pieces: int
     tokens_per_row: int
     num_seqs: int
     max_blocks: int

@@ -47,10 +47,10 @@ def transform_of(layout: Layout) -> Transform:
     transform = layout.transform
     if transform is None:
         return NONE
-    sizes = (
+    keys, values = (
         rotation_size(rows.head_dim) if transform.rotation else 1 for rows in (layout.keys, layout.values)
     )
-    return Transform(*sizes, calibrated=transform.calibration is not None)
+    return Transform(keys, values, calibrated=transform.calibration is not None)
 
 
 @functools.cache
