@@ -9,12 +9,12 @@ from kvnumba.attention.merging import merge_states
 from kvnumba.backends.quantization import dequantize, quantize
 from kvnumba.backends.registry import available_backends, use_backend
 from kvnumba.blocks.stats import CacheStats
-from kvnumba.calibration import Calibration
 from kvnumba.caches.contiguous import KVCache, QuantizedKVCache
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_with_cache
 from kvnumba.caches.step import Step
 from kvnumba.caches.warmup import warmup
+from kvnumba.calibration import Calibration
 from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4

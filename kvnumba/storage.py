@@ -120,7 +120,7 @@ class LayoutOptions(TypedDict, total=False):
         Keep each key channel shifted and scaled as was measured for the model, which takes away what channels that are
         larger than others cost. See `kvnumba.calibrate`.
     recent_tokens : int
-        So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16, which
+        So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16. That
         is kept besides: there few bits cost most. Default: 0.
     sink_tokens : int
         So are so many of its first tokens. Default: 0.
