@@ -11,11 +11,16 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.calibration import Calibration
-from kvnumba.formats import Format, resolve_format
+from kvnumba.formats import FORMATS, Format, resolve_format
 from kvnumba.transforms import RowTransform, rotation_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+RECENT_BLOCK = 16
+"""Tokens of a block of those that hold recent tokens in float."""
+RECENT_SHORT = 16
+"""New tokens of a sequence that a pass writes into such blocks; one with more has memory of its own."""
 
 SCALE_DTYPES = ("float32", "float16")
 
@@ -226,7 +231,7 @@ class Layout:
             keys=RowLayout.of("head_dim", key, head_dim, group_size, scale_dtype),
             values=RowLayout.of(widest, value, value_head_dim, group_size, scale_dtype),
             transform=_transform(
-                given.get("rotation", False),
+                options.get("rotation"),
                 options.get("calibration"),
                 num_layers,
                 num_kv_heads,
@@ -260,6 +265,28 @@ class Layout:
         """Bytes of the whole storage."""
         return self.num_blocks * self.block_size * self.bytes_per_token()
 
+    @property
+    def recent_blocks(self) -> tuple[int, int]:
+        """Float blocks of each sequence: those of its first tokens, and the ring of its newest."""
+        if not self.recent_tokens:
+            return 0, 0
+        ring = self.recent_tokens - 1 + RECENT_SHORT + RECENT_BLOCK - 1  # they begin anywhere in a block
+        return -(-self.sink_tokens // RECENT_BLOCK), -(-ring // RECENT_BLOCK)
+
+    def of_recent(self, num_blocks: int) -> Layout:
+        """The layout of float blocks."""
+        keys, values = (
+            RowLayout(FORMATS["float16"], rows.head_dim, rows.head_dim, rows.scale_dtype)
+            for rows in (self.keys, self.values)
+        )
+        return Layout(
+            self.num_layers, num_blocks, RECENT_BLOCK, self.num_kv_heads, keys, values, self.transform
+        )
+
+    def recent_bytes(self, num_sequences: int) -> int:
+        """Bytes of the float tokens that so many sequences keep besides the storage."""
+        return self.of_recent(num_sequences * sum(self.recent_blocks)).memory_bytes()
+
     def describe_formats(self) -> str:
         """``int8``, or ``keys int8, values int4``."""
         if self.keys.fmt == self.values.fmt:
@@ -268,7 +295,7 @@ class Layout:
 
 
 def _transform(
-    rotation: bool,
+    rotation: bool | None,
     calibration: Calibration | None,
     num_layers: int,
     num_kv_heads: int,
@@ -276,7 +303,7 @@ def _transform(
     value_head_dim: int,
 ) -> RowTransform | None:
     """The transform that a user asked for, after checks."""
-    if not isinstance(rotation, (bool, np.bool_)):
+    if not isinstance(rotation, (bool, np.bool_, type(None))):
         raise TypeError(f"rotation: expected True or False; got {rotation!r}")
     if rotation:
         for name, width in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):
