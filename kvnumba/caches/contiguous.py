@@ -149,10 +149,10 @@ class KVCache(Cache):
         lengths = self._checked_lengths()
         if batch_idx != into:
             self._backend.copy_blocks(self._buffers, np.array([[batch_idx, into]], np.int64))
+            if self._recent is not None:
+                self._recent.reorder([into], [batch_idx])
         lengths[into] = lengths[batch_idx]
         self.seq_lens, self._pass = lengths, None
-        if self._recent is not None:
-            self._recent.reorder([into], [batch_idx])
 
     def save(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the tokens of all batch elements to a file, which takes the place of `path` when it is complete.
@@ -247,9 +247,9 @@ class KVCache(Cache):
         self._latest = ([count, *lengths], running)
         self._pass = running
         if running.complete:
-            self.seq_lens, self._pass = lengths, None
             if self._recent is not None and running.floats is not None:
                 self._recent.commit(running.floats)
+            self.seq_lens, self._pass = lengths, None
 
     def get_kv(self, batch_idx: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the keys (H, S, D) and values (H, S, Dv) of a batch element, float32."""

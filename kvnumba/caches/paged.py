@@ -196,7 +196,11 @@ class PagedKVCache(Cache):
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         with self._pool.lock:
             twin = self._pool.fork(seq_id)
-            self._reorder_recent([twin], [seq_id])
+            try:
+                self._reorder_recent([twin], [seq_id])
+            except BaseException:
+                self._pool.finish(twin)
+                raise
         return twin
 
     def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
@@ -215,8 +219,9 @@ class PagedKVCache(Cache):
             An id is unknown, finished or swapped out, an id of `seq_ids` comes twice, or the lengths differ.
         """
         with self._pool.lock:
-            self._pool.reorder(seq_ids, parents)
+            self._pool.check_reorder(seq_ids, parents)
             self._reorder_recent(seq_ids, parents)
+            self._pool.reorder(seq_ids, parents)
         for seq_id, parent in zip(seq_ids, parents, strict=True):
             if seq_id != parent:
                 self._steps.pop(int(seq_id), None)

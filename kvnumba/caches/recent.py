@@ -65,28 +65,38 @@ class RecentTokens:
             held[row] = min(held[row], length)
 
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
-        """Let each row hold what a parent held before the call; only what is held twice is copied."""
-        changed = dict(zip(rows, parents, strict=True))
-        slots, heirs = self._slots.copy(), {row: parent for row, parent in changed.items() if row != parent}
-        state = np.stack((self._begins, self._ends, self._num_sinks))
+        """Let each row hold what a parent held before the call; only what is held twice is copied.
+
+        If a copy fails, rows that were to be written hold nothing in float any more.
+        """
+        heirs = {row: parent for row, parent in zip(rows, parents, strict=True) if row != parent}
+        slots = self._slots.copy()
+        held = np.stack((self._begins, self._ends, self._num_sinks))
         kept = {
             parent for parent in heirs.values() if parent not in heirs
-        }  # they hold their own blocks still
-        free = [row for row in heirs if row not in heirs.values()]  # whose blocks nobody needs
+        }  # their own blocks are in use still
+        unused = [slots[row] for row in heirs if row not in heirs.values()]
         copies = []
         for row, parent in heirs.items():
             if parent in kept:
-                slot = slots[free.pop()]
-                copies.append((slots[parent], slot))
+                copies.append((slots[parent], unused.pop()))
+                self._slots[row] = copies[-1][1]
             else:
-                slot = slots[parent]
-                kept.add(parent)  # the next one gets a copy
-            self._slots[row] = slot
-            self._begins[row], self._ends[row], self._num_sinks[row] = state[:, parent]
+                self._slots[row] = slots[parent]
+                kept.add(parent)  # the next of its heirs gets a copy
         if copies:
             each = self._pinned + self._ring
             blocks = np.array(copies, np.int64)[:, None, :] * each + np.arange(each)[None, :, None]
-            self._backend.copy_blocks(self._buffers, blocks.reshape(-1, 2))
+            try:
+                self._backend.copy_blocks(self._buffers, blocks.reshape(-1, 2))
+            except BaseException:
+                self._slots = slots
+                for row in heirs:
+                    if row not in heirs.values():
+                        self.start(row, int(self._ends[row]))
+                raise
+        for row, parent in heirs.items():
+            self._begins[row], self._ends[row], self._num_sinks[row] = held[:, parent]
 
     # Passes
 
@@ -119,9 +129,11 @@ class RecentTokens:
         first = self._ends[rows]
         long = end - first > RECENT_SHORT
         if long.any():
-            self._keep(floats, long)
             oldest = ((end - 1) // RECENT_BLOCK - self._ring + 1) * RECENT_BLOCK
-            self._begins[rows] = np.where(long, np.maximum(floats.begin, oldest), self._begins[rows])
+            begin = np.where(long, np.maximum(floats.begin, oldest), self._begins[rows])
+            self._begins[rows] = np.minimum(begin, first)  # the older ones are overwritten, even if that fails
+            self._keep(floats, long)
+            self._begins[rows] = begin
         more = self._num_sinks[rows] == np.minimum(first, self._sinks)
         self._num_sinks[rows] = np.where(more, np.minimum(end, self._sinks), self._num_sinks[rows])
         self._ends[rows] = end

@@ -118,9 +118,9 @@ class Step:
         self._pass.write(layer, k, v)
         if self._pass.complete:
             with self._pool.lock:
-                self._pool.commit(self.seq_ids, self.batch, self._token_ids)
                 if self._recent is not None and self._pass.floats is not None:
-                    self._recent.commit(self._pass.floats)
+                    self._recent.commit(self._pass.floats)  # first: only this can fail
+                self._pool.commit(self.seq_ids, self.batch, self._token_ids)
 
     def _require_latest(self) -> None:
         if not self.is_latest():
