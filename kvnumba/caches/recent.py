@@ -131,7 +131,9 @@ class RecentTokens:
         if long.any():
             oldest = ((end - 1) // RECENT_BLOCK - self._ring + 1) * RECENT_BLOCK
             begin = np.where(long, np.maximum(floats.begin, oldest), self._begins[rows])
-            self._begins[rows] = np.minimum(begin, first)  # the older ones are overwritten, even if that fails
+            self._begins[rows] = np.minimum(
+                begin, first
+            )  # the older ones are overwritten, even if that fails
             self._keep(floats, long)
             self._begins[rows] = begin
         more = self._num_sinks[rows] == np.minimum(first, self._sinks)
