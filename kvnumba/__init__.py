@@ -22,7 +22,7 @@ from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
 from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
-from kvnumba.storage import Layout, LayoutOptions
+from kvnumba.storage import Layout, LayoutOptions, MemoryUse
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
@@ -40,6 +40,7 @@ __all__ = [
     "KVCache",
     "Layout",
     "LayoutOptions",
+    "MemoryUse",
     "PagedKVCache",
     "QuantizedKVCache",
     "Request",

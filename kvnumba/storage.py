@@ -83,10 +83,14 @@ class RowLayout:
         return self.num_groups if self.fmt.has_zero else 0
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, scales and zeros included."""
-        scales = (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
-        return self.row_length * self.fmt.code_dtype.itemsize + scales
+    def element_bytes(self) -> int:
+        """Bytes of a row's elements."""
+        return self.row_length * self.fmt.code_dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales and zeros."""
+        return (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
 
     def empty(self, *shape: int) -> Encoded:
         """Room on the host for rows (*shape, ...), to be written."""
@@ -141,6 +145,24 @@ class LayoutOptions(TypedDict, total=False):
     calibration: Calibration | None
     recent_tokens: int | None
     sink_tokens: int | None
+
+
+class MemoryUse(NamedTuple):
+    """Bytes of a cache.
+
+    Attributes
+    ----------
+    elements : int
+        Of keys and values in their formats.
+    scales : int
+        Of the scales and zeros of int8 and int4.
+    floats : int
+        Of the tokens that are kept in float besides.
+    """
+
+    elements: int
+    scales: int
+    floats: int
 
 
 @dataclass(frozen=True)
@@ -259,11 +281,24 @@ class Layout:
 
     def bytes_per_token(self) -> int:
         """Bytes that a token takes: keys, values, scales and zeros over all layers and heads."""
-        return self.num_layers * self.num_kv_heads * (self.keys.row_bytes + self.values.row_bytes)
+        return sum(self.memory(tokens=1))
 
-    def memory_bytes(self) -> int:
-        """Bytes of the whole storage."""
-        return self.num_blocks * self.block_size * self.bytes_per_token()
+    def memory_bytes(self, num_sequences: int = 0) -> int:
+        """Bytes of the whole storage, and of the tokens that so many sequences keep in float."""
+        return sum(self.memory(num_sequences))
+
+    def memory(self, num_sequences: int = 0, *, tokens: int | None = None) -> MemoryUse:
+        """`memory_bytes` by what they are used for; of so many tokens, instead of all for which there is room."""
+        count = self.num_blocks * self.block_size if tokens is None else tokens
+        rows = count * self.num_layers * self.num_kv_heads
+        floats = 0
+        if num_sequences and self.recent_tokens:
+            floats = sum(self.of_recent(num_sequences * sum(self.recent_blocks)).memory())
+        return MemoryUse(
+            rows * (self.keys.element_bytes + self.values.element_bytes),
+            rows * (self.keys.scale_bytes + self.values.scale_bytes),
+            floats,
+        )
 
     @property
     def recent_blocks(self) -> tuple[int, int]:
@@ -282,10 +317,6 @@ class Layout:
         return Layout(
             self.num_layers, num_blocks, RECENT_BLOCK, self.num_kv_heads, keys, values, self.transform
         )
-
-    def recent_bytes(self, num_sequences: int) -> int:
-        """Bytes of the float tokens that so many sequences keep besides the storage."""
-        return self.of_recent(num_sequences * sum(self.recent_blocks)).memory_bytes()
 
     def describe_formats(self) -> str:
         """``int8``, or ``keys int8, values int4``."""

@@ -12,7 +12,7 @@ from typing import Any
 from kvnumba.attention.passes import Pass
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.recent import RecentTokens
-from kvnumba.storage import Layout
+from kvnumba.storage import Layout, MemoryUse
 
 
 class Cache:
@@ -20,6 +20,7 @@ class Cache:
 
     def __init__(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
         self._layout = layout
+        self._max_num_seqs = max_num_seqs
         self._backend = get_backend(backend)
         self._buffers = self._backend.allocate(layout)
         self._recent = RecentTokens(self._backend, layout, max_num_seqs) if layout.recent_tokens else None
@@ -68,7 +69,11 @@ class Cache:
 
     def memory_bytes(self) -> int:
         """Bytes of the whole storage, filled or not; scales, zeros and tokens kept in float included."""
-        return self._layout.memory_bytes() + (self._recent.memory_bytes() if self._recent else 0)
+        return sum(self.memory())
+
+    def memory(self) -> MemoryUse:
+        """`memory_bytes` by what they are used for: elements, scales and zeros, tokens kept in float."""
+        return self._layout.memory(self._max_num_seqs)
 
     def bytes_per_token(self) -> int:
         """Bytes that one token takes over all layers and heads, scales and zeros included."""

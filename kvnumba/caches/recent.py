@@ -48,10 +48,6 @@ class RecentTokens:
         self._ends = np.zeros(num_rows, np.int64)
         self._num_sinks = np.zeros(num_rows, np.int64)
 
-    def memory_bytes(self) -> int:
-        """Bytes of the rings of all rows."""
-        return self._layout.memory_bytes()
-
     # Sequences come and go
 
     def start(self, row: int, length: int) -> None:

@@ -16,6 +16,7 @@ from kvnumba.caches.paged import PagedKVCache
 from kvnumba.models.checkpoint import BUNDLED_MODEL, Tensors, read_config
 from kvnumba.models.config import LlamaConfig
 from kvnumba.models.sampling import checked_temperature, sample
+from kvnumba.recipes import with_recipe
 
 # Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
 LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -142,25 +143,31 @@ class IncrementalDecoder:
     ) -> PagedKVCache:
         """A paged cache of this model's shape with room for `num_tokens` tokens.
 
+        int4 here means rotated, with float16 scales, the newest 128 tokens in float and, where the model has a
+        calibration, calibrated; options change each of these, and ``rotation=False, recent_tokens=0`` makes it plain.
+
         Parameters
         ----------
         num_tokens, block_size, max_num_seqs : int
             The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
         **options
-            `dtype`, `key_format`, `value_format`, `group_size`, `scale_dtype` and `backend` of `PagedKVCache`.
+            `dtype`, `backend` and those of `kvnumba.LayoutOptions`.
         """
         config = self.config
         num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
         block_size = arguments.integer("block_size", block_size, minimum=1)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
+        dtype, backend = options.pop("dtype", "float32"), options.pop("backend", None)
         return PagedKVCache(
             -(-num_tokens // block_size) + max_num_seqs - 1,
             block_size,
             config.num_key_value_heads,
             config.head_dim,
             max_num_seqs,
+            dtype,
             num_layers=config.num_hidden_layers,
-            **options,
+            backend=backend,
+            **with_recipe(dtype, options, self.calibration),
         )
 
     def forward(self, token_ids: np.ndarray, positions: np.ndarray, attention: LayerAttention) -> np.ndarray:
