@@ -19,6 +19,7 @@ from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
+from kvnumba.models.calibrating import calibrate
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
 from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
@@ -48,6 +49,7 @@ __all__ = [
     "ScoringOptions",
     "Step",
     "available_backends",
+    "calibrate",
     "dequantize",
     "memory_analysis",
     "memory_growth_table",

@@ -13,10 +13,15 @@ import numpy as np
 from kvnumba import arguments
 from kvnumba.caches.contiguous import KVCache
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.models.checkpoint import BUNDLED_MODEL, Tensors, read_config
+from kvnumba.caches.step import Step
+from kvnumba.calibration import Calibration
+from kvnumba.models.calibrating import ChannelStatistics, calibration_of
+from kvnumba.models.checkpoint import BUNDLED_MODEL, CALIBRATION, Tensors, read_config
 from kvnumba.models.config import LlamaConfig
 from kvnumba.models.sampling import checked_temperature, sample
 from kvnumba.recipes import with_recipe
+
+CALIBRATION_CHUNK = 512
 
 # Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
 LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -47,7 +52,15 @@ class IncrementalDecoder:
         A divisor of `num_heads`. Default: `num_heads`.
     seed : int
         Of the random weights.
+
+    Attributes
+    ----------
+    config : LlamaConfig
+    calibration : Calibration or None
+        What `from_pretrained` found beside the weights.
     """
+
+    calibration: Calibration | None = None
 
     def __init__(
         self,
@@ -89,8 +102,9 @@ class IncrementalDecoder:
         Parameters
         ----------
         folder : path
-            Holds config.json and model.safetensors, or shards and an index. Default: the small byte-level
-            model of this package, whose tokens are bytes.
+            Holds config.json and model.safetensors, or shards and an index, and perhaps calibration.npz, which
+            becomes the attribute `calibration`. Default: the small byte-level model of this package, whose tokens are
+            bytes.
 
         Raises
         ------
@@ -103,6 +117,12 @@ class IncrementalDecoder:
         config = LlamaConfig.from_dict(read_config(folder))
         decoder = cls.__new__(cls)
         decoder._load(config, Tensors(folder))
+        path = folder / CALIBRATION
+        if path.is_file():
+            decoder.calibration = Calibration.load(path)
+            shape = (config.num_key_value_heads, config.head_dim)
+            if [array.shape for array in decoder.calibration.shifts] != [shape] * config.num_hidden_layers:
+                raise ValueError(f"{path}: of another model than the checkpoint: {decoder.calibration!r}")
         return decoder
 
     def _load(self, config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> None:
@@ -237,12 +257,16 @@ class IncrementalDecoder:
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
         step = cache.step(seq_ids, new, token_ids=tokens)
+        return self.logits(self.forward(np.concatenate(tokens), step.positions, self.attention_of(step)))
+
+    def attention_of(self, step: Step) -> LayerAttention:
+        """The attention of a step of a paged cache, as `forward` calls it."""
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
             return step.attend(q, layer=layer, window_left=self.window_left)
 
-        return self.logits(self.forward(np.concatenate(tokens), step.positions, attention))
+        return attention
 
     def forward_step(
         self, token_ids: Any, caches: KVCache | Sequence[KVCache], is_prefill: bool = False
@@ -306,6 +330,36 @@ class IncrementalDecoder:
         chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
         for start in range(0, len(tokens), chunk_size):
             yield self.extend(cache, [seq_id], [tokens[start : start + chunk_size]])
+
+    def calibrate(self, token_ids: Any, *, source: str = "") -> Calibration:
+        """Measure the calibration of this model's keys on a text.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            At least 64; 1,000 are good and 4,000 better. ``bytes`` for a byte-level model.
+        source : str
+            What the text is, for those who read the calibration later.
+        """
+        tokens = self._checked_tokens(token_ids)
+        self._check_end(len(tokens))
+        layers = [ChannelStatistics(i) for i in range(self.config.num_hidden_layers)]
+        cache = self.make_cache(max(len(tokens), 1), dtype="float32")
+        seq_id = cache.add_sequence()
+
+        def read(chunk: np.ndarray) -> None:
+            step = cache.step([seq_id], [len(chunk)])
+            attend = self.attention_of(step)
+
+            def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+                layers[layer].add(k, q)
+                return attend(layer, q, k, v)
+
+            self.forward(chunk, step.positions, attention)
+
+        for start in range(0, len(tokens), CALIBRATION_CHUNK):
+            read(tokens[start : start + CALIBRATION_CHUNK])
+        return calibration_of(layers, source)
 
     def generate(
         self,
