@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from kvnumba.models.checkpoint import BUNDLED_MODEL, CALIBRATION, Tensors, read_
 from kvnumba.models.config import LlamaConfig
 from kvnumba.models.sampling import checked_temperature, sample
 from kvnumba.recipes import with_recipe
+from kvnumba.storage import LayoutOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CALIBRATION_CHUNK = 512
 
@@ -159,7 +163,14 @@ class IncrementalDecoder:
         self._inverse_frequencies = config.inverse_frequencies()
 
     def make_cache(
-        self, num_tokens: int, *, block_size: int = 16, max_num_seqs: int = 1, **options: Any
+        self,
+        num_tokens: int,
+        *,
+        block_size: int = 16,
+        max_num_seqs: int = 1,
+        dtype: Any = "float32",
+        backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> PagedKVCache:
         """A paged cache of this model's shape with room for `num_tokens` tokens.
 
@@ -170,14 +181,15 @@ class IncrementalDecoder:
         ----------
         num_tokens, block_size, max_num_seqs : int
             The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
-        **options
-            `dtype`, `backend` and those of `kvnumba.LayoutOptions`.
+        dtype, backend, **options
+            As in `PagedKVCache`.
         """
         config = self.config
         num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
         block_size = arguments.integer("block_size", block_size, minimum=1)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
-        dtype, backend = options.pop("dtype", "float32"), options.pop("backend", None)
+        options = with_recipe(dtype, options, self.calibration)
+        options["num_layers"] = config.num_hidden_layers
         return PagedKVCache(
             -(-num_tokens // block_size) + max_num_seqs - 1,
             block_size,
@@ -185,9 +197,8 @@ class IncrementalDecoder:
             config.head_dim,
             max_num_seqs,
             dtype,
-            num_layers=config.num_hidden_layers,
             backend=backend,
-            **with_recipe(dtype, options, self.calibration),
+            **options,
         )
 
     def forward(self, token_ids: np.ndarray, positions: np.ndarray, attention: LayerAttention) -> np.ndarray:

@@ -86,10 +86,12 @@ def test_the_bundled_model_has_one_that_helps(decoder):
     logits = {}
     for name, options in {
         "exact": {},
-        "plain": {"dtype": "int4"},
-        "calibrated": {"dtype": "int4", "rotation": True, "calibration": decoder.calibration},
+        "plain": {"dtype": "int4", "rotation": False, "recent_tokens": 0},
+        "calibrated": {"dtype": "int4", "recent_tokens": 0},
     }.items():
         cache = decoder.make_cache(500, backend="numpy", **options)
+        calibrated = cache.layout.transform is not None and cache.layout.transform.calibration
+        assert (calibrated is decoder.calibration) == (name == "calibrated")
         logits[name] = decoder.extend(cache, [cache.add_sequence()], [TEXT[:500]])
     p = softmax(logits["exact"])
     divergences = [(p * np.log(p / softmax(logits[name]))).sum(-1).mean() for name in ("plain", "calibrated")]
