@@ -18,7 +18,7 @@ if "cpu" not in TESTED:
 
 from numba import njit
 
-from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax
+from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax, transforms
 from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
 from kvnumba.backends.cpu.plan import shape_of
 from kvnumba.backends.cpu.simd import LANES
@@ -33,6 +33,7 @@ TOKENS = (1, 7, 16, 17)
 HEAD_DIMS = (2, 80, 128)
 BEHIND = 16  # rows of NaN behind a run, and before it
 FIRST = 3  # the run's first row
+NO_TRANSFORM = transforms.Transform(np.empty((0, 1), np.float32), 1, 1)
 SM_SCALE = np.float32(0.3)
 
 LEVELS = {INT8: 255, INT4: 15}
@@ -48,9 +49,9 @@ sizes = pytest.mark.parametrize(
 
 
 @njit
-def load_queries(shape, piece, work, q, head_dim, keys, scoring, scratch):
+def load_queries(shape, piece, work, q, head_dim, keys, transform, scoring, scratch):
     reading = shape.choose(keys, keys, scoring)
-    attend.load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch)
+    attend.load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, scratch)
 
 
 @njit
@@ -252,6 +253,7 @@ def test_load_queries(rows, head_dim, rng):
             q,
             head_dim,
             stored_rows(fmt, 1, head_dim, rng)[0],
+            NO_TRANSFORM,
             scoring,
             columns.scratch,
         )
