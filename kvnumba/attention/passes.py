@@ -40,7 +40,14 @@ class FloatTokens(NamedTuple):
     def others(self, batch: Batch) -> Batch:
         """The batch of a pass for the keys that are attended to in the cache's format."""
         begins = self.sinks[0].batch.seq_lens if self.sinks else None
-        return replace(batch, seq_lens=self.begin.astype(np.int32), begins=begins, kept={})
+        return Batch(
+            batch.block_table,
+            self.begin.astype(np.int32),
+            batch.query_start_loc,
+            batch.block_size,
+            batch.positions,
+            begins,
+        )
 
     def seen_by(self, batch: Batch) -> FloatTokens:
         """The same keys, for other ones of the new tokens of these sequences, or for their queries alone."""
@@ -169,7 +176,7 @@ class Pass:
         if self.floats is not None:
             parts = [*self.floats.newest, *self.floats.sinks]
             batch = self.floats.others(batch)
-            if not (batch.seq_lens > (0 if batch.begins is None else batch.begins)).any():
+            if not batch.seq_lens.any() or np.array_equal(batch.seq_lens, batch.begins):
                 return parts
         limits = self._backend.cascade
         if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:

@@ -42,7 +42,8 @@ class RecentTokens:
         self._pinned, self._ring = layout.recent_blocks
         self._layout = layout.of_recent(num_rows * (self._pinned + self._ring))
         self._buffers = backend.allocate(self._layout)
-        self._slots = np.arange(num_rows)  # row -> whose blocks it has
+        self._round = np.tile(np.arange(self._ring, dtype=np.int32), 2)  # from every block on, once round
+        self._slots = np.arange(num_rows, dtype=np.int32)  # row -> whose blocks it has
         # the ring of a row holds the tokens from `begins` to `ends`; the first `num_sinks` tokens stand before it
         self._begins = np.zeros(num_rows, np.int64)
         self._ends = np.zeros(num_rows, np.int64)
@@ -101,6 +102,10 @@ class RecentTokens:
 
         What the ring held in the places of new tokens is lost, even if the pass is dropped.
         """
+        if len(rows) == 1 and not self._sinks:
+            floats = self._book_one(int(rows[0]), batch)
+            if floats is not None:
+                return floats
         counts = np.diff(batch.query_start_loc).astype(np.int64)
         first = batch.positions.astype(np.int64)
         end = first + counts
@@ -119,9 +124,34 @@ class RecentTokens:
             parts.append(self._own_blocks(rows, batch, begin, end, long))
         return FloatTokens(batch, begin, parts, self._sink_parts(rows, batch, begin), rows)
 
+    def _book_one(self, row: int, batch: Batch) -> FloatTokens | None:
+        """`book` of the commonest batch, a few tokens of one sequence; None if it is another one."""
+        first, end = int(batch.positions[0]), int(batch.seq_lens[0])
+        if not first < end <= first + RECENT_SHORT or self._ends[row] < first:
+            return None
+        last = (end - 1) // RECENT_BLOCK
+        held = max(min(int(self._begins[row]), first), (last + 1 - self._ring) * RECENT_BLOCK)
+        self._begins[row], self._ends[row] = held, first
+        begin = max(held, first + 1 - self._recent)
+        column = begin // RECENT_BLOCK
+        before, turn = column * RECENT_BLOCK, column % self._ring
+        ring = self._slots[row] * self._ring + self._round[turn : turn + last - column + 1]
+        newest = Batch(
+            ring[None],
+            np.array((end - before,), np.int32),
+            batch.query_start_loc,
+            RECENT_BLOCK,
+            np.array((first - before,), np.int32),
+            np.array((begin - before,), np.int32),
+        )
+        return FloatTokens(batch, np.array((begin,)), [Part(self._buffers, newest)], [], np.array((row,)))
+
     def commit(self, floats: FloatTokens) -> None:
         """A pass is complete: its sequences hold its tokens, the last of a long one in the ring too."""
-        rows, end = floats.rows, floats.batch.seq_lens.astype(np.int64)
+        rows, end = floats.rows, floats.batch.seq_lens
+        if len(rows) == 1 and not self._sinks and end[0] - self._ends[rows[0]] <= RECENT_SHORT:
+            self._ends[rows[0]] = end[0]
+            return
         first = self._ends[rows]
         long = end - first > RECENT_SHORT
         if long.any():

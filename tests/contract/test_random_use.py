@@ -33,6 +33,8 @@ H, D, LAYERS, MAX_SEQS = 2, 4, 2, 6
 FLOAT_BLOCK, SHORT = 2, 3
 SALTS = ["", "tenant"]
 BACKEND_CALLS = ("write", "copy_blocks", "read_blocks", "write_blocks")
+FLOAT_CALLS = ("read_blocks", "write_blocks")
+"""Those that a step makes after its blocks are booked, to have recent tokens in float before new ones."""
 
 FEW_TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(bytes)  # of two kinds: histories meet
 PROMPTS = st.builds(
@@ -290,7 +292,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.book_floats([seq_id], [new])
             self.advance([seq_id], [new])
         else:
-            if str(error) == "write" and new:
+            if str(error) in ("write", *FLOAT_CALLS) and new:
                 model.kept_from = len(model.tokens)  # it had its blocks: what fell out of the window is gone
             self.cache.truncate(seq_id, len(model.tokens))  # a pass that has come to its second layer shows
 
@@ -315,11 +317,13 @@ class CacheMachine(RuleBasedStateMachine):
         done, step = self.attempt(
             lambda: self.cache.step(ids, [len(n) for n in new], **told), self.bound(ids, new)
         )
-        if not done:
+        if not done and str(step) not in FLOAT_CALLS:
             return
         for i, n in zip(ids, new, strict=True):
             if n:
                 self.models[i].kept_from = len(self.models[i].tokens)
+        if not done:
+            return
         begins = self.book_floats(ids, new)
         for layer in range({"complete": LAYERS, "half": 1, "dropped": 0}[end]):
             k, v = packed[:, 0, layer], packed[:, 1, layer]
