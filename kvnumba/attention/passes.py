@@ -176,7 +176,8 @@ class Pass:
         if self.floats is not None:
             parts = [*self.floats.newest, *self.floats.sinks]
             batch = self.floats.others(batch)
-            if not batch.seq_lens.any() or np.array_equal(batch.seq_lens, batch.begins):
+            begins = 0 if batch.begins is None else batch.begins
+            if (batch.seq_lens == begins).all():
                 return parts
         limits = self._backend.cascade
         if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
