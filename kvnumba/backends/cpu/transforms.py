@@ -180,3 +180,23 @@ def dot_row(typing, x, start, rows, row, count):
         return b.extract_element(total, I32(0))
 
     return signature, generate
+
+
+@intrinsic
+def prefetch_row(typing, x, start, count):
+    """Ask for x[start : start + count], of a flat x."""
+    signature = types.void(x, types.intp, types.intp)
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        x, start, count = e.arguments(signature, args)
+        first = x.start + start * 4
+
+        def line(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            e.prefetch(first + i * 64)
+            return []
+
+        e.loop((count * 4 + 63) // 64, [], line)
+        return context.get_dummy_value()
+
+    return signature, generate

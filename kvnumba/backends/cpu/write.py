@@ -9,9 +9,10 @@ import numpy as np
 from kvnumba.backends.cpu.codecs import encode_row
 from kvnumba.backends.cpu.jit import borrowed, kernel, plain
 from kvnumba.backends.cpu.storage import Rows, Storage, memory_of, offset_of
-from kvnumba.backends.cpu.transforms import KEYS, VALUES, is_transformed, transform_row
+from kvnumba.backends.cpu.transforms import KEYS, VALUES, is_transformed, prefetch_row, transform_row
 
 CHUNK = 32  # tokens of a head that are written together: runs that the memory system streams
+AHEAD = 4  # tokens from one that is transformed to the one that is prefetched: too much lies between them to be guessed
 
 
 class WriteJob(NamedTuple):
@@ -44,6 +45,8 @@ def write_chunk(x, begin, end, slot_mapping, storage, rows, kind, scratch):
             row = (block * num_heads + head) * block_size + slot % block_size
             start = offset_of(x, token, head)
             if transformed:
+                ahead = offset_of(x, min(token + AHEAD, end - 1), head)
+                prefetch_row(memory, ahead, rows.head_dim)
                 transform_row(memory, start, storage.transform, kind, head, rows.head_dim, scratch, 0)
                 encode_row(scratch, 0, rows, row)
             else:
