@@ -65,7 +65,7 @@ class TestDemo:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         pytest.importorskip("tqdm", reason="the demo extra is not installed")
-        monkeypatch.setattr("kvnumba.commands.demo.NUM_NAMES", 8)
+        monkeypatch.setattr("kvnumba.commands.texts.NUM_NAMES", 8)
 
     def test_table_and_text(self, capsys):
         command_line.main(DEMO)
