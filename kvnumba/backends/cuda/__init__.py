@@ -30,7 +30,8 @@ from kvnumba.backends.cuda.plan import AttentionPlan
 from kvnumba.backends.cuda.read import read_kernel
 from kvnumba.backends.cuda.storage import CudaBuffers, allocate
 from kvnumba.backends.cuda.tables import Tables, tables_of
-from kvnumba.backends.cuda.write import write_kernel
+from kvnumba.backends.cuda.transforms import transform_of
+from kvnumba.backends.cuda.write import shared_bytes, write_kernel
 from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.errors import BackendUnavailable
 from kvnumba.options import Scoring
@@ -82,7 +83,7 @@ class CudaBackend:
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([len(x)], np.int32), [len(x)], len(x))
             addresses = (codes.address, pairs.address)
             launch = self._write_launch(layout, 0, given, given, batch)
-            launch(0, (given.address, given.address, *addresses, *addresses))
+            launch(0, (given.address, given.address, *addresses, *addresses, 0, 0))
             memory.download(encoded.codes, codes.address, 0)
             scales = np.empty((*encoded.scale.shape, 2), rows.scale_dtype)
             memory.download(scales, pairs.address, 0)
@@ -122,7 +123,14 @@ class CudaBackend:
             rows.group_size if rows.fmt.has_scale else rows.head_dim for rows in (layout.keys, layout.values)
         ]
         width = width_of(*sizes, *alignment_of(keys), *alignment_of(values))
-        kernel = write_kernel(keys.dtype, values.dtype, codec_of(layout.keys), codec_of(layout.values), width)
+        kernel = write_kernel(
+            keys.dtype,
+            values.dtype,
+            codec_of(layout.keys),
+            codec_of(layout.values),
+            width,
+            transform_of(layout),
+        )
         num_seqs, max_blocks = batch.block_table.shape
         shape = WriteShape(
             tables_of(batch).address(self._pool, keys.stream),
@@ -140,14 +148,15 @@ class CudaBackend:
             key_group=layout.keys.group_size,
             value_group=layout.values.group_size,
         )
-        return Launch(kernel, (_blocks(batch.num_tokens * layout.num_kv_heads), 2), 0, shape)
+        shared = shared_bytes(layout.head_dim, layout.value_head_dim)
+        return Launch(kernel, (_blocks(batch.num_tokens * layout.num_kv_heads), 2), shared, shape)
 
     def read(
         self, buffers: CudaBuffers, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         layout, addresses = buffers.layout, buffers.addresses[layer]
         found = []
-        for rows, where in ((layout.keys, addresses[:2]), (layout.values, addresses[2:])):
+        for rows, where in ((layout.keys, addresses[:2]), (layout.values, addresses[2:4])):
             out = np.empty((len(block_table), layout.num_kv_heads, length, rows.head_dim), np.float32)
             if out.size:
                 memory.enter()

@@ -23,12 +23,14 @@ from kvnumba.backends.cuda.intrinsics import (
     quotient,
     remainder,
     vectors,
+    warp_sum,
 )
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda, int64
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, cuda, int64
 from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
 from kvnumba.backends.cuda.plan import MAX_SPLITS, Shape
 from kvnumba.backends.cuda.rows import head_of, open_piece, query_of, token_of
 from kvnumba.backends.cuda.tables import find_slab
+from kvnumba.backends.cuda.transforms import Transform, rotation_in_shared
 from kvnumba.formats import FORMATS
 
 FEW = Shape("attend", 4, 4, merges=True)
@@ -39,8 +41,8 @@ KEYS = 128 if SIMULATED else 64
 
 
 def shared_bytes(rows: int, head_dim: int, value_head_dim: int) -> int:
-    """What `attend` cuts up: sums or queries, scores, rows of keys, three numbers a row."""
-    return 4 * (shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 3 * rows)
+    """What `attend` cuts up: sums or queries, scores, rows of keys, four numbers a row."""
+    return 4 * (shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 4 * rows)
 
 
 @functools.cache
@@ -52,10 +54,16 @@ def attend_kernel(
     key_width: int,
     value_codec: Codec,
     value_width: int,
+    transform: Transform,
 ) -> Kernel:
     """Queries and results of a precision `kind`; the widths say how many neighbours of a head are read together."""
     read_key, read_value = reader(key_codec, key_width), reader(value_codec, value_width)
     load_query, finish = loader(kind, query_width), finisher(rows, value_width, kind, THREADS)
+    load_channels = loader("float32", query_width)
+    rotate_queries, rotate_sums = (
+        rotation_in_shared(size, barrier) for size in (transform.keys, transform.values)
+    )
+    calibrated = transform.calibrated
     of_queries, of_keys, of = vectors(1, query_width), vectors(rows, key_width), vectors(rows, value_width)
     single = vectors(rows, 1)
     itemsize = FORMATS[kind].bits // 8
@@ -67,6 +75,7 @@ def attend_kernel(
         thread = cuda.threadIdx.x
         shared, shared_int = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
         query, key = cuda.local.array(query_width, float32), cuda.local.array(key_width, float32)
+        channels, product = cuda.local.array(query_width, float32), cuda.local.array(1, float32)
         values, sums = cuda.local.array(value_width, float32), cuda.local.array(value_width, float32)
         loaded = cuda.local.array(loaded_size, float32)
         scores, totals = cuda.local.array(rows, float32), cuda.local.array(rows, float32)
@@ -79,21 +88,28 @@ def attend_kernel(
         at_scores = rows * max(max(head_dim, value_head_dim), most_merged)
         at_slabs = at_scores + rows * KEYS
         at_factors = at_slabs + 2 * KEYS
-        at_tops, at_totals = at_factors + rows, at_factors + 2 * rows
+        at_tops, at_totals, at_offsets = at_factors + rows, at_factors + 2 * rows, at_factors + 3 * rows
         query_chunks, key_chunks = quotient(head_dim, query_width), quotient(head_dim, key_width)
         chunks = quotient(value_head_dim, value_width)
         shares = quotient(THREADS, chunks)
         share, chunk = quotient(thread, chunks), remainder(thread, chunks)
 
-        for i in range(thread, rows * query_chunks, THREADS):
-            r = quotient(i, query_chunks)
-            c = i - r * query_chunks
-            of_queries.clear_all(query)
-            if r < used:
-                row = query_of(work, piece, token_of(piece, r), r)
-                load_query(call.q + (row + c * query_width) * itemsize, query)
-                of_queries.scale(query, work.sm_scale)
-            of_queries.put(shared, i * query_width, query)
+        of_channels = 4 * piece.kv_head * head_dim
+        for r in range(thread // WARP, rows, THREADS // WARP):
+            product[0] = zero
+            for c in range(thread % WARP, query_chunks, WARP):
+                of_queries.clear_all(query)
+                if r < used:
+                    row = query_of(work, piece, token_of(piece, r), r)
+                    load_query(call.q + (row + c * query_width) * itemsize, query)
+                    of_queries.scale(query, work.sm_scale)
+                if calibrated:
+                    load_channels(call.channel_shifts + of_channels + 4 * c * query_width, channels)
+                    of_queries.dot_rows(product, channels, 0, 0, query)
+                    load_channels(call.channel_scales + of_channels + 4 * c * query_width, channels)
+                    of_queries.scale_each(query, channels)
+                of_queries.put(shared, r * head_dim + c * query_width, query)
+            shared[index(at_offsets + r)] = warp_sum(product[0])
         for i in range(thread, rows * KEYS, THREADS):
             shared[index(at_scores + i)] = zero
         for r in range(thread, rows, THREADS):
@@ -101,6 +117,7 @@ def attend_kernel(
         of.clear_all(weighted)
         of.clear(totals)
         barrier()
+        rotate_queries(shared, 0, rows * head_dim, thread, THREADS)
 
         for first_key in range(begin, end, KEYS):
             count = min(KEYS, end - first_key)
@@ -120,7 +137,7 @@ def attend_kernel(
                         of_keys.dot_rows(scores, shared, c * key_width, head_dim, key)
                     for r in range(rows):
                         if r < used:
-                            score = scores[r]
+                            score = scores[r] + shared[index(at_offsets + r)]
                             token = token_of(piece, r)
                             distance = piece.position + token - first_key - j
                             if work.soft_cap > zero:
@@ -173,6 +190,7 @@ def attend_kernel(
                             before = shared[index(at_totals + r)] if s > 0 else zero
                             shared[index(at_totals + r)] = before + totals[r]
             barrier()
+        rotate_sums(shared, 0, rows * value_head_dim, thread, THREADS)
         finish(call, work, piece, thread, shared, 1, at_tops, at_totals, sums, loaded)
 
     return Kernel(attend, (AttendAddresses, AttendShape))

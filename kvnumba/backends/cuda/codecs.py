@@ -25,7 +25,7 @@ from kvnumba.backends.cuda.intrinsics import (
     warp_min,
 )
 from kvnumba.backends.cuda.jit import SIMULATED, WARP, device
-from kvnumba.formats import FORMATS, Format
+from kvnumba.formats import Format
 from kvnumba.storage import RowLayout
 
 if not SIMULATED:
@@ -94,36 +94,35 @@ def reader(codec: Codec, width: int) -> Any:
 
 
 @functools.cache
-def row_writer(given: str, codec: Codec, width: int) -> Any:
-    """``write(lane, values, x, offset, head_dim, group_size, codes, scales)``: encode one row.
+def row_writer(codec: Codec, width: int) -> Any:
+    """``write(lane, values, shared, x, offset, head_dim, group_size, codes, scales)``: encode one row.
 
-    The threads of a warp share it, `width` neighbours at a time. `x` is its address in a precision `given`.
+    The threads of a warp share it, `width` neighbours at a time. It lies in shared memory from `x` on.
     """
     fmt, pair_bytes, scale_bytes = codec.fmt, codec.pair_bytes, codec.scale_bytes
     bits, has_scale = fmt.bits, fmt.has_scale
-    itemsize = FORMATS[given].bits // 8
-    load, store, of = loader(given, width), storer(fmt.name, width), vectors(1, width)
+    store, of = storer(fmt.name, width), vectors(1, width)
     store_scale = store_float if codec.scale == "float32" else store_half
     most = float32(fmt.max_code) if has_scale else float32(0)
     infinity, nothing, one = float32("inf"), float32(0), float32(1)
     rounded = _rounder(codec.scale)
 
     @device
-    def write(lane, values, x, offset, head_dim, group_size, codes, scales):
+    def write(lane, values, shared, x, offset, head_dim, group_size, codes, scales):
         row = offset * head_dim
         if has_scale:
             for group in range(head_dim // group_size):
                 begin, end = group * group_size, (group + 1) * group_size
                 low, high = infinity, -infinity
                 for at in range(begin + lane * width, end, WARP * width):
-                    load(x + at * itemsize, values)
+                    of.take(shared, x + at, values)
                     low, high = min(low, of.smallest(values)), max(high, of.largest(values))
                 low, high = warp_min(low), warp_max(high)
                 step, zero = rounded((high - low) / most), rounded(low)
                 # a constant group has step 0: all its codes are 0, and code * step + zero is exact
                 divisor = step if step > nothing else one
                 for at in range(begin + lane * width, end, WARP * width):
-                    load(x + at * itemsize, values)
+                    of.take(shared, x + at, values)
                     of.quantize(values, zero, divisor, most)
                     store(codes + (row + at) * bits // 8, values)
                 if lane == 0:
@@ -132,7 +131,7 @@ def row_writer(given: str, codec: Codec, width: int) -> Any:
                     store_scale(pair + scale_bytes, zero)
         else:
             for at in range(lane * width, head_dim, WARP * width):
-                load(x + at * itemsize, values)
+                of.take(shared, x + at, values)
                 store(codes + (row + at) * bits // 8, values)
 
     return write

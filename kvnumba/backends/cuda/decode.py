@@ -28,6 +28,7 @@ from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
 from kvnumba.backends.cuda.plan import TILE, Shape
 from kvnumba.backends.cuda.rows import open_piece
 from kvnumba.backends.cuda.softmax import Sight, online_softmax, row_opener
+from kvnumba.backends.cuda.transforms import Transform
 
 ROWS = 8
 WARPS = 8
@@ -44,15 +45,21 @@ def shared_bytes(value_head_dim: int) -> int:
 
 @functools.cache
 def decode_kernel(
-    kind: str, key_codec: Codec, value_codec: Codec, head_dim: int, value_head_dim: int, extras: bool
+    kind: str,
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dim: int,
+    value_head_dim: int,
+    extras: bool,
+    transform: Transform,
 ) -> Kernel:
     """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
     bits, width = max(key_codec.fmt.bits, value_codec.fmt.bits), max(head_dim, value_head_dim)
     count = TILES[bits, width]
     keys, values = key_functions(key_codec, head_dim, 1), value_functions(value_codec, value_head_dim, 1)
-    open_rows = row_opener(kind, key_codec, head_dim, 1, extras)
+    open_rows = row_opener(kind, key_codec, head_dim, 1, extras, transform)
     step = online_softmax(value_codec, value_head_dim, count, 1, extras)
-    finish = finisher(ROWS, 4, kind, 32 * WARPS)
+    finish = finisher(ROWS, 4, kind, 32 * WARPS, transform.values)
     (key_words, key_scales), (value_words, value_scales) = (
         words_of_tile(key_codec, head_dim),
         words_of_tile(value_codec, value_head_dim),
@@ -75,11 +82,12 @@ def decode_kernel(
         query, read = cuda.local.array(query_words, uint32), cuda.local.array(query_words, uint32)
         scores, sums = cuda.local.array(num_scores, float32), cuda.local.array(num_sums, float32)
         packed, last = cuda.local.array(2, uint32), cuda.local.array(1, int32)
-        factors, slopes = cuda.local.array(1, float32), cuda.local.array(1, float32)
+        factors, offsets = cuda.local.array(1, float32), cuda.local.array(1, float32)
+        slopes = cuda.local.array(1, float32)
         query_totals, units = cuda.local.array(1, float32), cuda.local.array(3, float32)
         tops, totals = cuda.local.array(1, float32), cuda.local.array(1, float32)
         zeros = cuda.local.array(1, float32)
-        slabs, offsets = cuda.local.array(count, int64), cuda.local.array(count, int32)
+        slabs, firsts = cuda.local.array(count, int64), cuda.local.array(count, int32)
         four, loaded = cuda.local.array(4, float32), cuda.local.array(loaded_size, float32)
         shared = cuda.shared.array(0, float32)
 
@@ -90,23 +98,25 @@ def decode_kernel(
         tile, end_tile = (piece.begin >> 4) + warp * count, (piece.end + TILE - 1) >> 4
         if tile < end_tile:
             for u in range(count):
-                slabs[u], offsets[u] = find_tile(
+                slabs[u], firsts[u] = find_tile(
                     piece.blocks, min(tile + u, end_tile - 1), work.block_size, work.num_kv_heads, piece.kv_head,
                     work.slab_bytes,
                 )  # fmt: skip
             for u in range(count):
                 keys.fetch(
-                    call.keys + slabs[u], call.key_scales + slabs[u], offsets[u], g, c, kw, u * key_words, ks,
+                    call.keys + slabs[u], call.key_scales + slabs[u], firsts[u], g, c, kw, u * key_words, ks,
                     u * key_scales,
                 )  # fmt: skip
             for u in range(count):
                 values.fetch(
-                    call.values + slabs[u], call.value_scales + slabs[u], offsets[u], g, c, vw, u * value_words, vs,
+                    call.values + slabs[u], call.value_scales + slabs[u], firsts[u], g, c, vw, u * value_words, vs,
                     u * value_scales,
                 )  # fmt: skip
 
-        open_rows(call, work, piece, 0, g, c, query, read, query_totals, last, factors, slopes)
-        sight = Sight(piece.end, piece.position, piece.position + piece.num_tokens - 1, work.window_left)
+        open_rows(call, work, piece, 0, g, c, query, read, query_totals, last, factors, offsets, slopes)
+        sight = Sight(
+            piece.begin, piece.end, piece.position, piece.position + piece.num_tokens - 1, work.window_left
+        )
         for i in range(num_sums):
             sums[i] = zero
         tops[0], totals[0], zeros[0] = least, zero, zero
@@ -117,22 +127,22 @@ def decode_kernel(
             for u in range(count):
                 keys.score(query, query_totals, kw, u * key_words, ks, u * key_scales, scores, 4 * u)
             for u in range(count):
-                slabs[u], offsets[u] = find_tile(
+                slabs[u], firsts[u] = find_tile(
                     piece.blocks, min(following + u, end_tile - 1), work.block_size, work.num_kv_heads,
                     piece.kv_head, work.slab_bytes,
                 )  # fmt: skip
             for u in range(count):
                 keys.fetch(
-                    call.keys + slabs[u], call.key_scales + slabs[u], offsets[u], g, c, kw, u * key_words, ks,
+                    call.keys + slabs[u], call.key_scales + slabs[u], firsts[u], g, c, kw, u * key_words, ks,
                     u * key_scales,
                 )  # fmt: skip
             step(
-                scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, slopes, tops, totals,
-                zeros, units, sums,
+                scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, offsets, slopes, tops,
+                totals, zeros, units, sums,
             )  # fmt: skip
             for u in range(count):
                 values.fetch(
-                    call.values + slabs[u], call.value_scales + slabs[u], offsets[u], g, c, vw, u * value_words, vs,
+                    call.values + slabs[u], call.value_scales + slabs[u], firsts[u], g, c, vw, u * value_words, vs,
                     u * value_scales,
                 )  # fmt: skip
             tile = following

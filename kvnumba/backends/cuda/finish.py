@@ -31,6 +31,7 @@ from kvnumba.backends.cuda.intrinsics import (
 from kvnumba.backends.cuda.jit import WARP, device, int32
 from kvnumba.backends.cuda.plan import FIRST_PARTIAL, ITEM, MAX_SPLITS, NUM_SPLITS, SPLIT
 from kvnumba.backends.cuda.rows import head_of, partial_of, result_of, token_of
+from kvnumba.backends.cuda.transforms import rotation_in_lanes
 from kvnumba.formats import FORMATS
 
 TOGETHER = 16  # partial results that a thread has on their way at a time
@@ -42,8 +43,11 @@ def shared_floats(rows: int, head_dim: int, copies: int) -> int:
 
 
 @functools.cache
-def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
+def finisher(rows: int, width: int, kind: str, threads: int, rotation: int = 1) -> Any:
     """``finish(...)`` for up to so many rows, by so many threads, into results of a precision.
+
+    `rotation` elements of a row's sums, no more than the lanes of a warp have, are rotated together before they go
+    anywhere; 1: they are not.
 
     In shared memory lie, from 0 on, weighted sums of values (copies, rows, D), to be added up, at `tops` the rows'
     maxima, at `totals` their sums of weights, and before `tops` there is room for a number a row. `sums` is an array
@@ -54,11 +58,15 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
     itemsize = FORMATS[kind].bits // 8
     zero, one, least, nothing = float32(0), float32(1), float32(LEAST), float32("-inf")
 
+    rotated, rotate = rotation > 1, rotation_in_lanes(width, 1, max(rotation // width, 1))
+
     @device
     def add_up(shared, at, copies, stride, sums):
         of.clear_all(sums)
         for n in range(copies):
             of.add_scaled(sums, shared, at + n * stride, one)
+        if rotated:
+            rotate(sums)
 
     @device
     def finish(call, work, piece, thread, shared, copies, tops, totals, sums, loaded):
@@ -72,12 +80,16 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
         merging = int32(0)
         if splits != 1:
             mine = first + load_int(piece.address + 4 * SPLIT) * between
-            for i in range(thread, used * chunks, threads):
+            for first_chunk in range(
+                0, used * chunks, threads
+            ):  # threads without a chunk take part in rotations
+                i = min(first_chunk + thread, used * chunks - 1)
                 r = quotient(i, chunks)
                 token = token_of(piece, r)
                 add_up(shared, i * width, copies, rows * head_dim, sums)
-                partial = partial_of(work, mine + token * work.num_qo_heads + head_of(piece, token, r))
-                store_partial(partial + 4 * (i - r * chunks) * width, sums)
+                if first_chunk + thread < used * chunks:
+                    partial = partial_of(work, mine + token * work.num_qo_heads + head_of(piece, token, r))
+                    store_partial(partial + 4 * (i - r * chunks) * width, sums)
             for r in range(thread, used, threads):
                 token = token_of(piece, r)
                 partial = partial_of(work, mine + token * work.num_qo_heads + head_of(piece, token, r))
@@ -139,7 +151,8 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                     at = result_of(call, work, piece, token, r) // head_dim
                     store_float(call.lse + 4 * at, top + math.log(total) if total != zero else nothing)
             barrier()
-            for i in range(thread, used * chunks, threads):
+            for first_chunk in range(0, used * chunks, threads):
+                i = min(first_chunk + thread, used * chunks - 1)
                 r = quotient(i, chunks)
                 c = i - r * chunks
                 token = token_of(piece, r)
@@ -150,13 +163,14 @@ def finisher(rows: int, width: int, kind: str, threads: int) -> Any:
                     partial = partial_of(work, first + token * work.num_qo_heads + head_of(piece, token, r))
                     partial += 4 * c * width
                     for p in range(0, splits, TOGETHER):
-                        if p > 0 or i > thread:
+                        if p > 0 or first_chunk > 0:
                             for n in range(TOGETHER):
                                 load(partial + min(p + n, splits - 1) * step, loaded, n * width)
                         for n in range(TOGETHER):
                             if p + n < splits:
                                 of.add_scaled(sums, loaded, n * width, shared[index((p + n) * used + r)])
                 of.scale(sums, shared[index(tops - rows + r)])
-                store(call.out + (result_of(call, work, piece, token, r) + c * width) * itemsize, sums)
+                if first_chunk + thread < used * chunks:
+                    store(call.out + (result_of(call, work, piece, token, r) + c * width) * itemsize, sums)
 
     return finish

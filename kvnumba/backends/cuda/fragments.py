@@ -21,9 +21,10 @@ from numba import float32, int32, int64, uint32
 
 from kvnumba.backends.cuda import hardware as hw
 from kvnumba.backends.cuda.codecs import Codec, pieces_of_row
-from kvnumba.backends.cuda.intrinsics import load_int
+from kvnumba.backends.cuda.intrinsics import load_int, loader
 from kvnumba.backends.cuda.jit import cuda, device
 from kvnumba.backends.cuda.plan import TILE
+from kvnumba.backends.cuda.transforms import Transform, rotation_in_lanes
 
 ALL = 0xFFFFFFFF
 LOG2_E = math.log2(math.e)
@@ -61,11 +62,13 @@ def inverse(power):
 
 
 @functools.cache
-def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
-    """``load(address, c, words) -> scale, total``: a lane's part of a query, as A fragments in the order of the keys.
+def query_loader(kind: str, keys: Codec, head_dim: int, transform: Transform) -> Any:
+    """``load(address, shifts, scales, c, words) -> scale, total, offset``: a lane's part of a query, as A fragments.
 
-    Where the query has to become what the keys' elements are, or is multiplied with codes, it is scaled by a power of
-    two into float16's range. `scale` is that power, `total` then the sum of its elements, which zeros multiply.
+    It is transformed, and in the order of the keys; `shifts` and `scales` are the addresses of those of the keys'
+    channels, `offset` is the query's product with the shifts. Where the query has to become what the keys' elements
+    are, or is multiplied with codes, it is scaled by a power of two into float16's range. `scale` is that power,
+    `total` then the sum of its elements, which zeros multiply.
     """
     matrix, bits = keys.matrix, keys.fmt.bits
     assert matrix is not None
@@ -75,29 +78,60 @@ def query_loader(kind: str, keys: Codec, head_dim: int) -> Any:
     loads = together * per_word // 8  # of four words of the query, for keys' words that are read together
     fetch, low, high = hw.fetcher(4), hw.low_half[kind], hw.high_half[kind]
     pack, low16, high16 = hw.pack_halves["float16"], hw.low_half["float16"], hw.high_half["float16"]
-    scaled = keys.fmt.has_scale or kind != matrix.element
+    transformed, calibrated, rotated = transform.of_queries, transform.calibrated, transform.keys > 1
+    scaled = keys.fmt.has_scale or kind != matrix.element or (transformed and matrix.element == "float16")
+    size = 2 * count if transformed else 2
+    load_channels, rotate = loader("float32", 4), rotation_in_lanes(2 * count, 1, 4)
+    pack_element = hw.pack_halves[matrix.element]
     arrange = matrix.arrange
     zero, one = float32(0), float32(1)
 
     @device
-    def load(address, c, words):
+    def load(address, shifts, scales, c, words):
+        values, channels = cuda.local.array(size, float32), cuda.local.array(4, float32)
         for i in range(pieces):
             begin = (i * 4 + c) * together * per_word
             for n in range(loads):
                 fetch(address + int64(2 * begin + 16 * n), words, int64((i * loads + n) * 4))
-        scale, total = one, zero
+        scale, total, offset = one, zero, zero
+        if transformed:
+            for i in range(count):
+                values[2 * i], values[2 * i + 1] = low(words[i]), high(words[i])
+            if calibrated:
+                for i in range(pieces):
+                    begin = (i * 4 + c) * together * per_word
+                    for n in range(2 * loads):
+                        at, place = 4 * (2 * loads * i + n), int64(4 * begin + 16 * n)
+                        load_channels(shifts + place, channels)
+                        for e in range(4):
+                            offset += values[at + e] * channels[e]
+                        load_channels(scales + place, channels)
+                        for e in range(4):
+                            values[at + e] *= channels[e]
+                offset = sum_of_quad(offset)
+            if rotated:
+                rotate(values)
         if scaled:
             top = zero
             for i in range(count):
-                top = max(top, max(abs(low(words[i])), abs(high(words[i]))))
+                if transformed:
+                    top = max(top, max(abs(values[2 * i]), abs(values[2 * i + 1])))
+                else:
+                    top = max(top, max(abs(low(words[i])), abs(high(words[i]))))
             scale = power_of_two(max_of_quad(top))
             factor = inverse(scale)
             for i in range(count):
-                words[i] = pack(low(words[i]) * factor, high(words[i]) * factor)
+                if transformed:
+                    words[i] = pack(values[2 * i] * factor, values[2 * i + 1] * factor)
+                else:
+                    words[i] = pack(low(words[i]) * factor, high(words[i]) * factor)
                 total += low16(words[i]) + high16(words[i])
             arrange(words, count)
             total = sum_of_quad(total)
-        return scale, total
+        elif transformed:
+            for i in range(count):
+                words[i] = pack_element(values[2 * i], values[2 * i + 1])
+        return scale, total, offset
 
     return load
 

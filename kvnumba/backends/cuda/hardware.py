@@ -310,6 +310,12 @@ def barrier():
 
 
 @device
+def warp_barrier():
+    """Wait for all threads of the warp."""
+    cuda.syncwarp()
+
+
+@device
 def warp_min(x):
     """The smallest of the warp's values, in every thread of it."""
     for distance in (16, 8, 4, 2, 1):

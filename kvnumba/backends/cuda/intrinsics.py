@@ -22,7 +22,7 @@ if SIMULATED:
 else:
     from kvnumba.backends.cuda import hardware as machine  # type: ignore[no-redef]
 
-barrier, index = machine.barrier, machine.index
+barrier, warp_barrier, index = machine.barrier, machine.warp_barrier, machine.index
 warp_min, warp_max, warp_sum = machine.warp_min, machine.warp_max, machine.warp_sum
 load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine.load_fresh
 load_half, store_half, round_to_half = machine.load_half, machine.store_half, machine.round_to_half
@@ -73,9 +73,24 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
             shared[index(at + i)] = values[i]
 
     @device
+    def take(shared, at, values):
+        for i in range(width):
+            values[i] = shared[index(at + i)]
+
+    @device
     def scale(values, factor):
         for i in range(width):
             values[i] *= factor
+
+    @device
+    def scale_each(values, factors):
+        for i in range(width):
+            values[i] *= factors[i]
+
+    @device
+    def calibrate(values, shifts, scales):
+        for i in range(width):
+            values[i] = (values[i] - shifts[i]) / scales[i]
 
     @device
     def add_scaled(sums, values, at, factor):
@@ -146,8 +161,8 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
             shared[index(i)] = math.exp(shared[index(i)] - top)
 
     return [
-        clear, clear_all, put, scale, add_scaled, dequantize, quantize, smallest, largest, dot_rows, scale_rows,
-        outer_rows, add_rows, maximum, exponentiate,
+        clear, clear_all, put, take, scale, scale_each, calibrate, add_scaled, dequantize, quantize, smallest, largest,
+        dot_rows, scale_rows, outer_rows, add_rows, maximum, exponentiate,
     ]  # fmt: skip
 
 
@@ -161,8 +176,17 @@ def _simulated_vectors(rows: int, width: int) -> list[Any]:
     def put(shared, at, values):
         shared[at : at + width] = values
 
+    def take(shared, at, values):
+        values[:] = shared[at : at + width]
+
     def scale(values, factor):
         values *= np.float32(factor)
+
+    def scale_each(values, factors):
+        values *= factors
+
+    def calibrate(values, shifts, scales):
+        values[:] = (values - shifts) / scales
 
     def add_scaled(sums, values, at, factor):
         sums += values[at : at + width] * factor
@@ -203,6 +227,6 @@ def _simulated_vectors(rows: int, width: int) -> list[Any]:
         shared[begin:end:step] = np.exp(shared[begin:end:step] - top)
 
     return [
-        clear, clear_all, put, scale, add_scaled, dequantize, quantize, smallest, largest, dot_rows, scale_rows,
-        outer_rows, add_rows, maximum, exponentiate,
+        clear, clear_all, put, take, scale, scale_each, calibrate, add_scaled, dequantize, quantize, smallest, largest,
+        dot_rows, scale_rows, outer_rows, add_rows, maximum, exponentiate,
     ]  # fmt: skip

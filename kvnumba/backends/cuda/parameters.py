@@ -13,7 +13,7 @@ from kvnumba.backends.cuda.jit import Long
 
 
 class WriteAddresses(NamedTuple):
-    """New keys and values, and the layer's storage."""
+    """New keys and values, and the layer's storage; 0: there is none."""
 
     k: Long
     v: Long
@@ -21,6 +21,8 @@ class WriteAddresses(NamedTuple):
     key_scales: Long
     values: Long
     value_scales: Long
+    channel_shifts: Long
+    channel_scales: Long
 
 
 class WriteShape(NamedTuple):
@@ -100,6 +102,8 @@ class AttendAddresses(NamedTuple):
     key_scales: Long
     values: Long
     value_scales: Long
+    channel_shifts: Long
+    channel_scales: Long
 
 
 class AttendShape(NamedTuple):

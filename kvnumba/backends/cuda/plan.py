@@ -1,9 +1,9 @@
 """Which block attends to what: the tokens of a batch cut into pieces, listed once for all layers.
 
 A piece is some new tokens of one sequence and a range of keys; a block takes a piece and some query heads of one
-KV head. Long ranges are split (Flash-Decoding). Where the keys are one part, the last block to finish a split range
-merges what the others have left. Where there are several, all blocks leave partial results, and a kernel of its own
-merges them (`merge.py`).
+KV head. Long ranges are split (Flash-Decoding), and the last block to finish one of the pieces of some tokens merges
+what the others have left. Several parts of the keys are merged in the same way where the same shape of kernel serves
+all of them. Elsewhere all blocks leave partial results, and a kernel of its own merges them (`merge.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 from kvnumba.storage import Batch, Part
 
-TILE = 16  # keys: ranges begin at multiples, where kernels read so many at once
+TILE = 16  # keys that kernels read at once: where a range is split, its pieces begin at multiples
 MIN_SPLIT = 128  # keys that are worth a piece of their own
 MAX_SPLITS = 128  # pieces that one block merges
 
 # Columns of the table of pieces. A piece's split number `SPLIT` of `NUM_SPLITS` leaves partial results from
 # `FIRST_PARTIAL + SPLIT * tokens * num_qo_heads` on; 0 splits: it leaves them there, and does not merge. `ITEM` numbers
-# the counters of what is split.
+# the counters of what is split. A piece's first key may be anywhere within a tile.
 SEQUENCE, FIRST_TOKEN, NUM_TOKENS, POSITION, FIRST_KEY, END_KEY, SPLIT, NUM_SPLITS, FIRST_PARTIAL, ITEM = (
     range(10)
 )
@@ -56,7 +56,9 @@ class AttentionPlan:
     parts : sequence of Part
     num_qo_heads, window_left : int
     direct : bool
-        Whether blocks write results: one part has all keys of all tokens. Otherwise partial results are merged after.
+        Whether one part has all keys of all tokens.
+    aligned : bool
+        Whether each part is of all tokens, so that blocks can merge the pieces of several.
     launches : dict
         What is started in a layer, by what it is chosen by. That of a direct plan is kept by its batch.
     per_head : dict
@@ -67,90 +69,127 @@ class AttentionPlan:
         self.parts = parts
         self.num_qo_heads = num_qo_heads
         self.window_left = window_left
-        self.direct = len(parts) == 1 and parts[0].tokens is None
+        starts = parts[0].batch.query_start_loc
+        self.aligned = all(
+            part.tokens is None and np.array_equal(part.batch.query_start_loc, starts) for part in parts
+        )
+        self.direct = self.aligned and len(parts) == 1
         self.launches: dict[Any, Any] = parts[0].batch.kept if self.direct else {}
         self.per_head: dict[bytes, Any] = {}
 
 
-class Pieces(NamedTuple):
-    """A table of pieces (N, 10) int32, and how many partial results and counters its blocks need."""
+class Ranges(NamedTuple):
+    """Tokens of sequences and the keys that they see of a part, not split yet: vectors (N,) of integers.
 
-    table: np.ndarray
+    Attributes
+    ----------
+    sequence, first_token, num_tokens, position
+        As in the table of pieces.
+    begin, end
+        The keys; both 0 where there are none.
+    """
+
+    sequence: np.ndarray
+    first_token: np.ndarray
+    num_tokens: np.ndarray
+    position: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+
+class Pieces(NamedTuple):
+    """A table of pieces (N, 10) int32 for each part, and how many partial results and counters their blocks need."""
+
+    tables: list[np.ndarray]
     num_partials: int
     num_items: int
 
 
-def cut(
-    batch: Batch,
-    sequences: np.ndarray,
-    tokens: int,
-    blocks: int,
-    blocks_per_piece: int,
-    num_qo_heads: int,
-    window_left: int,
-    first_partial: int | None = None,
-) -> Pieces:
-    """Cut some sequences of a batch into pieces.
-
-    Parameters
-    ----------
-    batch : Batch
-    sequences : (N,) int
-    tokens : int
-        New tokens that a piece has at most.
-    blocks, blocks_per_piece : int
-        Blocks that run at a time, for about as many the ranges of keys are split; and blocks that share a piece.
-    num_qo_heads, window_left : int
-    first_partial : int, optional
-        From where on all pieces leave partial results. None: only those of split ranges do, from 0 on.
-    """
-    query_start_loc, seq_lens = batch.query_start_loc.astype(np.int64), batch.seq_lens.astype(np.int64)
+def ranges_of(batch: Batch, sequences: np.ndarray, tokens: int, window_left: int) -> Ranges:
+    """The new tokens of some sequences (N,) of a batch, so many of them at most together, and the keys they see."""
+    query_start_loc = batch.query_start_loc.astype(np.int64)
     new = np.diff(query_start_loc)[sequences]
     tiles = -(-new // tokens)
     sequence = np.repeat(sequences, tiles)
     first = _count(tiles) * tokens
     count = np.minimum(tokens, np.repeat(new, tiles) - first)
     position = batch.positions[sequence] + first
-    end = np.minimum(position + count, seq_lens[sequence])
-    begin = np.zeros_like(end)
+    end = np.minimum(position + count, batch.seq_lens[sequence])
+    begin = np.zeros_like(end) if batch.begins is None else batch.begins[sequence].astype(np.int64)
     if window_left >= 0:
-        # a tile is in one block where kernels read whole ones; elsewhere blocks before the window may be gone
-        whole = batch.block_size % TILE == 0 or batch.block_table.shape[1] == 1
-        step = TILE if whole else 1
-        begin = np.minimum(np.maximum(position - window_left, 0) // step * step, end)
+        begin = np.maximum(begin, position - window_left)
+    some = begin < end
+    return Ranges(
+        sequence,
+        query_start_loc[sequence] + first,
+        count,
+        position,
+        np.where(some, begin, 0),
+        np.where(some, end, 0),
+    )
 
-    keys = end - begin
+
+def split(
+    parts: Sequence[Ranges],
+    blocks: int,
+    blocks_per_piece: int,
+    num_qo_heads: int,
+    first_partial: int | None = None,
+) -> Pieces:
+    """Split ranges of keys into pieces.
+
+    Parameters
+    ----------
+    parts : sequence of Ranges
+        Of the same tokens: their pieces are merged together.
+    blocks, blocks_per_piece : int
+        Blocks that run at a time, for about as many the ranges are split; and blocks that share a piece.
+    num_qo_heads : int
+    first_partial : int, optional
+        From where on all pieces leave partial results; tokens that see no key leave none. None: only those of split
+        ranges leave some, from 0 on.
+    """
+    ends = np.array([ranges.end for ranges in parts])
+    begins = np.array([ranges.begin for ranges in parts])
+    firsts = begins // TILE * TILE
+    keys = ends - firsts
     share = int(keys.sum()) * blocks_per_piece // blocks + 1
-    least = max(share, MIN_SPLIT, int(keys.max(initial=0)) // MAX_SPLITS + 1)
+    least = max(share, MIN_SPLIT, int(keys.sum(axis=0).max(initial=0)) // (MAX_SPLITS + 1 - len(parts)) + 1)
     # up to twice as long, to end with so many blocks that all run at once
     lengths = -(-(least * np.arange(8, 17) // 8) // TILE) * TILE
-    totals = (-(-keys[:, None] // lengths)).sum(axis=0) * blocks_per_piece
+    totals = (-(-keys[..., None] // lengths)).sum(axis=(0, 1)) * blocks_per_piece
     length = lengths[np.argmax(totals <= blocks)] if (totals <= blocks).any() else lengths[-1]
-    splits = np.maximum(-(-keys // length), 1)
-    each = -(-keys // splits)
+    splits = -(-keys // length)
+    each = -(-keys // np.maximum(splits, 1))
     each = np.maximum(-(-each // TILE) * TILE, TILE)  # as equal as tiles allow
-    splits = np.maximum(-(-keys // each), 1)
-    split = _count(splits)
-    rows = count * num_qo_heads
+    splits = -(-keys // each)
     if first_partial is None:
-        partials = np.where(splits > 1, splits * rows, 0)
-        starts = np.cumsum(partials) - partials
-    else:
-        partials = splits * rows
-        starts = first_partial + np.cumsum(partials) - partials
+        splits[0] += splits.sum(axis=0) == 0  # somebody writes that there is nothing
+    all_splits = splits.sum(axis=0)
+    rows = parts[0].num_tokens * num_qo_heads
+    partials = all_splits * rows
+    if first_partial is None:
+        partials[all_splits == 1] = 0
+    starts = np.cumsum(partials) - partials + (first_partial or 0)
 
-    table = np.empty((len(split), PIECE_COLUMNS), np.int32)
-    table[:, SEQUENCE] = np.repeat(sequence, splits)
-    table[:, FIRST_TOKEN] = np.repeat(query_start_loc[sequence] + first, splits)
-    table[:, NUM_TOKENS] = np.repeat(count, splits)
-    table[:, POSITION] = np.repeat(position, splits)
-    table[:, FIRST_KEY] = np.repeat(begin, splits) + split * np.repeat(each, splits)
-    table[:, END_KEY] = np.minimum(table[:, FIRST_KEY] + np.repeat(each, splits), np.repeat(end, splits))
-    table[:, SPLIT] = split
-    table[:, NUM_SPLITS] = np.repeat(splits, splits) if first_partial is None else 0
-    table[:, FIRST_PARTIAL] = np.repeat(starts, splits)
-    table[:, ITEM] = np.repeat(np.arange(len(sequence)), splits)
-    return Pieces(table, int(partials.sum()), len(sequence))
+    tables, before = [], np.zeros_like(all_splits)
+    for ranges, number, first, length in zip(parts, splits, firsts, each, strict=True):
+        part = _count(number)
+        table = np.empty((len(part), PIECE_COLUMNS), np.int32)
+        table[:, SEQUENCE] = np.repeat(ranges.sequence, number)
+        table[:, FIRST_TOKEN] = np.repeat(ranges.first_token, number)
+        table[:, NUM_TOKENS] = np.repeat(ranges.num_tokens, number)
+        table[:, POSITION] = np.repeat(ranges.position, number)
+        key = np.repeat(first, number) + part * np.repeat(length, number)
+        table[:, FIRST_KEY] = np.maximum(key, np.repeat(ranges.begin, number))
+        table[:, END_KEY] = np.minimum(key + np.repeat(length, number), np.repeat(ranges.end, number))
+        table[:, SPLIT] = np.repeat(before, number) + part
+        table[:, NUM_SPLITS] = np.repeat(all_splits, number) if first_partial is None else 0
+        table[:, FIRST_PARTIAL] = np.repeat(starts, number)
+        table[:, ITEM] = np.repeat(np.arange(len(number)), number)
+        tables.append(table)
+        before = before + number
+    return Pieces(tables, int(partials.sum()), len(rows))
 
 
 def rows_to_merge(

@@ -29,6 +29,7 @@ from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
 from kvnumba.backends.cuda.plan import FIRST_PARTIAL, NUM_SPLITS, SPLIT, TILE, Shape
 from kvnumba.backends.cuda.rows import head_of, open_piece, partial_of, result_of, token_of
 from kvnumba.backends.cuda.softmax import Sight, online_softmax, row_opener
+from kvnumba.backends.cuda.transforms import Transform, rotation_in_lanes
 
 WARPS = 4
 SHAPE = Shape("prefill", 16 * WARPS, 2, merges=False)
@@ -36,11 +37,17 @@ SHAPE = Shape("prefill", 16 * WARPS, 2, merges=False)
 
 @functools.cache
 def prefill_kernel(
-    kind: str, key_codec: Codec, value_codec: Codec, head_dim: int, value_head_dim: int, extras: bool
+    kind: str,
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dim: int,
+    value_head_dim: int,
+    extras: bool,
+    transform: Transform,
 ) -> Kernel:
     """Queries and results of a precision `kind`; `extras`: with a soft cap or ALiBi."""
     keys, values = key_functions(key_codec, head_dim, 2), value_functions(value_codec, value_head_dim, 2)
-    open_rows = row_opener(kind, key_codec, head_dim, 2, extras)
+    open_rows = row_opener(kind, key_codec, head_dim, 2, extras, transform)
     step = online_softmax(value_codec, value_head_dim, 1, 2, extras)
     store, store_partial = storer(kind, 4), storer("float32", 4)
     (key_words, key_scales), (value_words, value_scales) = (
@@ -49,6 +56,7 @@ def prefill_kernel(
     )
     query_words, columns, part = head_dim // 8, value_head_dim // 16, value_head_dim // 8
     both_words, num_sums = 2 * query_words, 8 * columns
+    rotated, rotate = transform.values > 1, rotation_in_lanes(part, 4, 8)
     find, element, result = values.find, values.element, values.result
     zero, one, least, nothing = float32(0), float32(1), float32(LEAST), float32("-inf")
     log2_e, ln_2 = float32(LOG2_E), float32(math.log(2))
@@ -61,8 +69,9 @@ def prefill_kernel(
         scores, sums = cuda.local.array(8, float32), cuda.local.array(num_sums, float32)
         tops, totals = cuda.local.array(2, float32), cuda.local.array(2, float32)
         zeros, units = cuda.local.array(2, float32), cuda.local.array(3, float32)
-        factors, slopes = cuda.local.array(2, float32), cuda.local.array(2, float32)
-        last, four = cuda.local.array(2, int32), cuda.local.array(4, float32)
+        factors, offsets = cuda.local.array(2, float32), cuda.local.array(2, float32)
+        slopes, last = cuda.local.array(2, float32), cuda.local.array(2, int32)
+        row_sums, four = cuda.local.array(part, float32), cuda.local.array(4, float32)
 
         thread = int32(cuda.threadIdx.x)
         lane, first_row = thread & int32(31), (thread >> int32(5)) * 16
@@ -70,13 +79,15 @@ def prefill_kernel(
         # the pieces that see most begin first
         piece = open_piece(work, cuda.gridDim.x - 1 - cuda.blockIdx.x, cuda.blockIdx.y)
         if first_row < piece.used:
-            open_rows(call, work, piece, first_row, g, c, query, read, query_totals, last, factors, slopes)
+            open_rows(
+                call, work, piece, first_row, g, c, query, read, query_totals, last, factors, offsets, slopes
+            )
             low = piece.position + token_of(piece, first_row)  # the warp's first token, and its last
             high = piece.position + token_of(piece, min(first_row + 15, piece.used - 1))
             end, begin = min(piece.end, high + 1), piece.begin
             if work.window_left >= 0:
                 begin = max(begin, low - work.window_left) & -TILE
-            sight = Sight(end, low, high, work.window_left)
+            sight = Sight(piece.begin, end, low, high, work.window_left)
             for half in range(2):
                 tops[half], totals[half], zeros[half] = least, zero, zero
             for i in range(num_sums):
@@ -98,8 +109,8 @@ def prefill_kernel(
                     )  # fmt: skip
                     keys.fetch(call.keys + slab, call.key_scales + slab, offset, g, c, kw, 0, ks, 0)
                     step(
-                        scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, slopes, tops,
-                        totals, zeros, units, sums,
+                        scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, offsets,
+                        slopes, tops, totals, zeros, units, sums,
                     )  # fmt: skip
                     tile += 1
 
@@ -137,14 +148,16 @@ def prefill_kernel(
                         cuda.shfl_sync(ALL, added, source),
                     )
                     begin_here = cuda.shfl_sync(ALL, begin_of_row, source)
+                    for e in range(part):
+                        j, second = find(e)
+                        value = result(sums, 4 * (half * columns + j), second, n, units[1], added_here)
+                        row_sums[e] = value * factor_here
+                    if rotated:
+                        rotate(row_sums)
                     if first_row + 8 * half + 2 * c + n < piece.used:
                         for e in range(0, part, 4):
                             for i in range(4):
-                                j, second = find(e + i)
-                                value = result(
-                                    sums, 4 * (half * columns + j), second, n, units[1], added_here
-                                )
-                                four[i] = value * factor_here
+                                four[i] = row_sums[e + i]
                             j, second = find(e)
                             at = element(j, g, second)
                             if results:

@@ -27,22 +27,22 @@ from kvnumba.backends.cuda.intrinsics import load_float
 from kvnumba.backends.cuda.jit import cuda, device
 from kvnumba.backends.cuda.plan import TILE
 from kvnumba.backends.cuda.rows import head_of, query_of, token_of
-
-FAR = 1 << 30
+from kvnumba.backends.cuda.transforms import Transform
 
 
 class Sight(NamedTuple):
-    """Which keys a warp's rows see: those before `end`, from the first that row `low` sees, to `high`.
+    """Which keys a warp's rows see: those from `begin` on and before `end`, as their positions and the window allow.
 
     Attributes
     ----------
-    end : int
+    begin, end : int
     low, high : int
         Positions of its first and its last token.
     window_left : int
         -1: no window.
     """
 
+    begin: int
     end: int
     low: int
     high: int
@@ -50,33 +50,55 @@ class Sight(NamedTuple):
 
 
 @functools.cache
-def row_opener(kind: str, codec: Codec, head_dim: int, halves: int, extras: bool) -> Any:
+def row_opener(
+    kind: str, codec: Codec, head_dim: int, halves: int, extras: bool, transform: Transform
+) -> Any:
     """``open_rows(...)``: the queries of a lane's rows ``first_row + g`` (and + 8), and what scores of theirs need.
 
-    `query` becomes A fragments; `totals`, `last`, `factors` and `slopes` as `online_softmax` says, one for each half.
+    `query` becomes A fragments; `totals`, `last`, `factors`, `offsets` and `slopes` as `online_softmax` says, one for
+    each half.
     A row too many repeats the last.
     """
-    load_query = query_loader(kind, codec, head_dim)
+    load_query = query_loader(kind, codec, head_dim, transform)
     steps = head_dim // 16
     zero, log2_e = float32(0), float32(LOG2_E)
 
-    @device
-    def open_rows(call, work, piece, first_row, g, c, query, words, totals, last, factors, slopes):
-        for half in range(halves):
+    def opener(half: int) -> Any:  # a function for each, so that arrays are indexed by constants
+        @device
+        def open_half(
+            call, work, piece, first_row, g, c, query, words, totals, last, factors, offsets, slopes
+        ):
+            channels = int64(4 * piece.kv_head * head_dim)
             row = int32(min(first_row + 8 * half + g, piece.used - 1))
             token = token_of(piece, row)
             last[half] = piece.position + token
-            scale, totals[half] = load_query(call.q + 2 * query_of(work, piece, token, row), c, words)
+            scale, totals[half], offset = load_query(
+                call.q + 2 * query_of(work, piece, token, row), call.channel_shifts + channels,
+                call.channel_scales + channels, c, words,
+            )  # fmt: skip
             for i in range(steps):
                 query[2 * halves * i + half] = words[2 * i]
                 query[2 * halves * i + halves + half] = words[2 * i + 1]
-            factors[half] = work.sm_scale * scale
+            factors[half], offsets[half] = work.sm_scale * scale, work.sm_scale * offset
             slopes[half] = zero
             if extras:
                 if call.slopes != 0:
                     slopes[half] = load_float(call.slopes + 4 * int64(head_of(piece, token, row)))
             else:
                 factors[half] *= log2_e
+                offsets[half] *= log2_e
+
+        return open_half
+
+    open_first, open_second = opener(0), opener(1)
+
+    @device
+    def open_rows(call, work, piece, first_row, g, c, query, words, totals, last, factors, offsets, slopes):
+        open_first(call, work, piece, first_row, g, c, query, words, totals, last, factors, offsets, slopes)
+        if halves == 2:
+            open_second(
+                call, work, piece, first_row, g, c, query, words, totals, last, factors, offsets, slopes
+            )
 
     return open_rows
 
@@ -86,9 +108,10 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
     """``step(...)``: make weights of the scores of so many tiles of keys, and weigh the tiles' values with them.
 
     Arrays with one element for each of the lane's rows: `last`, the position of the row's token; `factors` of its
-    scores; `slopes`; and the state of its softmax: `tops`, the maximum score, `totals`, the sum of weights, `zeros`,
-    the weighted sum of zeros. `units` are the largest scale so far, the power of two by which weights are divided
-    to stay within float16's range once they are multiplied by scales, and the inverse of that power.
+    scores, and `offsets`, which are added to them; `slopes`; and the state of its softmax: `tops`, the maximum score,
+    `totals`, the sum of weights, `zeros`, the weighted sum of zeros. `units` are the largest scale so far, the power
+    of two by which weights are divided to stay within float16's range once they are multiplied by scales, and the
+    inverse of that power.
     """
     has_scale = codec.fmt.has_scale
     values = value_functions(codec, head_dim, halves)
@@ -100,7 +123,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
     num_scores, num_sums = 4 * count * halves, 4 * tiles * halves
     per_tile = 4 * halves
     zero, one, hidden = float32(0), float32(1), float32("-inf")
-    log2_e, far = float32(LOG2_E), int32(FAR)
+    log2_e = float32(LOG2_E)
 
     @device
     def step(
@@ -114,6 +137,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
         soft_cap,
         last,
         factors,
+        offsets,
         slopes,
         tops,
         totals,
@@ -121,13 +145,14 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
         units,
         sums,
     ):
-        surely_from, never_before = -far, -far
+        surely_from, never_before = sight.begin, sight.begin
         if sight.window_left >= 0:
-            surely_from, never_before = sight.high - sight.window_left, sight.low - sight.window_left
+            surely_from = max(surely_from, sight.high - sight.window_left)
+            never_before = max(never_before, sight.low - sight.window_left)
         edge = first_key + count * TILE > min(sight.end, sight.low + 1) or first_key < surely_from
         for i in range(num_scores):
             half = i // 4 % halves
-            scores[i] *= factors[half]
+            scores[i] = scores[i] * factors[half] + offsets[half]
             if extras:
                 key = first_key + i // per_tile * TILE + i // 2 % 2 * 8 + i % 2 + 2 * c
                 score = scores[i]
@@ -140,7 +165,9 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
             for i in range(num_scores):
                 half = i // 4 % halves
                 key = first_key + i // per_tile * TILE + i // 2 % 2 * 8 + i % 2 + 2 * c
-                lowest = last[half] - sight.window_left if sight.window_left >= 0 else -far
+                lowest = sight.begin
+                if sight.window_left >= 0:
+                    lowest = max(lowest, last[half] - sight.window_left)
                 if key > last[half] or key < lowest or key >= sight.end:
                     scores[i] = hidden
             for t in range(4 * count):

@@ -12,6 +12,7 @@ from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import THREADS
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, enter
 from kvnumba.storage import Buffers, Encoded, Layout, RowLayout
+from kvnumba.transforms import RowTransform
 
 ALIGNMENT = 16  # bytes that a thread reads at once
 OVERREAD = 16  # rows past the last that kernels may read (and never use)
@@ -27,13 +28,17 @@ class CudaBuffers(Buffers):
     Attributes
     ----------
     addresses : tuple of tuple of int
-        Of each layer: where in its first slab the keys' codes, their scales, the values' codes and their scales begin.
+        Of each layer: where in its first slab the keys' codes, their scales, the values' codes and their scales begin;
+        then where the shifts and the scales of the keys' channels (H, D) float32 are. 0: there are none.
     slab_bytes : int
         From one slab to the next.
+    channels : DeviceArray, optional
+        The shifts and scales of the keys' channels (num_layers, 2, H, D).
     """
 
     addresses: tuple[tuple[int, ...], ...]
     slab_bytes: int
+    channels: DeviceArray | None
 
     # by identity: calls find what they have prepared by the buffers
     __eq__ = object.__eq__
@@ -104,9 +109,25 @@ def allocate(layout: Layout) -> CudaBuffers:
 
         return rows.parts(layout.blocks_shape, array)
 
+    channels = None if layout.transform is None else _channels(layout.transform)
     addresses = tuple(
-        tuple(storage.address + layer * layer_bytes + start for start in starts)
+        (
+            *(storage.address + layer * layer_bytes + start for start in starts),
+            *(
+                (0, 0)
+                if channels is None
+                else (part.address for part in (channels[layer][0], channels[layer][1]))
+            ),
+        )
         for layer in range(layout.num_layers)
     )
     keys, values = encoded(layout.keys, *starts[:2]), encoded(layout.values, *starts[2:])
-    return CudaBuffers(layout, keys, values, addresses, slab_bytes)
+    return CudaBuffers(layout, keys, values, addresses, slab_bytes, channels)
+
+
+def _channels(transform: RowTransform) -> DeviceArray | None:
+    """What `CudaBuffers.channels` is."""
+    calibration = transform.calibration
+    if calibration is None:
+        return None
+    return DeviceArray.of(np.stack((calibration.shifts, calibration.scales), axis=1).astype(np.float32))
