@@ -52,8 +52,7 @@ def test_the_table_counts_what_caches_take():
         cells = next(line for line in table if line.strip().startswith(label))[14:].split()
         return [float(n) * UNITS[unit] for n, unit in zip(cells[::2], cells[1::2], strict=True)]
 
-    for column, (name, options) in enumerate(COLUMNS.items()):
-        fmt = "int4" if name == "int4 model" else name
+    for column, (fmt, options) in enumerate(COLUMNS.values()):
         cache = kvnumba.KVCache(3, 2000, 4, 64, fmt, num_layers=2, backend="numpy", **options)
         assert sizes("2,000")[column] == pytest.approx(cache.memory_bytes(), rel=0.005)
         use = cache.memory()
