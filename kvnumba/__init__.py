@@ -9,20 +9,21 @@ from kvnumba.attention.merging import merge_states
 from kvnumba.backends.quantization import dequantize, quantize
 from kvnumba.backends.registry import available_backends, use_backend
 from kvnumba.blocks.stats import CacheStats
-from kvnumba.calibration import Calibration
 from kvnumba.caches.contiguous import KVCache, QuantizedKVCache
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_with_cache
 from kvnumba.caches.step import Step
 from kvnumba.caches.warmup import warmup
+from kvnumba.calibration import Calibration
 from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
+from kvnumba.models.calibrating import calibrate
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
 from kvnumba.options import AttentionOptions, Scoring, ScoringOptions
-from kvnumba.storage import Layout, LayoutOptions
+from kvnumba.storage import Layout, LayoutOptions, MemoryUse
 
 logging.getLogger("kvnumba").addHandler(logging.NullHandler())  # quiet unless the application listens
 
@@ -40,6 +41,7 @@ __all__ = [
     "KVCache",
     "Layout",
     "LayoutOptions",
+    "MemoryUse",
     "PagedKVCache",
     "QuantizedKVCache",
     "Request",
@@ -47,6 +49,7 @@ __all__ = [
     "ScoringOptions",
     "Step",
     "available_backends",
+    "calibrate",
     "dequantize",
     "memory_analysis",
     "memory_growth_table",

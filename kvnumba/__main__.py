@@ -1,4 +1,4 @@
-"""``python -m kvnumba``: info, memory, demo and bench."""
+"""``python -m kvnumba``: info, memory, demo, quality and bench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kvnumba
 from kvnumba.backends.registry import BACKENDS
-from kvnumba.commands import bench, demo, info, memory
+from kvnumba.commands import bench, demo, info, memory, quality
 from kvnumba.commands.shapes import SHAPES
 from kvnumba.models.checkpoint import BUNDLED_MODEL
 
@@ -47,6 +47,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_backend_and_plot(command)
     command.set_defaults(
         run=lambda args: demo.run(args.model, args.prompt, args.bytes, args.new, args.backend, args.plot)
+    )
+
+    command = commands.add_parser("quality", help="what the formats of a cache cost a model")
+    command.add_argument(
+        "--model", type=Path, metavar="FOLDER", default=BUNDLED_MODEL, help="default: the bundled one"
+    )
+    command.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="token ids where tokens are not bytes: .npy, or integers with white space between them "
+        "(default: a module of the standard library)",
+    )
+    command.add_argument(
+        "--bytes", type=int, default=4000, help="how many of its tokens are read (default: %(default)s)"
+    )
+    calibrations = command.add_mutually_exclusive_group()
+    calibrations.add_argument("--calibration", type=Path, metavar="FILE", help="default: the model's own")
+    calibrations.add_argument(
+        "--calibrate-on", type=Path, metavar="FILE", help="a text, as --text, on which one is measured"
+    )
+    _add_backend_and_plot(command)
+    command.set_defaults(
+        run=lambda args: quality.run(
+            args.model,
+            args.text,
+            args.bytes,
+            args.calibration,
+            args.calibrate_on,
+            args.backend,
+            args.plot,
+        )
     )
 
     command = commands.add_parser("bench", help="how fast this machine attends, in a minute")

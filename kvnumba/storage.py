@@ -11,11 +11,16 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.calibration import Calibration
-from kvnumba.formats import Format, resolve_format
+from kvnumba.formats import FORMATS, Format, resolve_format
 from kvnumba.transforms import RowTransform, rotation_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+RECENT_BLOCK = 16
+"""Tokens of a block of those that hold recent tokens in float."""
+RECENT_SHORT = 16
+"""New tokens of a sequence that a pass writes into such blocks; one with more has memory of its own."""
 
 SCALE_DTYPES = ("float32", "float16")
 
@@ -78,10 +83,14 @@ class RowLayout:
         return self.num_groups if self.fmt.has_zero else 0
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, scales and zeros included."""
-        scales = (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
-        return self.row_length * self.fmt.code_dtype.itemsize + scales
+    def element_bytes(self) -> int:
+        """Bytes of a row's elements."""
+        return self.row_length * self.fmt.code_dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales and zeros."""
+        return (self.num_groups + self.num_zeros) * self.scale_dtype.itemsize
 
     def empty(self, *shape: int) -> Encoded:
         """Room on the host for rows (*shape, ...), to be written."""
@@ -120,7 +129,7 @@ class LayoutOptions(TypedDict, total=False):
         Keep each key channel shifted and scaled as was measured for the model, which takes away what channels that are
         larger than others cost. See `kvnumba.calibrate`.
     recent_tokens : int
-        So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16, which
+        So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16. That
         is kept besides: there few bits cost most. Default: 0.
     sink_tokens : int
         So are so many of its first tokens. Default: 0.
@@ -136,6 +145,24 @@ class LayoutOptions(TypedDict, total=False):
     calibration: Calibration | None
     recent_tokens: int | None
     sink_tokens: int | None
+
+
+class MemoryUse(NamedTuple):
+    """Bytes of a cache.
+
+    Attributes
+    ----------
+    elements : int
+        Of keys and values in their formats.
+    scales : int
+        Of the scales and zeros of int8 and int4.
+    floats : int
+        Of the tokens that are kept in float besides.
+    """
+
+    elements: int
+    scales: int
+    floats: int
 
 
 @dataclass(frozen=True)
@@ -226,7 +253,7 @@ class Layout:
             keys=RowLayout.of("head_dim", key, head_dim, group_size, scale_dtype),
             values=RowLayout.of(widest, value, value_head_dim, group_size, scale_dtype),
             transform=_transform(
-                given.get("rotation", False),
+                options.get("rotation"),
                 options.get("calibration"),
                 num_layers,
                 num_kv_heads,
@@ -254,11 +281,42 @@ class Layout:
 
     def bytes_per_token(self) -> int:
         """Bytes that a token takes: keys, values, scales and zeros over all layers and heads."""
-        return self.num_layers * self.num_kv_heads * (self.keys.row_bytes + self.values.row_bytes)
+        return sum(self.memory(tokens=1))
 
-    def memory_bytes(self) -> int:
-        """Bytes of the whole storage."""
-        return self.num_blocks * self.block_size * self.bytes_per_token()
+    def memory_bytes(self, num_sequences: int = 0) -> int:
+        """Bytes of the whole storage, and of the tokens that so many sequences keep in float."""
+        return sum(self.memory(num_sequences))
+
+    def memory(self, num_sequences: int = 0, *, tokens: int | None = None) -> MemoryUse:
+        """`memory_bytes` by what they are used for; of so many tokens, instead of all for which there is room."""
+        count = self.num_blocks * self.block_size if tokens is None else tokens
+        rows = count * self.num_layers * self.num_kv_heads
+        floats = 0
+        if num_sequences and self.recent_tokens:
+            floats = sum(self.of_recent(num_sequences * sum(self.recent_blocks)).memory())
+        return MemoryUse(
+            rows * (self.keys.element_bytes + self.values.element_bytes),
+            rows * (self.keys.scale_bytes + self.values.scale_bytes),
+            floats,
+        )
+
+    @property
+    def recent_blocks(self) -> tuple[int, int]:
+        """Float blocks of each sequence: those of its first tokens, and the ring of its newest."""
+        if not self.recent_tokens:
+            return 0, 0
+        ring = self.recent_tokens - 1 + RECENT_SHORT + RECENT_BLOCK - 1  # they begin anywhere in a block
+        return -(-self.sink_tokens // RECENT_BLOCK), -(-ring // RECENT_BLOCK)
+
+    def of_recent(self, num_blocks: int) -> Layout:
+        """The layout of float blocks."""
+        keys, values = (
+            RowLayout(FORMATS["float16"], rows.head_dim, rows.head_dim, rows.scale_dtype)
+            for rows in (self.keys, self.values)
+        )
+        return Layout(
+            self.num_layers, num_blocks, RECENT_BLOCK, self.num_kv_heads, keys, values, self.transform
+        )
 
     def describe_formats(self) -> str:
         """``int8``, or ``keys int8, values int4``."""
@@ -268,7 +326,7 @@ class Layout:
 
 
 def _transform(
-    rotation: bool,
+    rotation: bool | None,
     calibration: Calibration | None,
     num_layers: int,
     num_kv_heads: int,
@@ -276,7 +334,7 @@ def _transform(
     value_head_dim: int,
 ) -> RowTransform | None:
     """The transform that a user asked for, after checks."""
-    if not isinstance(rotation, (bool, np.bool_)):
+    if not isinstance(rotation, (bool, np.bool_, type(None))):
         raise TypeError(f"rotation: expected True or False; got {rotation!r}")
     if rotation:
         for name, width in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):

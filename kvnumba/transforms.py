@@ -4,9 +4,9 @@ Two steps, each of which leaves attention as it is:
 
 - Calibration. Each channel of the keys of a KV head is shifted and scaled, and the queries' the other way:
   ``q . k = (q * s) . ((k - m) / s) + q . m``. Channels that are much larger than others, as real models have them, then
-  take no bits from the others. After SmoothQuant (Xiao et al., 2023), whose middle way between keys and queries it takes.
-- Rotation. Keys and queries, and values, are multiplied by a Hadamard matrix, which spreads what is left of outliers over
-  all elements of a row; the output is multiplied by it again. After QuaRot (Ashkboos et al., 2024).
+  take no bits from the others. After SmoothQuant (Xiao et al., 2023), whose middle way between keys and queries it is.
+- Rotation. Keys and queries, and values, are multiplied by a Hadamard matrix, which spreads what is left of outliers
+  over all elements of a row; the output is multiplied by it again. After QuaRot (Ashkboos et al., 2024).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def split_prefixes(buffers: Buffers, batch: Batch, num_qo_heads: int, limits: Ca
 def common_prefixes(batch: Batch) -> list[Prefix]:
     """Groups of sequences that begin with the same blocks, chosen so that the fewest blocks are read twice."""
     new = np.diff(batch.query_start_loc)
-    limits = np.where(new > 0, batch.positions // batch.block_size, 0)
+    limits = np.where(new > 0, np.minimum(batch.positions, batch.seq_lens) // batch.block_size, 0)
     return _best(batch.block_table, limits, np.flatnonzero(limits > 0), 0)[1]
 
 

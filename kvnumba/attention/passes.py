@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,53 @@ from kvnumba.attention.cascade import split_prefixes
 from kvnumba.backends.protocol import Backend
 from kvnumba.options import AttentionOptions, Scoring, scoring_of
 from kvnumba.storage import Batch, Buffers, Part
+
+
+class FloatTokens(NamedTuple):
+    """The keys and values that a pass keeps, and attends to, in float beside the cache's format.
+
+    Attributes
+    ----------
+    batch : Batch
+        Of the pass.
+    begin : (B,) int64
+        From which key on new tokens attend in float.
+    newest : list of Part
+        The keys from `begin` on; the pass writes its new tokens there.
+    sinks : list of Part
+        The first keys, where they are kept in float and are not among the newest.
+    rows : (B,) int64
+        Whose they are, for `RecentTokens`.
+    """
+
+    batch: Batch
+    begin: np.ndarray
+    newest: list[Part]
+    sinks: list[Part]
+    rows: np.ndarray
+
+    def others(self, batch: Batch) -> Batch:
+        """The batch of a pass for the keys that are attended to in the cache's format."""
+        begins = self.sinks[0].batch.seq_lens if self.sinks else None
+        return Batch(
+            batch.block_table,
+            self.begin.astype(np.int32),
+            batch.query_start_loc,
+            batch.block_size,
+            batch.positions,
+            begins,
+        )
+
+    def seen_by(self, batch: Batch) -> FloatTokens:
+        """The same keys, for other ones of the new tokens of these sequences, or for their queries alone."""
+
+        def of(part: Part) -> Part:
+            positions = part.batch.positions + (batch.positions - self.batch.positions)
+            return part._replace(
+                batch=replace(part.batch, query_start_loc=batch.query_start_loc, positions=positions, kept={})
+            )
+
+        return self._replace(batch=batch, newest=[*map(of, self.newest)], sinks=[*map(of, self.sinks)])
 
 
 class Pass:
@@ -25,6 +73,8 @@ class Pass:
     batch : Batch
     widest_window : int, optional
         The widest window with which the tokens may attend, where tokens before it have been given back.
+    floats : FloatTokens, optional
+        What is kept in float besides.
     written : bool
         Whether the batch's tokens are in all layers already: then the pass only attends.
     """
@@ -36,9 +86,11 @@ class Pass:
         batch: Batch,
         widest_window: int | None = None,
         *,
+        floats: FloatTokens | None = None,
         written: bool = False,
     ) -> None:
         self.batch = batch
+        self.floats = floats
         self.next_layer = buffers.layout.num_layers if written else 0
         self._backend = backend
         self._buffers = buffers
@@ -70,6 +122,8 @@ class Pass:
         self.require_next(layer)
         if k.size or v.size:
             self._backend.write(self._buffers, layer, k, v, self.batch)
+            for part in self.floats.newest if self.floats else ():
+                self._backend.write(part.buffers, layer, k, v, part.batch)
         self.next_layer += 1
 
     def attend(
@@ -112,12 +166,23 @@ class Pass:
         key = (num_qo_heads, scoring.window_left, shared)
         plan = self._plans.get(key)
         if plan is None:
-            parts = [Part(self._buffers, self.batch)]
-            limits = self._backend.cascade
-            if shared and limits is not None and len(self.batch.seq_lens) > 1:
-                parts = split_prefixes(self._buffers, self.batch, num_qo_heads, limits)
+            parts = self._parts(num_qo_heads, shared)
             plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring.window_left)
         return plan
+
+    def _parts(self, num_qo_heads: int, shared: bool) -> list[Part]:
+        """The parts of the keys; `shared` says whether a common prefix may be one of its own."""
+        batch, parts = self.batch, []
+        if self.floats is not None:
+            parts = [*self.floats.newest, *self.floats.sinks]
+            batch = self.floats.others(batch)
+            begins = 0 if batch.begins is None else batch.begins
+            if (batch.seq_lens == begins).all():
+                return parts
+        limits = self._backend.cascade
+        if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
+            return split_prefixes(self._buffers, batch, num_qo_heads, limits) + parts
+        return [Part(self._buffers, batch), *parts]
 
 
 def room_for_results(
@@ -146,13 +211,43 @@ def as_returned(q: Any, out: Any, lse: Any, options: AttentionOptions) -> Any:
 
 
 def read(
-    backend: Backend, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
+    backend: Backend,
+    buffers: Buffers,
+    layer: int,
+    block_table: np.ndarray,
+    length: int,
+    floats: FloatTokens | None = None,
+    sequence: int = 0,
+    first: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values as they were written, to the rounding of their formats; otherwise as `Backend.read`."""
-    k, v = backend.read(buffers, layer, block_table, length)
+    """Keys and values as they were written, to the rounding of their formats; otherwise as `Backend.read`.
+
+    What is kept in float is read there: the sequences that are read are those of `floats` from `sequence` on, and what
+    is read of them begins at position `first`.
+    """
+    found = backend.read(buffers, layer, block_table, length)
+    if floats is not None:
+        for part in (*floats.newest, *floats.sinks):
+            before = floats.batch.positions - part.batch.positions  # the position of the part's key 0
+            for row in range(len(block_table)):
+                n = sequence + row
+                _read_over([x[row] for x in found], backend, part, layer, n, int(before[n]) - first)
     transform = buffers.layout.transform
     if transform is None:
-        return k, v
+        return found
     # the heads are the axis before the last where a transform sees them
-    k, v = (x.swapaxes(1, 2) for x in (k, v))
+    k, v = (x.swapaxes(1, 2) for x in found)
     return transform.load_keys(k, layer).swapaxes(1, 2), transform.load_values(v).swapaxes(1, 2)
+
+
+def _read_over(
+    found: list[np.ndarray], backend: Backend, part: Part, layer: int, sequence: int, offset: int
+) -> None:
+    """Put a sequence's keys and values of a part in their places, its key j at ``offset + j``."""
+    batch = part.batch
+    begin, end = 0 if batch.begins is None else int(batch.begins[sequence]), int(batch.seq_lens[sequence])
+    begin = max(begin, -offset)
+    if begin < end:
+        table = np.ascontiguousarray(batch.block_table[sequence : sequence + 1])
+        for out, rows in zip(found, backend.read(part.buffers, layer, table, end), strict=True):
+            out[:, offset + begin : offset + end] = rows[0, :, begin:]

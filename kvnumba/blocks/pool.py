@@ -160,16 +160,19 @@ class BlockPool:
             self._become(row, state)
             return int(self.ids[row])
 
+    def check_reorder(self, seq_ids: Any, parents: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of both, after the checks of `reorder`."""
+        rows, sources = self.rows(seq_ids), self.rows(parents)
+        if len(sources) != len(rows):
+            raise ValueError(f"parents: expected {len(rows)}, one for each of seq_ids; got {len(sources)}")
+        if len(set(rows.tolist())) != len(rows):
+            raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
+        return rows, sources
+
     def reorder(self, seq_ids: Any, parents: Any) -> None:
         """Let each sequence become what one of the parents was before the call."""
         with self.lock:
-            rows, sources = self.rows(seq_ids), self.rows(parents)
-            if len(sources) != len(rows):
-                raise ValueError(
-                    f"parents: expected {len(rows)}, one for each of seq_ids; got {len(sources)}"
-                )
-            if len(set(rows.tolist())) != len(rows):
-                raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
+            rows, sources = self.check_reorder(seq_ids, parents)
             changed = [(int(r), int(s)) for r, s in zip(rows, sources, strict=True) if r != s]
             before = [self._slice(row) for row, _ in changed]
             states = [self.state(source) for _, source in changed]

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from kvnumba.attention import passes
 from kvnumba.attention.passes import Pass
 from kvnumba.backends.registry import get_backend
-from kvnumba.storage import Layout
+from kvnumba.caches.recent import RecentTokens
+from kvnumba.storage import Layout, MemoryUse
 
 
 class Cache:
     """What the caches that users hold have in common."""
 
-    def __init__(self, layout: Layout, backend: str | None) -> None:
+    def __init__(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
         self._layout = layout
+        self._max_num_seqs = max_num_seqs
         self._backend = get_backend(backend)
         self._buffers = self._backend.allocate(layout)
+        self._recent = RecentTokens(self._backend, layout, max_num_seqs) if layout.recent_tokens else None
         # the latest pass and its key: later layers, and `attend` after `update`, use the same plan
         self._latest: tuple[Any, Pass] | None = None
 
@@ -68,8 +68,12 @@ class Cache:
         return self._layout.values.fmt.name
 
     def memory_bytes(self) -> int:
-        """Bytes of the whole storage, filled or not; scales and zeros included."""
-        return self._layout.memory_bytes()
+        """Bytes of the whole storage, filled or not; scales, zeros and tokens kept in float included."""
+        return sum(self.memory())
+
+    def memory(self) -> MemoryUse:
+        """`memory_bytes` by what they are used for: elements, scales and zeros, tokens kept in float."""
+        return self._layout.memory(self._max_num_seqs)
 
     def bytes_per_token(self) -> int:
         """Bytes that one token takes over all layers and heads, scales and zeros included."""
@@ -99,16 +103,16 @@ class Cache:
         """An array of the storage; without the layer axis where there is one layer."""
         return array[0] if self.num_layers == 1 else array
 
-    def _read(self, layer: int, block_table: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return passes.read(self._backend, self._buffers, layer, block_table, length)
-
     def _describe(self) -> str:
         layout = self._layout
         layers = f"layers={layout.num_layers}, " if layout.num_layers > 1 else ""
+        kept = "" if layout.transform is None else f", {layout.transform.name}"
+        kept += f", recent_tokens={layout.recent_tokens}" if layout.recent_tokens else ""
+        kept += f", sink_tokens={layout.sink_tokens}" if layout.sink_tokens else ""
         width = f"D={layout.head_dim}"
         if layout.value_head_dim != layout.head_dim:
             width += f", Dv={layout.value_head_dim}"
         return (
-            f"{layers}H={layout.num_kv_heads}, {width}, {layout.describe_formats()}, "
+            f"{layers}H={layout.num_kv_heads}, {width}, {layout.describe_formats()}{kept}, "
             f"{self.backend}, {self.memory_bytes() / 1e6:.1f} MB"
         )

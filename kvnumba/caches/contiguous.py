@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvnumba import arguments, arrays
-from kvnumba.attention.passes import Pass, as_returned, room_for_results
+from kvnumba.attention import passes
+from kvnumba.attention.passes import FloatTokens, Pass, as_returned, room_for_results
 from kvnumba.backends.quantization import code_format
 from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
@@ -82,8 +83,9 @@ class KVCache(Cache):
         return cache
 
     def _start(self, layout: Layout, backend: str | None) -> None:
-        super().__init__(layout, backend)
+        super().__init__(layout, layout.num_blocks, backend)
         self._block_table = np.arange(layout.num_blocks, dtype=np.int32)[:, None]
+        self._rows = np.arange(layout.num_blocks)
         self.reset()
 
     @property
@@ -147,6 +149,8 @@ class KVCache(Cache):
         lengths = self._checked_lengths()
         if batch_idx != into:
             self._backend.copy_blocks(self._buffers, np.array([[batch_idx, into]], np.int64))
+            if self._recent is not None:
+                self._recent.reorder([into], [batch_idx])
         lengths[into] = lengths[batch_idx]
         self.seq_lens, self._pass = lengths, None
 
@@ -185,6 +189,9 @@ class KVCache(Cache):
         """
         lengths = snapshot.load_elements(Path(path), self._backend, self._buffers, fingerprint)
         self.seq_lens, self._pass = lengths, None
+        if self._recent is not None:
+            for batch_idx, length in enumerate(lengths):
+                self._recent.start(batch_idx, length)
 
     def require_room(self, num_new_tokens: int) -> None:
         """Raise CacheFull unless every batch element can take so many more tokens."""
@@ -240,6 +247,8 @@ class KVCache(Cache):
         self._latest = ([count, *lengths], running)
         self._pass = running
         if running.complete:
+            if self._recent is not None and running.floats is not None:
+                self._recent.commit(running.floats)
             self.seq_lens, self._pass = lengths, None
 
     def get_kv(self, batch_idx: int, *, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -247,15 +256,17 @@ class KVCache(Cache):
         batch_idx = self._element("batch_idx", batch_idx)
         layer = arguments.layer_index(layer, self.num_layers)
         length = self._lengths(layer)[batch_idx]
+        floats = self._floats(layer, self._lengths(layer), 1)
         row = self._block_table[batch_idx : batch_idx + 1]
-        k, v = self._read(layer, row, length)
+        k, v = passes.read(self._backend, self._buffers, layer, row, length, floats, batch_idx)
         return k[0], v[0]
 
     def get_full_kv(self, *, layer: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """`get_kv` of every batch element: a list of keys and a list of values."""
         layer = arguments.layer_index(layer, self.num_layers)
         lengths = self._lengths(layer)
-        k, v = self._read(layer, self._block_table, max(lengths))
+        floats = self._floats(layer, lengths, 1)
+        k, v = passes.read(self._backend, self._buffers, layer, self._block_table, max(lengths), floats)
         return [x[:, :n] for x, n in zip(k, lengths, strict=True)], [
             x[:, :n] for x, n in zip(v, lengths, strict=True)
         ]
@@ -293,7 +304,8 @@ class KVCache(Cache):
             )
         key, latest = [count, *lengths], self._latest  # read once: another thread may replace it
         if latest is None or latest[0] != key:
-            latest = (key, Pass(self._backend, self._buffers, self._batch(lengths, count), written=True))
+            batch, floats = self._batch(lengths, count), self._floats(layer, lengths, count)
+            latest = (key, Pass(self._backend, self._buffers, batch, floats=floats, written=True))
             self._latest = latest
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
@@ -327,7 +339,17 @@ class KVCache(Cache):
                     f"max_seq_len={self.max_seq_len}; got {begin}"
                 )
         batch = self._batch([first + count for first in begin], count)
-        return Pass(self._backend, self._buffers, batch)
+        floats = None if self._recent is None else self._recent.book(self._rows, batch)
+        return Pass(self._backend, self._buffers, batch, floats=floats)
+
+    def _floats(self, layer: int, lengths: list[int], count: int) -> FloatTokens | None:
+        """What the last `count` tokens of each element, as a layer holds it, attend to in float."""
+        if self._recent is None:
+            return None
+        batch = self._batch(lengths, count)
+        if self._pass is not None and self._pass.covers(layer) and self._pass.floats is not None:
+            return self._pass.floats.seen_by(batch)
+        return self._recent.view(self._rows, batch)
 
     def _running(self, positions: Sequence[int] | None, count: int, layer: int) -> Pass:
         """The pass that is being written, for a later layer, which goes where the first one went."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvnumba import arguments, arrays
-from kvnumba.attention.passes import Pass, as_returned, room_for_results
+from kvnumba.attention import passes
+from kvnumba.attention.passes import FloatTokens, Pass, as_returned, room_for_results
 from kvnumba.blocks.integrity import check_pool
 from kvnumba.blocks.pool import BlockPool
 from kvnumba.blocks.stats import CacheStats, collect
@@ -76,7 +77,7 @@ class PagedKVCache(Cache):
 
     def _start(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
-        super().__init__(layout, backend)
+        super().__init__(layout, max_num_seqs, backend)
         self._pool = BlockPool(layout.num_blocks, layout.block_size, max_num_seqs)
         self._swapped: dict[int, SwappedBlocks] = {}
         self._steps: dict[int, Step] = {}  # passes through `update` that have layers to go
@@ -162,8 +163,22 @@ class PagedKVCache(Cache):
         if not isinstance(cache_salt, str):
             raise TypeError(f"cache_salt: expected a str; got {type(cache_salt).__name__}")
         window_left = -1 if window_left is None else arguments.integer("window_left", window_left, minimum=-1)
+        if 0 <= window_left < self._layout.recent_tokens - 1:
+            raise ValueError(
+                f"window_left: expected -1, or at least recent_tokens - 1 = {self._layout.recent_tokens - 1}: a window "
+                f"that is all kept in float needs a cache in float16; got {window_left}"
+            )
         tokens = None if token_ids is None else arguments.tokens("token_ids", token_ids)
-        return self._pool.add(tokens, cache_salt, window_left)
+        with self._pool.lock:
+            seq_id = self._pool.add(tokens, cache_salt, window_left)
+            self._start_recent([seq_id])
+        return seq_id
+
+    def _start_recent(self, seq_ids: Iterable[int]) -> None:
+        """Sequences begin with tokens that are in the blocks only."""
+        if self._recent is not None:
+            for seq_id in seq_ids:
+                self._recent.start(self._pool.row(seq_id), self._pool.length(seq_id))
 
     def fork(self, seq_id: int) -> int:
         """Begin a sequence with the same tokens, in the same blocks; returns its id.
@@ -178,7 +193,15 @@ class PagedKVCache(Cache):
         ValueError
             The id is unknown, finished or swapped out.
         """
-        return self._pool.fork(arguments.integer("seq_id", seq_id, minimum=0))
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        with self._pool.lock:
+            twin = self._pool.fork(seq_id)
+            try:
+                self._reorder_recent([twin], [seq_id])
+            except BaseException:
+                self._pool.finish(twin)
+                raise
+        return twin
 
     def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
         """Let each sequence become a fork of one of the parents as these are before the call, for beam search.
@@ -195,10 +218,17 @@ class PagedKVCache(Cache):
         ValueError
             An id is unknown, finished or swapped out, an id of `seq_ids` comes twice, or the lengths differ.
         """
-        self._pool.reorder(seq_ids, parents)
+        with self._pool.lock:
+            self._pool.check_reorder(seq_ids, parents)
+            self._reorder_recent(seq_ids, parents)
+            self._pool.reorder(seq_ids, parents)
         for seq_id, parent in zip(seq_ids, parents, strict=True):
             if seq_id != parent:
                 self._steps.pop(int(seq_id), None)
+
+    def _reorder_recent(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
+        if self._recent is not None:
+            self._recent.reorder(self._pool.rows(seq_ids).tolist(), self._pool.rows(parents).tolist())
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget a sequence's tokens from `length` on, as if they had never been written.
@@ -214,7 +244,11 @@ class PagedKVCache(Cache):
             return to where its latest step began.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
-        self._pool.truncate(seq_id, arguments.integer("length", length, minimum=0))
+        length = arguments.integer("length", length, minimum=0)
+        with self._pool.lock:
+            self._pool.truncate(seq_id, length)
+            if self._recent is not None:
+                self._recent.truncate(self._pool.row(seq_id), length)
         self._steps.pop(seq_id, None)
 
     def finish_sequence(self, seq_id: int) -> None:
@@ -329,7 +363,10 @@ class PagedKVCache(Cache):
         OSError
             The file cannot be read.
         """
-        return snapshot.load(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+        with self._pool.lock:
+            ids = snapshot.load(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+            self._start_recent(ids.values())
+        return ids
 
     def stats(self) -> CacheStats:
         """Blocks by state, bytes used and wasted, and what the prefix cache found and evicted."""
@@ -414,8 +451,9 @@ class PagedKVCache(Cache):
         layer = arguments.layer_index(layer, self.num_layers)
         first = self._pool.first_position(seq_id)
         length = self._length(seq_id, layer) - first
-        table = self._pool.blocks(seq_id)[None, first // self.block_size :]
-        k, v = self._read(layer, np.ascontiguousarray(table), length)
+        table = np.ascontiguousarray(self._pool.blocks(seq_id)[None, first // self.block_size :])
+        floats = self._floats(seq_id, layer, self._pool.view(seq_id, first + length, min(1, length)))
+        k, v = passes.read(self._backend, self._buffers, layer, table, length, floats, 0, first)
         return k[0], v[0]
 
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
@@ -456,7 +494,8 @@ class PagedKVCache(Cache):
         if latest is None or latest[0] != key:
             batch = self._pool.view(seq_id, length, count)
             widest = self._pool.widest_window([seq_id], batch)
-            latest = (key, Pass(self._backend, self._buffers, batch, widest, written=True))
+            floats = self._floats(seq_id, layer, batch)
+            latest = (key, Pass(self._backend, self._buffers, batch, widest, floats=floats, written=True))
             self._latest = latest
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
@@ -501,7 +540,7 @@ class PagedKVCache(Cache):
         return self._new_step(np.asarray(seq_ids).tolist(), batch, tokens)
 
     def _new_step(self, seq_ids: list[int], batch: Batch, tokens: list[np.ndarray | None] | None) -> Step:
-        return Step(self._backend, self._buffers, self._pool, seq_ids, batch, tokens)
+        return Step(self._backend, self._buffers, self._pool, self._recent, seq_ids, batch, tokens)
 
     def _copy_blocks(self, pairs: np.ndarray) -> None:
         self._backend.copy_blocks(self._buffers, pairs)
@@ -515,11 +554,24 @@ class PagedKVCache(Cache):
 
     def _length(self, seq_id: int, layer: int) -> int:
         """Tokens of a sequence that a layer holds, those of a pass that has layers to go included."""
-        length = self._pool.length(seq_id)
+        step = self._current(seq_id, layer)
+        return self._pool.length(seq_id) if step is None else int(step.batch.seq_lens[0])
+
+    def _current(self, seq_id: int, layer: int) -> Step | None:
+        """The step that `update` is writing, if a layer has its tokens."""
+        self._pool.row(seq_id)
         step = self._steps.get(seq_id)
-        if step is not None and step.covers(layer) and step.is_latest():
-            return int(step.batch.seq_lens[0])
-        return length
+        return step if step is not None and step.covers(layer) and step.is_latest() else None
+
+    def _floats(self, seq_id: int, layer: int, batch: Batch) -> FloatTokens | None:
+        """What the last tokens of a sequence, as a layer holds it, attend to in float."""
+        if self._recent is None:
+            return None
+        step = self._current(seq_id, layer)
+        if step is not None and step._pass.floats is not None:
+            return step._pass.floats.seen_by(batch)
+        with self._pool.lock:
+            return self._recent.view(self._pool.rows([seq_id]), batch)
 
 
 def _checked_tokens(token_ids: Any, num_new_tokens: Any) -> list[np.ndarray | None]:

@@ -11,6 +11,7 @@ from kvnumba.attention import passes
 from kvnumba.attention.passes import Pass, as_returned, room_for_results
 from kvnumba.backends.protocol import Backend
 from kvnumba.blocks.pool import BlockPool
+from kvnumba.caches.recent import RecentTokens
 from kvnumba.options import AttentionOptions
 from kvnumba.storage import Batch, Buffers
 
@@ -42,6 +43,7 @@ class Step:
         backend: Backend,
         buffers: Buffers,
         pool: BlockPool,
+        recent: RecentTokens | None,
         seq_ids: list[int],
         batch: Batch,
         token_ids: list[np.ndarray | None] | None,
@@ -50,10 +52,12 @@ class Step:
         self._backend = backend
         self._buffers = buffers
         self._pool = pool
+        self._recent = recent
         self._token_ids = token_ids
         self._generations = pool.generations(seq_ids)
         self._version = pool.version  # of the pool, when this step was last found to be the latest
-        self._pass = Pass(backend, buffers, batch, pool.widest_window(seq_ids, batch))
+        floats = None if recent is None else recent.book(pool.rows(seq_ids), batch)
+        self._pass = Pass(backend, buffers, batch, pool.widest_window(seq_ids, batch), floats=floats)
 
     @property
     def batch(self) -> Batch:
@@ -113,7 +117,10 @@ class Step:
         self._require_latest()
         self._pass.write(layer, k, v)
         if self._pass.complete:
-            self._pool.commit(self.seq_ids, self.batch, self._token_ids)
+            with self._pool.lock:
+                if self._recent is not None and self._pass.floats is not None:
+                    self._recent.commit(self._pass.floats)  # first: only this can fail
+                self._pool.commit(self.seq_ids, self.batch, self._token_ids)
 
     def _require_latest(self) -> None:
         if not self.is_latest():
@@ -181,7 +188,16 @@ class Step:
             first = self._pool.first_position(seq_id)
             table = self.batch.block_table[row : row + 1, first // self._pool.block_size :]
             length = int(self.batch.seq_lens[row]) - first
-            k, v = passes.read(self._backend, self._buffers, layer, np.ascontiguousarray(table), length)
+            k, v = passes.read(
+                self._backend,
+                self._buffers,
+                layer,
+                np.ascontiguousarray(table),
+                length,
+                self._pass.floats,
+                row,
+                first,
+            )
             pairs.append((k[0], v[0]))
         return pairs
 

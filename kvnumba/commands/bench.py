@@ -26,7 +26,7 @@ OURS_COLOR, PEER_COLOR, LIMIT_COLOR = "#4878a8", "#b0b0b0", "#c03028"
 def run(backend: str | None, plot: Path | None) -> None:
     """Print the time of one layer's decode step by format and context, and perhaps draw it."""
     if plot is not None:
-        require_extra("bench", "matplotlib")
+        require_extra("bench", "bench", "matplotlib")
     name = get_backend(backend).name
     processor = processor_name(name)
     print(

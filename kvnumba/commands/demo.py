@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import string
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,14 @@ import numpy as np
 
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.commands.extras import require_extra
+from kvnumba.commands.extras import progress, require_extra
+from kvnumba.commands.texts import HELD_OUT, lookups_right, registry_task
 from kvnumba.models.checkpoint import BUNDLED_MODEL
 from kvnumba.models.llama import IncrementalDecoder
-from kvnumba.models.sampling import sample, softmax
+from kvnumba.models.sampling import log_softmax, sample
 
 FORMATS = ("float32", "float16", "int8", "int4")
-DEFAULT_PROMPT = Path(statistics.__file__)  # held out of the bundled model's training
 CHUNK = 512
-NUM_NAMES = 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def run(
     model: Path, prompt: Path | None, num_bytes: int, num_new: int, backend: str | None, plot: Path | None
 ) -> None:
     """Read the prompt with a cache in each format, and print the table, the text, and perhaps a picture."""
-    require_extra("demo", "tqdm", *(["matplotlib"] if plot else []))
+    require_extra("demo", "demo", "tqdm", *(["matplotlib"] if plot else []))
     decoder = IncrementalDecoder.from_pretrained(model)
     if decoder.config.vocab_size != 256:
         raise ValueError(
@@ -55,7 +52,7 @@ def run(
             f"--bytes, --new: expected at least 1 and 0, together at most the model's {limit} positions; "
             f"got {num_bytes} and {num_new}"
         )
-    path = prompt or DEFAULT_PROMPT
+    path = prompt or HELD_OUT
     document = path.read_bytes()[:num_bytes]
     if not document:
         raise ValueError(f"--prompt: {path} is empty")
@@ -117,29 +114,6 @@ def draw(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def registry_task(rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
-    """A text that the bundled model was trained to continue: names with numbers, then the same names again.
-
-    Returns
-    -------
-    text : bytes
-    answers : (NUM_NAMES, 4) int
-        Where each repeated number's digits stand.
-    """
-    letters = np.array(list(string.ascii_lowercase + string.digits))
-    names: list[str] = []
-    while len(names) < NUM_NAMES:
-        name = "".join(rng.choice(letters, 4))
-        names += [name] if name not in names else []
-    lines = [f"{name} = {rng.integers(10_000):04d}\n" for name in names]
-    head = "# registry\n" + "".join(lines) + "# lookup\n"
-    asked = rng.permutation(NUM_NAMES)
-    text = "\0" + head + "".join(lines[i] for i in asked)
-    first_digit = len(head) + 1 + len("name = ")
-    answers = first_digit + len(lines[0]) * np.arange(NUM_NAMES)[:, None] + np.arange(4)
-    return text.encode(), answers
-
-
 def _measure(
     decoder: IncrementalDecoder,
     document: bytes,
@@ -156,7 +130,7 @@ def _measure(
     text = bytearray()
     last = logits[-1]
     start = time.perf_counter()
-    with _progress(num_new, f"{fmt:<8} writes") as bar:
+    with progress(num_new, f"{fmt:<8} writes") as bar:
         for _ in range(num_new):
             text.append(sample(last))
             last = decoder.extend(cache, [seq_id], [text[-1:]])[-1]
@@ -167,10 +141,9 @@ def _measure(
     task_logits, _ = _read(
         decoder, *_new_sequence(decoder, len(task), fmt, backend), task, f"{fmt:<8} looks up"
     )
-    right = task_logits.argmax(axis=-1)[answers - 1] == np.frombuffer(task, np.uint8)[answers]
 
     exact = logits if exact is None else exact
-    log_p, log_q = _log_softmax(exact), _log_softmax(logits)
+    log_p, log_q = log_softmax(exact), log_softmax(logits)
     following = np.frombuffer(document, np.uint8)[1:]
     surprise = -log_q[np.arange(len(following)), following]
     result = Result(
@@ -181,7 +154,7 @@ def _measure(
         bits_per_byte=float(surprise.mean() / np.log(2)) if len(following) else float("nan"),
         agreement=float((logits.argmax(axis=-1) == exact.argmax(axis=-1)).mean()),
         divergence=float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()),
-        lookups=float(right.all(axis=1).mean()),
+        lookups=lookups_right(task_logits.argmax(axis=-1), task, answers),
         text=bytes(text),
     )
     return result, logits
@@ -209,18 +182,8 @@ def _read(
     """Logits (len(text), 256) of a text read in chunks behind a progress bar, and the seconds that took."""
     logits: list[Any] = []
     start = time.perf_counter()
-    with _progress(len(text), label) as bar:
+    with progress(len(text), label) as bar:
         for chunk in decoder.prefill(cache, seq_id, text, chunk_size=CHUNK):
             logits.append(chunk)
             bar.update(len(chunk))
     return np.concatenate(logits), time.perf_counter() - start
-
-
-def _progress(num_tokens: int, label: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=num_tokens, desc=label, unit="tok")
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    return np.log(softmax(logits))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvnumba import arguments
 from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
-from kvnumba.storage import Layout
+from kvnumba.recipes import INT4_RECIPE
+from kvnumba.storage import Layout, LayoutOptions
+
+COLUMNS: dict[str, tuple[str, LayoutOptions]] = {
+    **{name: (name, LayoutOptions()) for name in FORMATS},
+    "int4 model": ("int4", INT4_RECIPE),
+}
+"""What the growth table shows: formats, and int4 as `IncrementalDecoder` and `KVNumbaCache` keep it."""
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
@@ -81,6 +88,9 @@ def memory_growth_table(
 ) -> str:
     """A text table of a cache's size by length and format, scales included.
 
+    Its last column is int4 as models keep it, with float16 scales and the newest tokens of each sequence in float
+    besides; what these take stands in a row of its own, and is counted in the sizes.
+
     Parameters
     ----------
     num_layers, num_heads, head_dim, batch_size : int
@@ -93,24 +103,31 @@ def memory_growth_table(
     head_dim = arguments.integer("head_dim", head_dim, minimum=1)
     batch_size = arguments.integer("batch_size", batch_size, minimum=1)
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
-    per_token = {
-        name: Layout.of(1, 1, num_heads, head_dim, name, num_layers=num_layers).bytes_per_token()
-        for name in FORMATS
-    }
-    header = f"{'tokens':>10}" + "".join(f"{name:>12}" for name in per_token)
+    layouts = {}
+    for name, (fmt, options) in COLUMNS.items():
+        of_model: LayoutOptions = {**options, "num_layers": num_layers}
+        layouts[name] = Layout.of(1, 1, num_heads, head_dim, fmt, **of_model)
+    token = {name: layout.memory() for name, layout in layouts.items()}
+    floats = {name: layout.memory(1).floats for name, layout in layouts.items()}
+
+    def line(label: str, sizes: Iterable[float]) -> str:
+        return f"{label:>14}" + "".join(f"{_bytes(size):>12}" for size in sizes)
+
+    header = f"{'tokens':>14}" + "".join(f"{name:>12}" for name in COLUMNS)
     lines = [
         f"KV cache: {num_layers} layers, {num_heads} KV heads of {head_dim}, batch {batch_size}",
         header,
         "-" * len(header),
-        f"{'per token':>10}" + "".join(f"{_bytes(size):>12}" for size in per_token.values()),
+        line("per token", (sum(use) for use in token.values())),
+        line("its scales", (use.scales for use in token.values())),
+        line("floats besides", floats.values()),
     ]
     for seq_len in seq_lens:
-        tokens = arguments.integer("seq_lens", seq_len, minimum=0) * batch_size
-        lines.append(
-            f"{seq_len:>10,}" + "".join(f"{_bytes(tokens * size):>12}" for size in per_token.values())
-        )
-    float32 = per_token["float32"]
-    lines.append(f"{'/ float32':>10}" + "".join(f"{size / float32:>12.3f}" for size in per_token.values()))
+        count = arguments.integer("seq_lens", seq_len, minimum=0)
+        sizes = (batch_size * (count * sum(token[name]) + floats[name]) for name in COLUMNS)
+        lines.append(line(f"{count:,}", sizes))
+    float32 = sum(token["float32"])
+    lines.append(f"{'/ float32':>14}" + "".join(f"{sum(use) / float32:>12.3f}" for use in token.values()))
     return "\n".join(lines)
 
 

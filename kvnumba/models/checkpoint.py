@@ -16,6 +16,9 @@ from kvnumba.formats import bfloat16_to_float
 BUNDLED_MODEL = Path(__file__).parent / "data"
 """The folder of the small byte-level model that comes with the package."""
 
+CALIBRATION = "calibration.npz"
+"""The file of a checkpoint folder that holds a calibration of its model, where there is one."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64":  np.dtype("<f8"),
     "F32":  np.dtype("<f4"),

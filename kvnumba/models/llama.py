@@ -6,16 +6,26 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvnumba import arguments
 from kvnumba.caches.contiguous import KVCache
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.models.checkpoint import BUNDLED_MODEL, Tensors, read_config
+from kvnumba.caches.step import Step
+from kvnumba.calibration import Calibration
+from kvnumba.models.calibrating import ChannelStatistics, calibration_of
+from kvnumba.models.checkpoint import BUNDLED_MODEL, CALIBRATION, Tensors, read_config
 from kvnumba.models.config import LlamaConfig
 from kvnumba.models.sampling import checked_temperature, sample
+from kvnumba.recipes import with_recipe
+from kvnumba.storage import LayoutOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+CALIBRATION_CHUNK = 512
 
 # Called for each layer with packed queries (T, Hq, D), keys and values (T, H, D); returns (T, Hq, D).
 LayerAttention = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -46,7 +56,15 @@ class IncrementalDecoder:
         A divisor of `num_heads`. Default: `num_heads`.
     seed : int
         Of the random weights.
+
+    Attributes
+    ----------
+    config : LlamaConfig
+    calibration : Calibration or None
+        What `from_pretrained` found beside the weights.
     """
+
+    calibration: Calibration | None = None
 
     def __init__(
         self,
@@ -88,8 +106,9 @@ class IncrementalDecoder:
         Parameters
         ----------
         folder : path
-            Holds config.json and model.safetensors, or shards and an index. Default: the small byte-level
-            model of this package, whose tokens are bytes.
+            Holds config.json and model.safetensors, or shards and an index, and perhaps calibration.npz, which
+            becomes the attribute `calibration`. Default: the small byte-level model of this package, whose tokens are
+            bytes.
 
         Raises
         ------
@@ -102,6 +121,12 @@ class IncrementalDecoder:
         config = LlamaConfig.from_dict(read_config(folder))
         decoder = cls.__new__(cls)
         decoder._load(config, Tensors(folder))
+        path = folder / CALIBRATION
+        if path.is_file():
+            decoder.calibration = Calibration.load(path)
+            shape = (config.num_key_value_heads, config.head_dim)
+            if [array.shape for array in decoder.calibration.shifts] != [shape] * config.num_hidden_layers:
+                raise ValueError(f"{path}: of another model than the checkpoint: {decoder.calibration!r}")
         return decoder
 
     def _load(self, config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> None:
@@ -138,28 +163,41 @@ class IncrementalDecoder:
         self._inverse_frequencies = config.inverse_frequencies()
 
     def make_cache(
-        self, num_tokens: int, *, block_size: int = 16, max_num_seqs: int = 1, **options: Any
+        self,
+        num_tokens: int,
+        *,
+        block_size: int = 16,
+        max_num_seqs: int = 1,
+        dtype: Any = "float32",
+        backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> PagedKVCache:
         """A paged cache of this model's shape with room for `num_tokens` tokens.
+
+        int4 here means rotated, with float16 scales, the newest 128 tokens in float and, where the model has a
+        calibration, calibrated; options change each of these, and ``rotation=False, recent_tokens=0`` makes it plain.
 
         Parameters
         ----------
         num_tokens, block_size, max_num_seqs : int
             The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
-        **options
-            `dtype`, `key_format`, `value_format`, `group_size`, `scale_dtype` and `backend` of `PagedKVCache`.
+        dtype, backend, **options
+            As in `PagedKVCache`.
         """
         config = self.config
         num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
         block_size = arguments.integer("block_size", block_size, minimum=1)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
+        options = with_recipe(dtype, options, self.calibration)
+        options["num_layers"] = config.num_hidden_layers
         return PagedKVCache(
             -(-num_tokens // block_size) + max_num_seqs - 1,
             block_size,
             config.num_key_value_heads,
             config.head_dim,
             max_num_seqs,
-            num_layers=config.num_hidden_layers,
+            dtype,
+            backend=backend,
             **options,
         )
 
@@ -230,12 +268,16 @@ class IncrementalDecoder:
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
         step = cache.step(seq_ids, new, token_ids=tokens)
+        return self.logits(self.forward(np.concatenate(tokens), step.positions, self.attention_of(step)))
+
+    def attention_of(self, step: Step) -> LayerAttention:
+        """The attention of a step of a paged cache, as `forward` calls it."""
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
             return step.attend(q, layer=layer, window_left=self.window_left)
 
-        return self.logits(self.forward(np.concatenate(tokens), step.positions, attention))
+        return attention
 
     def forward_step(
         self, token_ids: Any, caches: KVCache | Sequence[KVCache], is_prefill: bool = False
@@ -299,6 +341,36 @@ class IncrementalDecoder:
         chunk_size = arguments.integer("chunk_size", chunk_size, minimum=1)
         for start in range(0, len(tokens), chunk_size):
             yield self.extend(cache, [seq_id], [tokens[start : start + chunk_size]])
+
+    def calibrate(self, token_ids: Any, *, source: str = "") -> Calibration:
+        """Measure the calibration of this model's keys on a text.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            At least 64; 1,000 are good and 4,000 better. ``bytes`` for a byte-level model.
+        source : str
+            What the text is, for those who read the calibration later.
+        """
+        tokens = self._checked_tokens(token_ids)
+        self._check_end(len(tokens))
+        layers = [ChannelStatistics(i) for i in range(self.config.num_hidden_layers)]
+        cache = self.make_cache(max(len(tokens), 1), dtype="float32")
+        seq_id = cache.add_sequence()
+
+        def read(chunk: np.ndarray) -> None:
+            step = cache.step([seq_id], [len(chunk)])
+            attend = self.attention_of(step)
+
+            def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+                layers[layer].add(k, q)
+                return attend(layer, q, k, v)
+
+            self.forward(chunk, step.positions, attention)
+
+        for start in range(0, len(tokens), CALIBRATION_CHUNK):
+            read(tokens[start : start + CALIBRATION_CHUNK])
+        return calibration_of(layers, source)
 
     def generate(
         self,

@@ -56,6 +56,12 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """The natural logarithm of `softmax`, finite wherever x is: (..., n) float64."""
+    below = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+
+
 def checked_temperature(temperature: Any) -> float:
     """The temperature as a float, 0 or more."""
     number = arguments.real("temperature", temperature)

@@ -6,7 +6,7 @@
 import functools
 import tempfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -25,10 +25,16 @@ from hypothesis.stateful import (
 )
 
 import kvnumba
+from kvnumba import storage
+from kvnumba.attention import passes
+from kvnumba.caches import recent
 
 H, D, LAYERS, MAX_SEQS = 2, 4, 2, 6
+FLOAT_BLOCK, SHORT = 2, 3
 SALTS = ["", "tenant"]
 BACKEND_CALLS = ("write", "copy_blocks", "read_blocks", "write_blocks")
+FLOAT_CALLS = ("read_blocks", "write_blocks")
+"""Those that a step makes after its blocks are booked, to have recent tokens in float before new ones."""
 
 FEW_TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(bytes)  # of two kinds: histories meet
 PROMPTS = st.builds(
@@ -56,6 +62,8 @@ class Model:
     swapped: bool = False
     kept_from: int = 0  # position before which blocks may have been given back
     path: Path | None = None
+    float_from: int = 0  # the ring of recent tokens holds those from here on
+    num_sinks: int = 0  # and so many first ones are held besides
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 2, LAYERS, H, D), np.float32))
 
     def append(self, new):
@@ -63,7 +71,7 @@ class Model:
         self.tokens += new
 
     def copy(self):
-        return Model(self.salt, self.window_left, self.tokens, kept_from=self.kept_from, rows=self.rows)
+        return replace(self, wanted=b"", path=None)
 
 
 def rows_of(salt, before, new):
@@ -78,9 +86,10 @@ def rows_of(salt, before, new):
 class CacheMachine(RuleBasedStateMachine):
     """Every public operation of a paged cache, with faults, in any order."""
 
-    def __init__(self, backend, key_format, value_format):
+    def __init__(self, backend, key_format, value_format, recent_tokens=0, sink_tokens=0):
         super().__init__()
         self.backend, self.formats = backend, {"key_format": key_format, "value_format": value_format}
+        self.recent, self.sinks = recent_tokens, sink_tokens
         self.folder = tempfile.TemporaryDirectory()
         self.files = 0
         self.passes = 0  # forward passes since the last restart
@@ -107,6 +116,8 @@ class CacheMachine(RuleBasedStateMachine):
             MAX_SEQS,
             num_layers=LAYERS,
             backend=self.backend,
+            recent_tokens=self.recent,
+            sink_tokens=self.sinks,
             **self.formats,
         )
         for pool in (cache.k_pool, cache.v_pool):  # a stale read shows
@@ -130,7 +141,17 @@ class CacheMachine(RuleBasedStateMachine):
             return False, error
         except BackendError as error:
             assert self.cache.seq_lens == before[0]
+            self.less_in_float()
             return False, error
+
+    def less_in_float(self):
+        """A call that failed may have left less in float than there was, never more."""
+        held = self.cache._recent
+        for i, model in self.models.items() if held is not None else ():
+            begin, num_sinks = held._begins[i % MAX_SEQS], held._num_sinks[i % MAX_SEQS]
+            assert model.float_from <= begin <= len(model.tokens)
+            assert num_sinks <= model.num_sinks
+            model.float_from, model.num_sinks = int(begin), int(num_sinks)
 
     def seen(self):
         tables = [self.cache.block_table(i).tolist() for i in self.ids()]
@@ -151,6 +172,8 @@ class CacheMachine(RuleBasedStateMachine):
         write=MOSTLY,
     )
     def add(self, prompt, salt, window, look, write):
+        window = max(window, self.recent - 1) if window >= 0 else -1
+
         def call():
             if look:
                 seq_id = self.cache.add_sequence(prompt, cache_salt=salt, window_left=window)
@@ -164,6 +187,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert cached % self.block_size == 0
             model = self.models[self.known(seq_id)] = Model(salt, window)
             model.append(prompt[:cached])
+            model.float_from = cached
             model.wanted = prompt[cached:]
             if write:
                 self.run([seq_id], [model.wanted], tell=True)
@@ -181,9 +205,9 @@ class CacheMachine(RuleBasedStateMachine):
     def reorder(self, data):
         ids = data.draw(st.lists(st.sampled_from(self.ids()), min_size=1, unique=True))
         parents = data.draw(st.lists(st.sampled_from(self.ids()), min_size=len(ids), max_size=len(ids)))
-        self.cache.reorder(ids, parents)
-        copies = [self.models[parent].copy() for parent in parents]
-        self.models.update(zip(ids, copies, strict=True))
+        if self.attempt(lambda: self.cache.reorder(ids, parents), 0)[0]:
+            copies = [self.models[parent].copy() for parent in parents]
+            self.models.update(zip(ids, copies, strict=True))
 
     @precondition(lambda self: self.ids())
     @rule(data=st.data())
@@ -204,6 +228,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.truncate(seq_id, length)
         model.wanted = model.tokens[length:] + model.wanted
         model.tokens, model.rows = model.tokens[:length], model.rows[:length]
+        model.float_from, model.num_sinks = min(model.float_from, length), min(model.num_sinks, length)
         assert len(self.cache.block_table(seq_id)) == -(-length // self.block_size)
 
     @precondition(lambda self: self.models)
@@ -264,9 +289,10 @@ class CacheMachine(RuleBasedStateMachine):
 
         done, error = self.attempt(call, self.bound([seq_id], [new]))
         if done:
+            self.book_floats([seq_id], [new])
             self.advance([seq_id], [new])
         else:
-            if str(error) == "write" and new:
+            if str(error) in ("write", *FLOAT_CALLS) and new:
                 model.kept_from = len(model.tokens)  # it had its blocks: what fell out of the window is gone
             self.cache.truncate(seq_id, len(model.tokens))  # a pass that has come to its second layer shows
 
@@ -291,38 +317,63 @@ class CacheMachine(RuleBasedStateMachine):
         done, step = self.attempt(
             lambda: self.cache.step(ids, [len(n) for n in new], **told), self.bound(ids, new)
         )
-        if not done:
+        if not done and str(step) not in FLOAT_CALLS:
             return
         for i, n in zip(ids, new, strict=True):
             if n:
                 self.models[i].kept_from = len(self.models[i].tokens)
+        if not done:
+            return
+        begins = self.book_floats(ids, new)
         for layer in range({"complete": LAYERS, "half": 1, "dropped": 0}[end]):
             k, v = packed[:, 0, layer], packed[:, 1, layer]
             if not self.attempt(functools.partial(step.write, k, v, layer=layer), 0)[0]:
                 return
         if end == "complete":
+            sinks = [self.models[i].num_sinks for i in ids]
             self.advance(ids, new)
-            self.attended(step, ids, new)
+            self.attended(step, ids, new, begins, sinks)
+
+    def book_floats(self, ids, new):
+        """From where on each sequence's new tokens attend in float; new tokens overwrite the oldest of a ring."""
+        begins = []
+        for i, n in zip(ids, new, strict=True):
+            model, first = self.models[i], len(self.models[i].tokens)
+            if 0 < len(n) <= SHORT:
+                model.float_from = max(model.float_from, self.oldest(first + len(n)))
+            begins.append(max(model.float_from, first + 1 - self.recent))
+        return begins
+
+    def oldest(self, length):
+        """The oldest of so many tokens for which the ring has room."""
+        ring = -(-(self.recent + SHORT + FLOAT_BLOCK - 2) // FLOAT_BLOCK)
+        return ((length - 1) // FLOAT_BLOCK + 1 - ring) * FLOAT_BLOCK
 
     def advance(self, ids, new):
         for i, n in zip(ids, new, strict=True):
             model = self.models[i]
+            first = len(model.tokens)
             if n:
-                model.kept_from = len(model.tokens)
+                model.kept_from = first
             model.append(n)
+            if len(n) > SHORT:
+                begin = max(model.float_from, first + 1 - self.recent)
+                model.float_from = max(begin, self.oldest(first + len(n)))
+            if model.num_sinks == min(first, self.sinks):
+                model.num_sinks = min(len(model.tokens), self.sinks)
             model.wanted = model.wanted[len(n) :] if model.wanted.startswith(n) else b""
 
-    def attended(self, step, ids, new):
+    def attended(self, step, ids, new, begins, sinks):
         """The last layer's attention of a complete step is that of its sequences as they are stored."""
         windows = [self.models[i].window_left for i in ids]
         window = min((w for w in windows if w >= 0), default=-1)
         q = np.sin(np.arange(step.num_tokens * 2 * H * D, dtype=np.float32)).reshape(-1, 2 * H, D)
         out, lse = step.attend(q, layer=LAYERS - 1, window_left=window, return_lse=True)
         begin = 0
-        for i, n in zip(ids, new, strict=True):
+        for i, n, float_from, num_sinks in zip(ids, new, begins, sinks, strict=True):
             if n:
                 part = slice(begin, begin + len(n))
-                k, v = self.cache.get_kv(i, layer=LAYERS - 1)
+                k, v = self.stored(i, LAYERS - 1, float_from, num_sinks)
                 rounded = oracle.rounding_of(self.cache)
                 oracle.assert_as_exact(
                     (out[part], lse[part]), q[part], k, v, window_left=window, rounded=rounded
@@ -380,6 +431,8 @@ class CacheMachine(RuleBasedStateMachine):
                 assert sorted(ids) == sorted(self.models)
                 self.cache = other
                 self.models = {ids[i]: model for i, model in self.models.items()}
+                for model in self.models.values():
+                    model.float_from, model.num_sinks = len(model.tokens), 0
                 self.ever = set(self.models)
 
     @precondition(lambda self: self.fault is None)
@@ -403,6 +456,20 @@ class CacheMachine(RuleBasedStateMachine):
 
     # What is always true
 
+    def stored(self, seq_id, layer, float_from, num_sinks):
+        """Keys and values as they are in the blocks, and what is seen in float as the model has it."""
+        cache, model = self.cache, self.models[seq_id]
+        first = cache._pool.first_position(seq_id)
+        table = cache.block_table(seq_id)[None, first // self.block_size :]
+        count = len(model.tokens) - first
+        found = [x[0] for x in passes.read(cache._backend, cache._buffers, layer, table, count)]
+        if self.recent:
+            for n, rows in enumerate(found):
+                exact = model.rows[first:, n, layer].swapaxes(0, 1).astype(np.float16)
+                rows[:, max(float_from - first, 0) :] = exact[:, max(float_from - first, 0) :]
+                rows[:, : max(num_sinks - first, 0)] = exact[:, : max(num_sinks - first, 0)]
+        return found
+
     def kept(self, seq_id, layer=0):
         return self.cache.get_kv(seq_id, layer=layer)[0]
 
@@ -420,9 +487,13 @@ class CacheMachine(RuleBasedStateMachine):
                 count = kept[0].shape[1]
                 length, window = len(model.tokens), model.window_left
                 assert count >= (length if window < 0 else min(length, window))
+                begin = max(model.float_from, length - self.recent)
+                seen = self.stored(i, layer, begin, min(model.num_sinks, begin))
+                blocks = self.stored(i, layer, length, 0)
                 for n, name in enumerate(("key_format", "value_format")):
                     want = model.rows[len(model.tokens) - count :, n, layer].swapaxes(0, 1)
-                    oracle.assert_stored(kept[n], want, self.formats[name])
+                    oracle.assert_stored(blocks[n], want, self.formats[name])
+                    np.testing.assert_array_equal(kept[n], seen[n])
         stats = self.cache.stats()
         assert stats.free_blocks + stats.used_blocks == stats.num_blocks
         assert stats.free_blocks == self.cache.num_free_blocks >= stats.cached_blocks
@@ -431,10 +502,21 @@ class CacheMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     "formats",
-    [("float32", "float32"), ("int8", "int4"), ("bfloat16", "int8"), ("fp8_e4m3", "float16")],
-    ids="-".join,
+    [
+        ("float32", "float32"),
+        ("int8", "int4"),
+        ("bfloat16", "int8"),
+        ("fp8_e4m3", "float16"),
+        ("int4", "int4", 4),
+        ("int8", "int4", 1, 3),
+    ],
+    ids=lambda formats: "-".join(map(str, formats)),
 )
-def test_random_use(backend, formats):
+def test_random_use(backend, formats, monkeypatch):
+    for module in (storage, recent):  # small rings, which are written round
+        monkeypatch.setattr(module, "RECENT_BLOCK", FLOAT_BLOCK)
+        monkeypatch.setattr(module, "RECENT_SHORT", SHORT)
+
     def machine():
         return CacheMachine(backend, *formats)
 

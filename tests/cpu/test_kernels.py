@@ -18,7 +18,7 @@ if "cpu" not in TESTED:
 
 from numba import njit
 
-from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax
+from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax, transforms
 from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
 from kvnumba.backends.cpu.plan import shape_of
 from kvnumba.backends.cpu.simd import LANES
@@ -33,6 +33,7 @@ TOKENS = (1, 7, 16, 17)
 HEAD_DIMS = (2, 80, 128)
 BEHIND = 16  # rows of NaN behind a run, and before it
 FIRST = 3  # the run's first row
+NO_TRANSFORM = transforms.Transform(np.empty((0, 1), np.float32), 1, 1)
 SM_SCALE = np.float32(0.3)
 
 LEVELS = {INT8: 255, INT4: 15}
@@ -48,9 +49,9 @@ sizes = pytest.mark.parametrize(
 
 
 @njit
-def load_queries(shape, piece, work, q, head_dim, keys, scoring, scratch):
+def load_queries(shape, piece, work, q, head_dim, keys, transform, scoring, scratch):
     reading = shape.choose(keys, keys, scoring)
-    attend.load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch)
+    attend.load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, scratch)
 
 
 @njit
@@ -97,6 +98,16 @@ def stage(rows, run, tile):
 @njit
 def stage_pairs(rows, run, tile):
     many.stage_pairs(rows, run, tile)
+
+
+@njit
+def transform_row(x, start, transform, kind, head, count, out, to):
+    transforms.transform_row(x, start, transform, kind, head, count, out, to)
+
+
+@njit
+def product_with_shift(x, start, transform, head, count):
+    return transforms.product_with_shift(x, start, transform, head, count)
 
 
 # What storage holds, by the formats' definitions.
@@ -252,6 +263,7 @@ def test_load_queries(rows, head_dim, rng):
             q,
             head_dim,
             stored_rows(fmt, 1, head_dim, rng)[0],
+            NO_TRANSFORM,
             scoring,
             columns.scratch,
         )
@@ -499,11 +511,49 @@ def test_staging(count, head_dim, groups, rng):
         np.testing.assert_array_equal(have, bits_of_bfloat16(exact))
 
 
+def hadamard(size):
+    """The matrix of 1 and -1, by its definition: the sign of an element is the parity of the bits in common."""
+    return np.array([[(-1) ** bin(i & j).count("1") for j in range(size)] for i in range(size)])
+
+
+@pytest.mark.parametrize("size", [1 << n for n in range(10)])
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_row_transforms(size, blocks, rng):
+    """Keys, queries and values of each head, from anywhere to anywhere and in place; nothing beside them is touched."""
+    count, heads = blocks * size, 2
+    rows = rng.normal(size=(transforms.KINDS, 2, heads, count + 1)).astype(np.float32)
+    x = rng.normal(size=count + 5).astype(np.float32)
+    for kind in range(transforms.KINDS):
+        sizes = (1, size) if kind == transforms.VALUES else (size, 1)
+        transform = transforms.Transform(rows.reshape(-1, count + 1), *sizes)
+        for head in range(heads):
+            shift, rate = rows[kind, :, head, :count].astype(np.float64)
+            want = ((x[3:-2] - shift) * rate).reshape(blocks, size) @ hadamard(size)
+            out, inside = np.full(count + 7, np.nan, np.float32), x.copy()
+            transform_row(x, 3, transform, kind, head, count, out, 4)
+            np.testing.assert_allclose(out[4:-3], want.reshape(-1), rtol=1e-5, atol=1e-6 * size)
+            assert np.isnan(out[[0, 1, 2, 3, -3, -2, -1]]).all()
+            transform_row(inside, 3, transform, kind, head, count, inside, 3)
+            np.testing.assert_array_equal(inside, np.concatenate((x[:3], out[4:-3], x[-2:])))
+            product = product_with_shift(x, 3, transform, head, count)
+            shift = rows[transforms.KEYS, 0, head, :count].astype(np.float64)
+            np.testing.assert_allclose(product, x[3:-2] @ shift, rtol=1e-5, atol=1e-6 * count)
+
+
 @pytest.mark.skipif(LANES == 8 and "KVNUMBA_NARROW" in os.environ, reason="these are the narrow vectors")
 def test_narrow_vectors(tmp_path):
     """The tests above for one shape of each kind, with vectors of eight lanes, in a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "(3 and not 16) or 16 or staging"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            __file__,
+            "-k",
+            "(3 and not 16) or 16 or staging or transforms",
+        ],
         env={
             **os.environ,
             "KVNUMBA_NARROW": "1",

@@ -65,7 +65,7 @@ class TestDemo:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         pytest.importorskip("tqdm", reason="the demo extra is not installed")
-        monkeypatch.setattr("kvnumba.commands.demo.NUM_NAMES", 8)
+        monkeypatch.setattr("kvnumba.commands.texts.NUM_NAMES", 8)
 
     def test_table_and_text(self, capsys):
         command_line.main(DEMO)
@@ -77,7 +77,7 @@ class TestDemo:
         }
         assert list(rows) == ["float32", "float16", "int8", "int4"]
         # 60 bytes of text in 4 layers of 2 heads of 64
-        assert [rows[fmt][0] for fmt in rows] == ["245,760", "122,880", "69,120", "38,400"]
+        assert [rows[fmt][0] for fmt in rows] == ["245,760", "122,880", "69,120", "34,560"]
         assert rows["float32"][5:] == ["100.00%", "0.0e+00", "100%"]
         assert rows["float16"][7] == rows["int8"][7] == "100%"
         assert all(f"--- {fmt} writes on ---" in out for fmt in rows)

@@ -3,8 +3,11 @@
 import pytest
 
 import kvnumba
+from kvnumba.commands.memory import COLUMNS
 from kvnumba.commands.shapes import SHAPES
 from kvnumba.formats import FORMATS
+
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def test_analysis_by_hand():
@@ -43,26 +46,26 @@ def test_analysis_refuses(name):
 
 def test_the_table_counts_what_caches_take():
     table = kvnumba.memory_growth_table(2, 4, 64, 3, [100, 2000]).splitlines()
-    columns = table[1].split()[1:]
-    assert columns == list(FORMATS)
-    row = next(line for line in table if line.split()[0] == "2,000").split()[1:]
-    sizes = dict(
-        zip(
-            columns,
-            [float(row[i]) * {"MB": 1e6, "kB": 1e3}[row[i + 1]] for i in range(0, len(row), 2)],
-            strict=True,
-        )
-    )
-    for name, size in sizes.items():
-        cache = kvnumba.KVCache(3, 2000, 4, 64, name, num_layers=2, backend="numpy")
-        assert size == pytest.approx(cache.memory_bytes(), rel=0.005)
+    assert table[1].split()[1:] == [*FORMATS, "int4", "model"]
+
+    def sizes(label):
+        cells = next(line for line in table if line.strip().startswith(label))[14:].split()
+        return [float(n) * UNITS[unit] for n, unit in zip(cells[::2], cells[1::2], strict=True)]
+
+    for column, (fmt, options) in enumerate(COLUMNS.values()):
+        cache = kvnumba.KVCache(3, 2000, 4, 64, fmt, num_layers=2, backend="numpy", **options)
+        assert sizes("2,000")[column] == pytest.approx(cache.memory_bytes(), rel=0.005)
+        use = cache.memory()
+        assert sizes("per token")[column] == pytest.approx(cache.bytes_per_token(), rel=0.005)
+        assert sizes("its scales")[column] == pytest.approx(use.scales / 6000, rel=0.005)
+        assert sizes("floats besides")[column] == pytest.approx(use.floats / 3, rel=0.005)
 
 
 def test_the_defaults_are_the_seeds():
     lines = kvnumba.memory_growth_table().splitlines()
     assert lines[0] == "KV cache: 32 layers, 32 KV heads of 128, batch 1"
     assert "34.36 GB" in next(line for line in lines if line.split()[0] == "32,768")
-    assert lines[4].split()[0] == "128"
+    assert lines[6].split()[0] == "128"
     assert lines[-2].split()[0] == "65,536"
 
 

@@ -16,6 +16,7 @@ from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
     NEVER,
+    OFFSET,
     PHASE_MAX,
     QUERY_STEP,
     QUERY_SUM,
@@ -34,6 +35,13 @@ from kvnumba.backends.cpu.shapes import (
 )
 from kvnumba.backends.cpu.softmax import exponentiate_run, settle
 from kvnumba.backends.cpu.storage import find_row, memory_of, offset_of
+from kvnumba.backends.cpu.transforms import (
+    QUERIES,
+    VALUES,
+    is_transformed,
+    product_with_shift,
+    transform_row,
+)
 
 FARTHEST = (1 << 31) - 1  # more tokens than a window can be wide
 
@@ -210,8 +218,12 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
 
 
 @inlined
-def load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch):
-    """Lay out a piece's queries, and what is known of each column of its scores."""
+def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, scratch):
+    """Lay out a piece's queries, and what is known of each column of its scores.
+
+    Where keys are stored shifted, scores lack an OFFSET. Each is given it before a soft cap; where there is none,
+    ROW_MAX lacks it too, until the result is stored.
+    """
     rows, heads = piece.num_tokens * piece.num_heads, piece.num_heads
     columns, width = shape.columns, shape.width
     state, positions, slopes = scratch.state, scratch.positions, scoring.slopes
@@ -221,31 +233,36 @@ def load_queries(shape, reading, piece, work, q, head_dim, scoring, scratch):
     state[PHASE_MAX] = LEAST
     state[ROW_MAX] = LEAST
     positions[:] = NEVER
-    for column in range(width):
-        r = column % columns
-        if r < rows:
-            qo_head = piece.first_head + r % heads
+    scratch.query[:] = 0
+    memory = memory_of(q)
+    transformed = is_transformed(transform)
+    for r in range(rows):
+        token, qo_head = piece.token + r // heads, piece.first_head + r % heads
+        if work.tokens.shape[0] > 0:
+            token = work.tokens[token]
+        source, start = memory, offset_of(q, token, qo_head)
+        offset = np.float32(0)
+        if transformed:
+            offset = scoring.sm_scale * product_with_shift(memory, start, transform, piece.kv_head, head_dim)
+            transform_row(memory, start, transform, QUERIES, piece.kv_head, head_dim, scratch.tile, 0)
+            source, start = scratch.tile, 0
+        step, total = shape.load_query(shape, reading, source, start, r, head_dim, scoring, scratch)
+        for column in range(r, width, columns):
             positions[column] = piece.position + r // heads
+            state[QUERY_STEP, column] = step
+            state[QUERY_SUM, column] = total
+            state[OFFSET, column] = offset
             if slopes.shape[0] > 0:
                 state[SLOPE, column] = slopes[qo_head]
             if counts_sink:
-                state[ROW_MAX, column] = scoring.sinks[qo_head]
+                state[ROW_MAX, column] = scoring.sinks[qo_head] - (
+                    offset if scoring.soft_cap == 0 else np.float32(0)
+                )
                 state[ROW_SUM, column] = 1 if column < columns else 0
-    scratch.query[:] = 0
-    memory = memory_of(q)
-    for r in range(rows):
-        token = piece.token + r // heads
-        if work.tokens.shape[0] > 0:
-            token = work.tokens[token]
-        start = offset_of(q, token, piece.first_head + r % heads)
-        step, total = shape.load_query(shape, reading, memory, start, r, head_dim, scoring, scratch)
-        for column in range(r, width, columns):
-            state[QUERY_STEP, column] = step
-            state[QUERY_SUM, column] = total
 
 
 @inlined
-def store_result(shape, piece, work, split, value_dim, scratch, views):
+def store_result(shape, piece, work, split, value_dim, transform, scoring, scratch, views):
     """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
     heads, partial = piece.num_heads, piece.partial
     state, total, partials = scratch.state, scratch.total, work.partials
@@ -257,7 +274,8 @@ def store_result(shape, piece, work, split, value_dim, scratch, views):
             zero_sum += state[ZERO_SUM, column]
         seen = row_sum != 0  # true of NaN too
         inverse = 1 / row_sum if seen else np.float32(0)
-        row_lse = state[ROW_MAX, r] + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
+        row_max = state[ROW_MAX, r] + (state[OFFSET, r] if scoring.soft_cap == 0 else np.float32(0))
+        row_lse = row_max + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
         if partial < 0:
             token, qo_head = piece.token + r // heads, piece.first_head + r % heads
             start = offset_of(views.out, token, qo_head)
@@ -273,6 +291,8 @@ def store_result(shape, piece, work, split, value_dim, scratch, views):
         else:
             for d in range(value_dim):
                 target[d] = (total[r, d] + zero_sum) * inverse
+        if is_transformed(transform):
+            transform_row(target, 0, transform, VALUES, piece.kv_head, value_dim, target, 0)
 
 
 @inlined
@@ -284,7 +304,8 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     total, state = scratch.total, scratch.state
 
     reading = shape.choose(keys, values, scoring)
-    load_queries(shape, reading, piece, work, views.q, keys.head_dim, scoring, scratch)
+    transform = storage.transform
+    load_queries(shape, reading, piece, work, views.q, keys.head_dim, transform, scoring, scratch)
     total[:] = 0
 
     window, cap = scoring.window_left, scoring.soft_cap
@@ -315,7 +336,8 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
             shape.weigh_run(shape, reading, values, run_of(runs, n), runs[n + later, RUN_ROW], rows, scratch)
         shape.add_phase(reading, rows, scratch)
 
-    store_result(shape, piece, work, SPLIT[reading.v_format], values.head_dim, scratch, views)
+    split = SPLIT[reading.v_format]
+    store_result(shape, piece, work, split, values.head_dim, transform, scoring, scratch, views)
 
 
 @kernel

@@ -60,7 +60,7 @@ class Elements:
 
     def last(self, rest: ir.Value) -> ir.Value:
         """What is left after them, then lanes of `rest`."""
-        return _load_some(self._e, self.start + self.full * (4 * LANES), self.left, rest)
+        return self._e.load_some(self.start + self.full * (4 * LANES), self.left, rest)
 
 
 class FloatCodec:
@@ -110,7 +110,7 @@ class FloatCodec:
         e.loop(x.full, [], whole)
         with e.builder.if_then(x.left > 0, likely=False):
             codes = self._from_float(e, x.last(constant(0.0)))
-            _store_some(e, codes, target + x.full * self.chunk_bytes, x.left)
+            e.store_some(codes, target + x.full * self.chunk_bytes, x.left)
 
 
 class CodeCodec:
@@ -181,7 +181,7 @@ class CodeCodec:
 
             e.loop(x.full, [], whole)
             with b.if_then(x.left > 0, likely=False):
-                _store_some(e, bytes_of(x.last(low)), target + x.full * LANES, x.left)
+                e.store_some(bytes_of(x.last(low)), target + x.full * LANES, x.left)
             return
 
         def packed(first: ir.Value, second: ir.Value) -> ir.Value:
@@ -200,7 +200,7 @@ class CodeCodec:
             before = e.when(single, [rest], lambda: [x.vector(x.full - 1)])[0]
             after = b.select(single, rest, low)
             more = Int(b, b.select(single, index(LANES), index(0)))
-            _store_some(e, packed(before, after), target + x.full // 2 * LANES, (more + x.left) // 2)
+            e.store_some(packed(before, after), target + x.full // 2 * LANES, (more + x.left) // 2)
 
     def _limits(self, e: Emitter, x: Elements) -> tuple[ir.Value, ir.Value]:
         """The least and the greatest element, in all lanes."""
@@ -341,28 +341,6 @@ def _store_scale(e: Emitter, array: Array, at: Int, value: ir.Value) -> ir.Value
     return half_to_float(e, stored) if array.dtype == types.uint16 else value
 
 
-def _load_some(e: Emitter, pointer: Pointer, count: Int, rest: ir.Value) -> ir.Value:
-    """`count` elements, then lanes of `rest`: nothing beyond them is touched."""
-    kind = rest.type.element
-
-    def body(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
-        value = e.load(pointer + i * size_of(kind), kind)
-        return [e.builder.insert_element(carried[0], value, i.value)]
-
-    return e.loop(count, [rest], body)[0]
-
-
-def _store_some(e: Emitter, x: ir.Value, pointer: Pointer, count: Int) -> None:
-    """The first `count` lanes of x."""
-    size = size_of(x.type.element)
-
-    def body(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-        e.store(e.builder.extract_element(x, i.value), pointer + i * size)
-        return []
-
-    e.loop(count, [], body)
-
-
 _BY_NAME: dict[str, Callable[[Format], Any]] = {
     "float32": lambda fmt: FloatCodec(fmt, F32, _same, _same),
     "float16": lambda fmt: FloatCodec(fmt, I16, half_to_float, float_to_half),
@@ -439,10 +417,10 @@ def decode_values(typing, codes, start, count, fmt, scale, zero, group, out, to)
             e.loop(full, [], whole)
             with b.if_then(left > 0, likely=False):
                 empty = ir.Constant(vector(codec.stored), None)
-                rest = _load_some(e, source + full * codec.decoded_bytes, left // codec.fmt.multiple, empty)
+                rest = e.load_some(source + full * codec.decoded_bytes, left // codec.fmt.multiple, empty)
                 for part, x in enumerate(values(rest)):
                     some = (left - part * LANES).at_most(LANES)
-                    _store_some(e, x, target + (full * (item * codec.decoded) + item * part * LANES), some)
+                    e.store_some(x, target + (full * (item * codec.decoded) + item * part * LANES), some)
 
         e.switch(number, ALL_FORMATS, case)
         return context.get_dummy_value()
@@ -497,8 +475,8 @@ def interleave_rows(typing, codes, first, second, count, out, to):
         e.loop(full, [], whole)
         with e.builder.if_then(left > 0, likely=False):
             empty = ir.Constant(vector(I16), None)
-            pair = (_load_some(e, row + full * (2 * LANES), left, empty) for row in rows)
-            _store_some(e, side_by_side(e, *pair), target + full * (4 * LANES), left)
+            pair = (e.load_some(row + full * (2 * LANES), left, empty) for row in rows)
+            e.store_some(side_by_side(e, *pair), target + full * (4 * LANES), left)
         return context.get_dummy_value()
 
     return signature, generate

@@ -35,7 +35,9 @@ PIECE_COLUMNS = len(Piece._fields)
     PARTIAL,
 ) = range(PIECE_COLUMNS)  # fmt: skip
 
-_ALL = np.empty(0, np.int32)  # tokens of a part that has all of them, in order
+_ALL = np.empty(
+    0, np.int32
+)  # tokens of a part that has all of them, in order; begins of sequences seen from 0 on
 
 
 def shape_of(rows: int, scale_dtype: str) -> Shape:
@@ -146,8 +148,9 @@ def _merged(
     return Plan(parts, num_partials, partial_rows, merges, sources, False, True, workers)
 
 
-def _tables(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return batch.seq_lens, batch.query_start_loc, batch.positions
+def _tables(batch: Batch) -> tuple[np.ndarray, ...]:
+    begins = _ALL if batch.begins is None else batch.begins
+    return begins, batch.seq_lens, batch.query_start_loc, batch.positions
 
 
 def _cut(batch: Batch, *rest: int) -> Any:
@@ -167,15 +170,15 @@ def sort_by_size(pieces, least, most):
 
 
 @kernel
-def measure(static, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
+def measure(static, begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
     """Keys that all pieces see together, if none is split, and the scores that they make."""
-    return count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
+    return count_keys(begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
 
 
 @kernel
 def cut(
-    static, seq_lens, query_start_loc, positions, num_kv_heads, group, head_dim, window_left, num_threads, partials,
-    keys, scores,
+    static, begins, seq_lens, query_start_loc, positions, num_kv_heads, group, head_dim, window_left, num_threads,
+    partials, keys, scores,
 ):  # fmt: skip
     """The pieces of a part, and the threads that the work is worth.
 
@@ -187,16 +190,38 @@ def cut(
     """
     alone = scores < 0
     if alone:
-        keys, scores = count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
+        keys, scores = count_keys(
+            begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left
+        )
     workers = 1 if scores * head_dim <= SERIAL * 128 else num_threads
     split = max(MIN_SPLIT, (keys + 4 * workers - 1) // (4 * workers)) if workers > 1 else max(keys, 1)
     pieces = np.empty((0, PIECE_COLUMNS), np.int64)
     num_pieces, _, _, _ = list_pieces(
-        seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, partials, pieces
+        begins,
+        seq_lens,
+        query_start_loc,
+        positions,
+        num_kv_heads,
+        group,
+        window_left,
+        split,
+        alone,
+        partials,
+        pieces,
     )
     pieces = np.empty((num_pieces, PIECE_COLUMNS), np.int64)
     _, partials, least, most = list_pieces(
-        seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, partials, pieces
+        begins,
+        seq_lens,
+        query_start_loc,
+        positions,
+        num_kv_heads,
+        group,
+        window_left,
+        split,
+        alone,
+        partials,
+        pieces,
     )
     return pieces, partials, workers, least, most
 
@@ -219,15 +244,17 @@ def tile_of(count, group):
 
 
 @plain
-def key_range(seq_len, position, tokens, window_left):
-    """The keys that `tokens` new tokens from `position` on see."""
-    end = min(position + tokens, seq_len)
-    begin = max(0, position - window_left) if window_left >= 0 else 0
+def key_range(begins, seq_lens, s, position, tokens, window_left):
+    """The keys of sequence s that `tokens` new tokens from `position` on see."""
+    end = min(position + tokens, seq_lens[s])
+    begin = begins[s] if begins.shape[0] > 0 else 0
+    if window_left >= 0:
+        begin = max(begin, position - window_left)
     return min(begin, end), end
 
 
 @plain
-def count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
+def count_keys(begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
     """Keys that all pieces see together, if none is split, and the scores that they make."""
     keys, scores = 0, 0
     for s in range(seq_lens.shape[0]):
@@ -235,7 +262,7 @@ def count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window
         tile, _ = tile_of(count, group)
         for first in range(0, count, tile):
             tokens = min(tile, count - first)
-            begin, end = key_range(seq_lens[s], positions[s] + first, tokens, window_left)
+            begin, end = key_range(begins, seq_lens, s, positions[s] + first, tokens, window_left)
             keys += (end - begin) * num_kv_heads
             scores += (end - begin) * num_kv_heads * tokens * group
     return keys, scores
@@ -243,7 +270,7 @@ def count_keys(seq_lens, query_start_loc, positions, num_kv_heads, group, window
 
 @plain
 def list_pieces(
-    seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, p, pieces
+    begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, p, pieces
 ):  # fmt: skip
     """List pieces with ranges of `split` keys at most, where their table has room.
 
@@ -259,7 +286,7 @@ def list_pieces(
         for t in range(tiles - 1, -1, -1):
             first = t * tile
             tokens = min(tile, count - first)
-            begin, end = key_range(seq_lens[s], positions[s] + first, tokens, window_left)
+            begin, end = key_range(begins, seq_lens, s, positions[s] + first, tokens, window_left)
             ranges = max(1, (end - begin + split - 1) // split)
             length = (end - begin + ranges - 1) // ranges
             partial = ranges > 1 or not alone

@@ -94,8 +94,9 @@ class Shape(Static):
     RESCALE,  # what sums of earlier phases are multiplied by
     WEIGHT_MAX,  # the greatest weight of the phase, in this lane
     WEIGHT_SUM,  # of the phase's weights as integers, in this lane
-) = range(10)
-STATE_ROWS = 10
+    OFFSET,  # what scores lack where keys are stored shifted, see `RowTransform.offsets`
+) = range(11)
+STATE_ROWS = 11
 
 AHEAD = 64  # tokens between what is read and what is prefetched
 
@@ -220,7 +221,7 @@ def state_at(state: Array, name: int, shape: Shape, part: int = 0) -> Pointer:
 def finish_scores(
     e: Emitter, shape: Shape, part: int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
 ) -> ir.Value:
-    """Soft cap, ALiBi and masks, in the order of the NumPy backend's `score`, on a vector of scores.
+    """Offset and soft cap, ALiBi and masks, in the order of the NumPy backend's `score`, on a vector of scores.
 
     Its first token is `token` of the run, its columns those of the state's vector `part`.
     """
@@ -228,7 +229,12 @@ def finish_scores(
     offsets = [lane // shape.columns for lane in range(LANES)]
     cap = e.splat(masks.soft_cap)
     capped = b.fcmp_ordered(">", masks.soft_cap, ir.Constant(F32, 0.0))
-    score = e.when(capped, [score], lambda: [e.mul(cap, e.tanh(b.fdiv(score, cap)))])[0]
+
+    def within_cap() -> list[ir.Value]:
+        product = e.add(score, e.load(state_at(scratch.state, OFFSET, shape, part), vector(F32)))
+        return [e.mul(cap, e.tanh(b.fdiv(product, cap)))]
+
+    score = e.when(capped, [score], within_cap)[0]
     lane_token = ir.Constant(vector(I32), offsets)
     key = b.add(e.splat((run.key + token).narrow()), lane_token)
     own = e.load(scratch.positions.start + 4 * part * LANES, vector(I32))

@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import Static, plain, static
+from kvnumba.backends.cpu.transforms import Transform, transform_of
 from kvnumba.storage import Buffers, Encoded, Layout, RowLayout, allocate_on_host
 
 ALIGNMENT = 64  # bytes of a cache line: a vector that straddles two is read twice
@@ -43,6 +44,7 @@ class Storage(NamedTuple):
 
     keys: Rows
     values: Rows
+    transform: Transform
     first_block: int
     block_size: int
     num_heads: int
@@ -105,7 +107,14 @@ def allocate(layout: Layout) -> CpuBuffers:
         for encoded, rows in ((host.keys, layout.keys), (host.values, layout.values))
     )
     layers = [
-        Storage(keys, values, layer * layout.num_blocks, layout.block_size, layout.num_kv_heads)
+        Storage(
+            keys,
+            values,
+            transform_of(layout, layer),
+            layer * layout.num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+        )
         for layer in range(layout.num_layers)
     ]
     return CpuBuffers(layout, host.keys, host.values, static(scale_dtype), layers)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvnumba.backends.cpu.codecs import encode_row
 from kvnumba.backends.cpu.jit import borrowed, kernel, plain
 from kvnumba.backends.cpu.storage import Rows, Storage, memory_of, offset_of
+from kvnumba.backends.cpu.transforms import KEYS, VALUES, is_transformed, prefetch_row, transform_row
 
 CHUNK = 32  # tokens of a head that are written together: runs that the memory system streams
+AHEAD = 4  # tokens from one that is transformed to the one that is prefetched: too much lies between them to be guessed
 
 
 class WriteJob(NamedTuple):
-    """Of `write`: k (B, n, H, D), v (B, n, H, Dv), and the slot of each token, (T,) int64."""
+    """Of `write`: k (B, n, H, D), v (B, n, H, Dv), and the slot of each token, (T,) int64, negative for none."""
 
     k: Any
     v: Any
@@ -28,27 +32,38 @@ class EncodeJob(NamedTuple):
 
 
 @plain
-def write_chunk(x, begin, end, slot_mapping, storage, rows):
-    """Encode the tokens from `begin` to `end` as keys, or as values."""
+def write_chunk(x, begin, end, slot_mapping, storage, rows, kind, scratch):
+    """Encode the tokens from `begin` to `end` as keys, or as values; those with a negative slot belong nowhere."""
     memory, block_size, num_heads = memory_of(x), storage.block_size, storage.num_heads
+    transformed = is_transformed(storage.transform)
     for head in range(num_heads):
         for token in range(begin, end):
             slot = slot_mapping[token]
+            if slot < 0:
+                continue
             block = storage.first_block + slot // block_size
             row = (block * num_heads + head) * block_size + slot % block_size
-            encode_row(memory, offset_of(x, token, head), rows, row)
+            start = offset_of(x, token, head)
+            if transformed:
+                ahead = offset_of(x, min(token + AHEAD, end - 1), head)
+                prefetch_row(memory, ahead, rows.head_dim)
+                transform_row(memory, start, storage.transform, kind, head, rows.head_dim, scratch, 0)
+                encode_row(scratch, 0, rows, row)
+            else:
+                encode_row(memory, start, rows, row)
 
 
 @kernel
 def write(static, worker, workers, job):
     """Encode the keys and values of new tokens where the slot mapping says."""
     k, v, slot_mapping, storage = borrowed(job)
+    scratch = np.empty(storage.transform.rows.shape[1], np.float32)  # a row on its way
     count = slot_mapping.shape[0]
     end_of_share = (worker + 1) * count // workers
     for begin in range(worker * count // workers, end_of_share, CHUNK):
         end = min(begin + CHUNK, end_of_share)
-        write_chunk(k, begin, end, slot_mapping, storage, storage.keys)
-        write_chunk(v, begin, end, slot_mapping, storage, storage.values)
+        write_chunk(k, begin, end, slot_mapping, storage, storage.keys, KEYS, scratch)
+        write_chunk(v, begin, end, slot_mapping, storage, storage.values, VALUES, scratch)
 
 
 @kernel

@@ -8,21 +8,24 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 
-from kvnumba import arguments
 from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.caches.snapshot import clear_unfinished, replacing
-from kvnumba.formats import resolve_format
 from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
 from kvnumba.options import arithmetic_name
+from kvnumba.recipes import with_recipe
+from kvnumba.storage import Layout, LayoutOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NAME = "kvnumba"
 """Of the attention implementation."""
@@ -199,14 +202,17 @@ class KVNumbaCache(Cache):
         ``model.config`` itself: the cache reads which attention implementation is set.
     key_format, value_format : {"float32", "float16", "bfloat16", "fp8_e4m3", "int8", "int4"}, optional
         Default: the model's dtype.
-    group_size : int, optional
-        Elements along head_dim that share a scale in int8 and int4. Default: all.
     arithmetic : {"float32", "bfloat16"}, optional
         In which queries, keys and values are multiplied, as in `kvnumba.options.ScoringOptions`: "bfloat16" makes
         prompts faster on some processors, at its precision. Default: "bfloat16" for models in bfloat16, otherwise what
         is fastest within the rounding of the storage format.
     backend : {"numpy", "cpu", "cuda", "auto"}, optional
         Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto": "cuda" for tensors on a GPU, else "cpu".
+    **options
+        Group size and dtype of scales, rotation, calibration, tokens kept in float: see `kvnumba.LayoutOptions`. int4
+        here means rotated, with float16 scales and the newest 128 tokens in float, unless options say otherwise; give
+        it what `calibrate` measured for the model to have it calibrated too. Layers with a narrower sliding window
+        keep that much in float.
 
     Raises
     ------
@@ -218,28 +224,26 @@ class KVNumbaCache(Cache):
         self,
         config: PreTrainedConfig,
         *,
-        key_format: str | None = None,
-        value_format: str | None = None,
-        group_size: int | None = None,
         arithmetic: str | None = None,
         backend: str | None = None,
+        **options: Unpack[LayoutOptions],
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: expected model.config; got a {type(config).__name__}")
-        for argument, fmt in (("key_format", key_format), ("value_format", value_format)):
-            if fmt is not None:
-                resolve_format(argument, fmt)
-        if group_size is not None:
-            arguments.integer("group_size", group_size, minimum=1)
+        options = _checked(options)
         arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
-        self._settings = Settings(key_format, value_format, group_size, arithmetic, chosen_name(backend))
+        self._settings = Settings(options, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)
         kinds = list(_kinds(self._config))
         stored = [kind for kind in kinds if kind is not None]
+        calibration = options.get("calibration")
+        if calibration is not None and len(calibration.shifts) != len(stored):
+            raise ValueError(f"calibration: expected one of {len(stored)} layers; got {calibration!r}")
+        layers = {kind: [n for n, other in enumerate(stored) if other == kind] for kind in stored}
         self._groups = {
-            kind: LayerGroup(self._settings, stored.count(kind), stored.count(kind) / len(stored), kind[0])
-            for kind in dict.fromkeys(stored)
+            kind: LayerGroup(self._settings, own, len(own) / len(stored), kind[0])
+            for kind, own in layers.items()
         }
         super().__init__(layers=self._make_layers(kinds))
 
@@ -289,7 +293,7 @@ class KVNumbaCache(Cache):
             group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens, scales and zeros included."""
+        """Bytes of the blocks that hold tokens, and of the tokens that are kept in float besides."""
         return sum(group.used_bytes() for group in self._groups.values())
 
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
@@ -375,9 +379,24 @@ class KVNumbaCache(Cache):
         used = [group.pool.backend for group in self._groups.values() if group.started]
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
-            f"keys {settings.key_format or 'as given'}, values {settings.value_format or 'as given'}, "
+            f"keys {settings.options.get('key_format') or 'as given'}, "
+            f"values {settings.options.get('value_format') or 'as given'}, "
             f"{(used or [settings.backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
+
+
+def _checked(options: LayoutOptions) -> LayoutOptions:
+    """Options with what int4 stands for, after the checks that need no model; None where the default is meant."""
+    for name in ("num_layers", "value_head_dim"):
+        if name in options:
+            raise TypeError(f"{name}: the model decides it; expected no such argument")
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    filled: Any = with_recipe(None, given)
+    group_size = filled.get("group_size")
+    head_dim = 2 * group_size if isinstance(group_size, int) and group_size > 0 else 2
+    Layout.of(1, 1, 1, head_dim, **{**filled, "calibration": None})
+    checked: LayoutOptions = filled
+    return checked
 
 
 def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
@@ -397,16 +416,12 @@ def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
 
 def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
     """A group like this one, with the contents that a folder has of it."""
-    new = LayerGroup(group.settings, group.num_layers, group.share, group.sliding_window)
+    new = LayerGroup(group.settings, group.layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
     head_dims = (entry["head_dim"], entry.get("value_head_dim", entry["head_dim"]))  # once there was only one
     backend = get_backend(group.settings.backend, on_host=True)
-    new.adopt(
-        group.settings.allocate(
-            entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), group.num_layers, group.share, backend
-        )
-    )
+    new.adopt(new.allocate(entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), backend))
     ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
     own = [ids.pop(seq_id) for seq_id in entry["ids"]]
     for seq_id in ids.values():  # of copies of the cache

@@ -9,6 +9,7 @@ there the pools take half of what is free when the first token comes, and leave 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,13 @@ from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
 from kvnumba.options import Scoring
-from kvnumba.storage import Layout
+from kvnumba.storage import Layout, LayoutOptions
 
 BLOCK_SIZE = 128
 MAX_NUM_SEQS = 1024
 """Sequences that a pool can hold: those of a batch, its beams, and those of copies of the cache."""
+SHARE_OF_FLOATS = 0.25
+"""Of a pool's memory, at the most, for tokens that are kept in float: they have it for every sequence."""
 SHARE_OF_GPU = 0.5
 """Of the memory that is free when the first token comes."""
 
@@ -35,13 +38,11 @@ SHARE_OF_GPU = 0.5
 class Settings:
     """What the user chose.
 
-    A format of None stands for the dtype of the model's keys or values, the backend "auto" for the one that works where
+    Without a format that of the model's keys or values is taken; the backend "auto" stands for the one that works where
     they are.
     """
 
-    key_format: str | None
-    value_format: str | None
-    group_size: int | None
+    options: LayoutOptions
     arithmetic: str | None
     backend: str
 
@@ -50,8 +51,9 @@ class Settings:
         num_kv_heads: int,
         head_dims: tuple[int, int],
         defaults: tuple[str, str],
-        num_layers: int,
+        layers: Sequence[int],
         share: float,
+        sliding_window: int | None,
         backend: Backend,
     ) -> PagedKVCache:
         """A pool for several layers.
@@ -61,29 +63,33 @@ class Settings:
         num_kv_heads : int
         head_dims, defaults
             Of keys and values: elements, and the format where the user chose none.
-        num_layers : int
+        layers : sequence of int
+            Their numbers, among the layers that the cache stores.
         share : float
             How much of the memory there is the pool may fill.
+        sliding_window : int, optional
+            Tokens that a token sees.
         backend : Backend
         """
-        key_format, value_format = self.key_format or defaults[0], self.value_format or defaults[1]
-        layout = Layout.of(
-            1,
-            BLOCK_SIZE,
-            num_kv_heads,
-            head_dims[0],
-            key_format,
-            value_format=value_format,
-            value_head_dim=head_dims[1],
-            group_size=self.group_size,
-            num_layers=num_layers,
-        )
+        options: LayoutOptions = {**self.options, "num_layers": len(layers), "value_head_dim": head_dims[1]}
+        options["key_format"] = options.get("key_format") or defaults[0]
+        options["value_format"] = options.get("value_format") or defaults[1]
+        calibration, recent_tokens = options.get("calibration"), options.get("recent_tokens")
+        if calibration is not None:
+            options["calibration"] = calibration.select(layers)
+        if recent_tokens and sliding_window is not None:
+            options["recent_tokens"] = min(recent_tokens, sliding_window)
+        layout = Layout.of(1, BLOCK_SIZE, num_kv_heads, head_dims[0], **options)
         if backend.device is not None:
             share *= SHARE_OF_GPU
-        num_blocks = max(1, int(backend.available_bytes() * share) // layout.memory_bytes())
-        layout = replace(layout, num_blocks=num_blocks)
+        room, max_num_seqs = int(backend.available_bytes() * share), MAX_NUM_SEQS
+        if layout.recent_tokens:
+            most = int(room * SHARE_OF_FLOATS) // layout.memory(1).floats
+            max_num_seqs = max(1, min(MAX_NUM_SEQS, most))
+            room -= layout.memory(max_num_seqs).floats
+        layout = replace(layout, num_blocks=max(1, room // layout.memory_bytes()))
         try:
-            return PagedKVCache.from_layout(layout, MAX_NUM_SEQS, backend=backend.name)
+            return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend.name)
         except MemoryError as error:
             if backend.device is not None:
                 raise
@@ -132,7 +138,8 @@ class LayerGroup:
     Parameters
     ----------
     settings : Settings
-    num_layers : int
+    layers : sequence of int
+        Their numbers, among the layers that the cache stores.
     share : float
         How much of the machine's memory the group may fill.
     sliding_window : int, optional
@@ -140,10 +147,10 @@ class LayerGroup:
     """
 
     def __init__(
-        self, settings: Settings, num_layers: int, share: float, sliding_window: int | None = None
+        self, settings: Settings, layers: Sequence[int], share: float, sliding_window: int | None = None
     ) -> None:
         self.settings = settings
-        self.num_layers = num_layers
+        self.layers = layers
         self.share = share
         self.sliding_window = sliding_window
         self.record_past = False
@@ -184,13 +191,25 @@ class LayerGroup:
             )
         backend = get_backend(self.settings.backend, on_host=k.is_cpu)
         _require_device(k, backend)
-        _require_rows(len(k))
         head_dims, defaults = (k.shape[3], v.shape[3]), (format_name(k.dtype), format_name(v.dtype))
-        self.adopt(
-            self.settings.allocate(k.shape[1], head_dims, defaults, self.num_layers, self.share, backend)
-        )
+        pool = self.allocate(k.shape[1], head_dims, defaults, backend)
+        _require_rows(len(k), pool)
+        self.adopt(pool)
         window_left = -1 if self.sliding_window is None or self.record_past else self.sliding_window - 1
         self.ids.extend(self.pool.add_sequence(window_left=window_left) for _ in range(len(k)))
+
+    def allocate(
+        self, num_kv_heads: int, head_dims: tuple[int, int], defaults: tuple[str, str], backend: Backend
+    ) -> PagedKVCache:
+        """A pool for the group, see `Settings.allocate`."""
+        return self.settings.allocate(
+            num_kv_heads, head_dims, defaults, self.layers, self.share, self.sliding_window, backend
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the group."""
+        return len(self.layers)
 
     def adopt(self, pool: PagedKVCache) -> None:
         """Use this pool, and finish the group's sequences in it when the group is no longer used."""
@@ -370,7 +389,7 @@ class LayerGroup:
         if not self.started:
             return
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
-        _require_rows(len(rows))
+        _require_rows(len(rows), self.pool)
         self._length, self.forward = self.complete_length, None
         before = self.ids.copy()
         for row, seq_id in enumerate(before):
@@ -386,7 +405,7 @@ class LayerGroup:
 
     def fork(self) -> LayerGroup:
         """A copy that changes independently; blocks are shared until one of the two writes to them."""
-        twin = LayerGroup(self.settings, self.num_layers, self.share, self.sliding_window)
+        twin = LayerGroup(self.settings, self.layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
         if self.started:
             twin.adopt(self.pool)
@@ -395,11 +414,12 @@ class LayerGroup:
         return twin
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens, scales and zeros included."""
+        """Bytes of the blocks that hold tokens, and of the tokens that are kept in float besides."""
         if not self.started:
             return 0
         pool = self.pool
-        return (pool.num_blocks - pool.num_free_blocks) * pool.block_size * pool.bytes_per_token()
+        tokens = (pool.num_blocks - pool.num_free_blocks) * pool.block_size
+        return sum(pool.layout.memory(len(pool.seq_lens), tokens=tokens))
 
 
 def _by_token(x: torch.Tensor, real: np.ndarray | None) -> Any:
@@ -430,6 +450,6 @@ def _require_device(k: torch.Tensor, backend: Backend) -> None:
         )
 
 
-def _require_rows(count: int) -> None:
-    if count > MAX_NUM_SEQS:
-        raise ValueError(f"batch: expected at most {MAX_NUM_SEQS} sequences; got {count}")
+def _require_rows(count: int, pool: PagedKVCache) -> None:
+    if count > pool.max_num_seqs:
+        raise ValueError(f"batch: expected at most {pool.max_num_seqs} sequences; got {count}")

@@ -1,0 +1,202 @@
+"""Row transforms in the kernels: what `kvnumba.transforms.RowTransform` defines, on rows that are at hand anyway."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, vector
+from kvnumba.storage import Layout
+from kvnumba.transforms import rotation_size
+
+KEYS, QUERIES, VALUES = range(
+    3
+)  # what is transformed; outputs are as values, whose rotation is its own inverse
+KINDS = 3
+
+WIDEST = 8 * LANES  # elements whose butterflies stay in registers
+
+
+class Transform(NamedTuple):
+    """What is done to rows x of one layer: ``rotate((x - shift) * rate)``.
+
+    Attributes
+    ----------
+    rows : (KINDS * 2 * H, the greater head_dim) float32
+        For each kind the shifts of all KV heads, then their rates, which have the factor that makes the Hadamard matrix
+        a normalised one. No rows where nothing is transformed.
+    key_size, value_size : int
+        Elements of a row that are rotated together; 1: nothing is.
+    """
+
+    rows: Any
+    key_size: int
+    value_size: int
+
+
+def transform_of(layout: Layout, layer: int) -> Transform:
+    """The transform of a layer as the kernels see it."""
+    transform, head_dim, value_dim = layout.transform, layout.head_dim, layout.value_head_dim
+    if transform is None:
+        return Transform(np.empty((0, 1), np.float32), 1, 1)
+    key_size, value_size = (
+        rotation_size(width) if transform.rotation else 1 for width in (head_dim, value_dim)
+    )
+    rows = np.zeros((KINDS, 2, layout.num_kv_heads, max(head_dim, value_dim)), np.float32)
+    shifts, scales = np.float32(0), np.float32(1)
+    if transform.calibration is not None:
+        shifts, scales = (x[layer] for x in (transform.calibration.shifts, transform.calibration.scales))
+    rows[KEYS, 0, :, :head_dim] = shifts
+    rows[KEYS, 1, :, :head_dim] = key_size**-0.5 / scales
+    rows[QUERIES, 1, :, :head_dim] = key_size**-0.5 * scales
+    rows[VALUES, 1] = value_size**-0.5
+    return Transform(rows.reshape(-1, rows.shape[-1]), key_size, value_size)
+
+
+@plain
+def is_transformed(transform):
+    """Whether anything is done."""
+    return transform.rows.shape[0] > 0
+
+
+@plain
+def transform_row(x, start, transform, kind, head, count, out, to):
+    """Transform x[start : start + count] of a KV head into out[to:]; both are flat, and may be the same memory."""
+    size = transform.value_size if kind == VALUES else transform.key_size
+    heads = transform.rows.shape[0] // (2 * KINDS)
+    shift = 2 * kind * heads + head
+    transform_values(x, start, transform.rows, shift, shift + heads, count, size, out, to)
+    distance = WIDEST
+    while distance < size:
+        for first in range(to, to + count, 2 * distance):
+            for d in range(first, first + distance):
+                low, high = out[d], out[d + distance]
+                out[d] = low + high
+                out[d + distance] = low - high
+        distance *= 2
+
+
+@plain
+def product_with_shift(x, start, transform, head, count):
+    """The product of the query x[start : start + count] with the shift of a head's keys."""
+    return dot_row(x, start, transform.rows, head, count)
+
+
+@intrinsic
+def transform_values(typing, x, start, rows, shift, rate, count, size, out, to):
+    """Shift, scale and rotate elements, as far as the butterflies of WIDEST neighbours go."""
+    signature = types.void(x, types.intp, rows, *[types.intp] * 4, out, types.intp)
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        x, start, rows, shift, rate, count, size, out, to = e.arguments(signature, args)
+        at = x.start + start * 4, _row(rows, shift), _row(rows, rate), out.start + to * 4
+        sizes = [1 << n for n in range(WIDEST.bit_length())]
+        e.switch(size, sizes, lambda size: _transform(e, size, count, *at))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _row(rows: Array, number: Int) -> Pointer:
+    return rows.start + number * rows.extent(1) * 4
+
+
+def _transform(
+    e: Emitter, size: int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
+) -> None:
+    together = max(1, size // LANES)
+    block_bytes = 4 * LANES * together
+
+    def block(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+        offsets = [i * block_bytes + part * 4 * LANES for part in range(together)]
+        vectors = [
+            e.mul(
+                e.sub(*(e.load(row + offset, vector(F32)) for row in (x, shift))),
+                e.load(rate + offset, vector(F32)),
+            )
+            for offset in offsets
+        ]
+        for offset, y in zip(offsets, hadamard(e, vectors, size), strict=True):
+            e.store(y, out + offset)
+        return []
+
+    e.loop(count // (LANES * together), [], block)
+    if size < LANES:
+        left = count % LANES
+        with e.builder.if_then(left > 0, likely=False):
+            offset = (count - left) * 4
+            some = [e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate)]
+            [y] = hadamard(e, [e.mul(e.sub(some[0], some[1]), some[2])], size)
+            e.store_some(y, out + offset, left)
+
+
+def hadamard(e: Emitter, vectors: list[ir.Value], size: int) -> list[ir.Value]:
+    """Vectors of neighbouring elements times the matrix of 1 and -1, `size` elements at a time: butterflies."""
+    distance = 1
+    while distance < min(
+        size, LANES
+    ):  # between lanes: a lane and its partner's, of which one changes its sign
+        signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+        partners = [lane ^ distance for lane in range(LANES)]
+        vectors = [e.fma(x, signs, e.pick(x, partners)) for x in vectors]
+        distance *= 2
+    step = 1
+    while step < len(vectors):
+        vectors = [
+            e.sub(vectors[i - step], x) if i & step else e.add(x, vectors[i + step])
+            for i, x in enumerate(vectors)
+        ]
+        step *= 2
+    return vectors
+
+
+@intrinsic
+def dot_row(typing, x, start, rows, row, count):
+    """The product of x[start : start + count], of a flat x, with a row of a table."""
+    signature = types.float32(x, types.intp, rows, types.intp, types.intp)
+
+    def generate(context, builder, signature, args):
+        e, b = Emitter(context, builder), builder
+        x, start, rows, row, count = e.arguments(signature, args)
+        at = x.start + start * 4, _row(rows, row)
+        full, left = count // LANES, count % LANES
+
+        def whole(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
+            first, second = (e.load(row + i * (4 * LANES), vector(F32)) for row in at)
+            return [e.fma(first, second, sums[0])]
+
+        def rest() -> list[ir.Value]:
+            first, second = (e.load_some(row + full * (4 * LANES), left, constant(0.0)) for row in at)
+            return [e.fma(first, second, sums[0])]
+
+        sums = e.loop(full, [constant(0.0)], whole)
+        total = e.reduce(e.when(left > 0, sums, rest)[0], e.add, 1)
+        return b.extract_element(total, I32(0))
+
+    return signature, generate
+
+
+@intrinsic
+def prefetch_row(typing, x, start, count):
+    """Ask for x[start : start + count], of a flat x."""
+    signature = types.void(x, types.intp, types.intp)
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        x, start, count = e.arguments(signature, args)
+        first = x.start + start * 4
+
+        def line(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            e.prefetch(first + i * 64)
+            return []
+
+        e.loop((count * 4 + 63) // 64, [], line)
+        return context.get_dummy_value()
+
+    return signature, generate
