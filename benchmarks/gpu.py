@@ -26,6 +26,14 @@ from kvnumba.commands.bench import shuffle
 HQ, H, D, BLOCK = 32, 8, 128, 16
 DECODE = ((1, 32_768), (16, 4_096), (1, 131_072))
 FORMATS = ("float16", "fp8_e4m3", "int8", "int4")
+SMALL = {"dtype": "int4", "scale_dtype": "float16"}
+OPTIONS: dict[str, dict[str, Any]] = {fmt: {"dtype": fmt} for fmt in FORMATS} | {
+    "int4, scales in float16": SMALL,
+    "the same, rotated": {**SMALL, "rotation": True},
+    "the same, calibrated": {**SMALL, "rotation": True, "calibration": True},
+    "the same, 128 recent tokens": {**SMALL, "rotation": True, "calibration": True, "recent_tokens": 128},
+}
+"""Rows of the tables -> how the cache stores; a calibration is random."""
 ROTATED = 600_000_000  # bytes: several times the L2
 NEW, CACHED = 2_048, 8_192
 REPLAYS, MILLISECONDS = 9, 2.0
@@ -103,30 +111,43 @@ def read_time(nbytes: int) -> float:
     return graph_time([call(n) for n in range(sets)])
 
 
-def filled(
-    batch: int, length: int, new: int, fmt: str, sets: int
-) -> tuple[kvnumba.PagedKVCache, list[list[int]]]:
-    """A cache in shuffled blocks with some sets of sequences of random tokens, and room for new ones."""
-    blocks = batch * -(-(length + new) // BLOCK) * sets
-    cache = kvnumba.PagedKVCache(blocks, BLOCK, H, D, blocks, fmt, backend="cuda")
+def make_cache(
+    num_blocks: int, num_seqs: int, num_layers: int, options: dict[str, Any]
+) -> kvnumba.PagedKVCache:
+    """A cache in shuffled blocks."""
+    if options.get("calibration"):
+        rng = np.random.default_rng(1)
+        shifts = rng.standard_normal((num_layers, H, D)).astype(np.float32) / 4
+        scales = np.exp(rng.standard_normal((num_layers, H, D)) / 4).astype(np.float32)
+        options = {**options, "calibration": kvnumba.Calibration(tuple(shifts), tuple(scales), 1)}
+    cache = kvnumba.PagedKVCache(
+        num_blocks, BLOCK, H, D, num_seqs, num_layers=num_layers, backend="cuda", **options
+    )
     shuffle(cache)
+    return cache
+
+
+def filled(
+    batch: int, length: int, new: int, options: dict[str, Any], sets: int
+) -> tuple[kvnumba.PagedKVCache, list[list[int]]]:
+    """A cache with some sets of sequences of random tokens, and room for new ones."""
+    blocks = batch * -(-(length + new) // BLOCK) * sets
+    cache = make_cache(blocks, batch * sets, 1, options)
     groups = []
     for _ in range(sets):
         ids = [cache.add_sequence() for _ in range(batch)]
         for start in range(0, length, 4096):
-            new = min(4096, length - start)
-            step = cache.step(ids, [new] * batch)
-            k = torch.randn(batch * new, H, D, device="cuda", dtype=torch.float16)
-            step.write(k, torch.randn_like(k))
+            append(cache, ids, min(4096, length - start))
         groups.append(ids)
     return cache, groups
 
 
 def append(cache: kvnumba.PagedKVCache, ids: list[int], new: int) -> kvnumba.Step:
-    """Some random tokens more for each sequence."""
+    """Some random tokens more for each sequence, in all layers."""
     step = cache.step(ids, [new] * len(ids))
     k = torch.randn(len(ids) * new, H, D, device="cuda", dtype=torch.float16)
-    step.write(k, torch.randn_like(k))
+    for layer in range(cache.num_layers):
+        step.write(k, torch.randn_like(k), layer=layer)
     return step
 
 
@@ -138,14 +159,47 @@ def check(cache: kvnumba.PagedKVCache, seq_id: int, q: torch.Tensor, out: torch.
     assert error <= 2e-3 * largest + 2e-4, f"largest error {error:.1e}, largest result {largest:.1e}"
 
 
-def decode_time(batch: int, length: int, fmt: str) -> tuple[float, int]:
+def bytes_per_token(options: dict[str, Any]) -> int:
+    """Bytes that a token's keys and values take in a layer."""
+    dtype, scale_dtype = options["dtype"], options.get("scale_dtype")
+    return kvnumba.Layout.of(1, 1, H, D, dtype, scale_dtype=scale_dtype).bytes_per_token()
+
+
+def decode_time(batch: int, length: int, options: dict[str, Any]) -> tuple[float, int]:
     """Microseconds of the attention of one new token for each sequence, and the bytes stored for them."""
-    nbytes = batch * length * kvnumba.KVCache(1, 1, H, D, fmt, backend="cuda").bytes_per_token()
-    cache, groups = filled(batch, length - 1, 1, fmt, max(2, ROTATED // nbytes + 1))
+    nbytes = batch * length * bytes_per_token(options)
+    cache, groups = filled(batch, length - 1, 1, options, max(2, ROTATED // nbytes + 1))
     steps = [append(cache, ids, 1) for ids in groups]
     q = torch.randn(batch, HQ, D, device="cuda", dtype=torch.float16)
     check(cache, groups[0][-1], q[-1:], steps[0].attend(q)[-1:])
     return graph_time([lambda step=step: step.attend(q) for step in steps]), nbytes
+
+
+def layer_time(batch: int, length: int, options: dict[str, Any]) -> float:
+    """Microseconds of `write` and `attend` of one new token for each sequence: a layer of a step of several."""
+    layers = max(2, ROTATED // (batch * length * bytes_per_token(options)) + 1)
+    cache = make_cache(batch * -(-length // BLOCK), batch, layers, options)
+    ids = [cache.add_sequence() for _ in range(batch)]
+    for start in range(0, length - 1, 4096):
+        append(cache, ids, min(4096, length - 1 - start))
+    k, q = (torch.randn(batch, heads, D, device="cuda", dtype=torch.float16) for heads in (H, HQ))
+    step = cache.step(ids, [1] * batch)
+    step.prepare(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            step.write(k, k, layer=layer)
+            step.attend(q, layer=layer)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(REPLAYS + 1):
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / 10 / layers)
+    return float(np.median(times[1:]))
 
 
 def sdpa_decode_time(batch: int, length: int) -> float:
@@ -184,9 +238,9 @@ def flashinfer_decode_time(batch: int, length: int, dtype: torch.dtype) -> float
     return graph_time([lambda: wrapper.run(q, kv)])
 
 
-def prefill_time(fmt: str) -> float:
+def prefill_time(options: dict[str, Any]) -> float:
     """Microseconds of the attention of a prompt's last tokens."""
-    cache, groups = filled(1, CACHED - NEW, NEW, fmt, 1)
+    cache, groups = filled(1, CACHED - NEW, NEW, options, 1)
     step = append(cache, groups[0], NEW)
     q = torch.randn(NEW, HQ, D, device="cuda", dtype=torch.float16)
     check(cache, groups[0][0], q, step.attend(q))
@@ -248,16 +302,23 @@ def main() -> None:
     print(f"{device_name()}, torch {torch.__version__}, Hq {HQ}, H {H}, D {D}, blocks of {BLOCK}, shuffled\n")
     print("| decode | " + " | ".join(f"{batch} x {length:,}" for batch, length in DECODE) + " |")
     print("|---" * (len(DECODE) + 1) + "|")
-    for fmt in FORMATS:
+    for name, options in OPTIONS.items():
         cells = []
         for batch, length in DECODE:
-            taken, nbytes = decode_time(batch, length, fmt)
+            taken, nbytes = decode_time(batch, length, options)
             gc.collect()
             torch.cuda.empty_cache()
             ceiling = read_time(nbytes)
             torch.cuda.empty_cache()
             cells.append(f"{taken:.1f} us, {nbytes / taken / 1e3:,.0f} GB/s, {ceiling / taken:.0%}")
-        print(f"| {fmt} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    for name, options in OPTIONS.items():
+        cells = []
+        for batch, length in DECODE:
+            cells.append(f"{layer_time(batch, length, options):.1f} us")
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(f"| {name}: write and attend | " + " | ".join(cells) + " |", flush=True)
     peers = {
         "torch SDPA, float16, contiguous": sdpa_decode_time,
         "FlashInfer float16": lambda *shape: flashinfer_decode_time(*shape, torch.float16),
@@ -271,7 +332,9 @@ def main() -> None:
     print(
         f"\nprompt, {NEW:,} new on {CACHED:,}: torch SDPA {sdpa_prefill_time():,.0f} us, ", end="", flush=True
     )
-    print(", ".join(f"{fmt} {prefill_time(fmt):,.0f} us" for fmt in FORMATS), flush=True)
+    print(
+        ", ".join(f"{name} {prefill_time(options):,.0f} us" for name, options in OPTIONS.items()), flush=True
+    )
     made, called, in_graph = step_times()
     print(f"\nstep {made:.0f} us; write + attend of a layer {called:.0f} us, in a graph {in_graph:.1f} us")
 

@@ -95,6 +95,8 @@ class Pass:
         self._backend = backend
         self._buffers = buffers
         self._widest_window = widest_window
+        # where new tokens are stored
+        self._written = [Part(buffers, batch), *(() if floats is None else floats.newest)]
         self._plans: dict[Any, Any] = {}
 
     @property
@@ -121,8 +123,7 @@ class Pass:
         """Store the keys and values of the next layer."""
         self.require_next(layer)
         if k.size or v.size:
-            self._backend.write(self._buffers, layer, k, v, self.batch)
-            for part in self.floats.newest if self.floats else ():
+            for part in self._written:
                 self._backend.write(part.buffers, layer, k, v, part.batch)
         self.next_layer += 1
 
@@ -142,7 +143,7 @@ class Pass:
         """Do what `attend` does once for all layers, and once for all passes."""
         scoring = self._scoring(q, options, q.dtype)
         if q.size:
-            self._backend.prepare(q, self._plan(q.shape[2], scoring), scoring)
+            self._backend.prepare(q, self._plan(q.shape[2], scoring), scoring, self._written)
 
     def _scoring(self, q: Any, options: AttentionOptions, dtype: Any) -> Scoring:
         scoring = scoring_of(options, q.shape[2], q.shape[3])

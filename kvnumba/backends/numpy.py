@@ -142,7 +142,7 @@ class NumpyBackend:
     def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Plan:
         return Plan(parts)
 
-    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring) -> None:
+    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
 
     def attend(

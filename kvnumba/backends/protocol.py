@@ -101,8 +101,8 @@ class Backend(Protocol):
         """
         ...
 
-    def prepare(self, q: Any, plan: Any, scoring: Scoring) -> None:
-        """Compile and upload now what `write` and `attend` with queries such as q would do first."""
+    def prepare(self, q: Any, plan: Any, scoring: Scoring, written: Sequence[Part]) -> None:
+        """Compile and upload now what `attend` with queries such as q, and `write` into some parts, would do first."""
         ...
 
     def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:

@@ -524,19 +524,31 @@ def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
         assert np.abs(out[:new] - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
 
 
-def test_a_prepared_step_only_starts_kernels(gpu, normal, monkeypatch):
+@pytest.mark.parametrize(
+    ("recent_tokens", "new", "launched"),
+    [(0, [1, 5], ["write", "prefill", "decode"]), (20, [1, 4], ["write", "write", "decode_both"])],
+)
+def test_a_prepared_step_only_starts_kernels(recent_tokens, new, launched, gpu, normal, monkeypatch):
     """As a CUDA graph needs it: nothing is uploaded or compiled any more."""
-    cache = kvnumba.PagedKVCache(40, 16, 2, 64, 2, "int8", num_layers=2, backend="cuda")
+    cache = kvnumba.PagedKVCache(
+        40, 16, 2, 64, 2, "int8", num_layers=2, rotation=True, recent_tokens=recent_tokens, backend="cuda"
+    )
     ids = [cache.add_sequence() for _ in range(2)]
-    k, q = (gpu.array.of(normal(6, heads, 64).astype(np.float16)) for heads in (2, 4))
-    step = cache.step(ids, [1, 5])
+    k = gpu.array.of(normal(60, 2, 64).astype(np.float16))
+    step = cache.step(ids, [25, 35])
+    for layer in range(2):
+        step.write(k, k, layer=layer)
+    k, q = (gpu.array.of(normal(sum(new), heads, 64).astype(np.float16)) for heads in (2, 4))
+    step = cache.step(ids, new)
     step.prepare(q, sinks=np.ones(4))
     forbidden = pytest.fail
     monkeypatch.setattr(gpu.jit._driver(), "cuMemcpyHtoDAsync", lambda *args: forbidden("an upload"))
     monkeypatch.setattr(gpu.jit.cuda, "jit", lambda *args, **options: forbidden("a compilation"))
+    gpu.device.launched.clear()
     for layer in range(2):
         step.write(k, k, layer=layer)
         step.attend(q, layer=layer, sinks=np.ones(4))
+    assert gpu.device.launched == 2 * launched
 
 
 class TestEmulator:

@@ -135,7 +135,7 @@ class CpuBackend:
         head_dim = parts[0].buffers.layout.head_dim
         return plan_parts(parts, num_qo_heads, head_dim, window_left, numba.get_num_threads())
 
-    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring) -> None:
+    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
 
     def attend(

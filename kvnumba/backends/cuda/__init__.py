@@ -226,10 +226,10 @@ class CudaBackend:
     def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> AttentionPlan:
         return AttentionPlan(parts, num_qo_heads, window_left)
 
-    def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring) -> None:
+    def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring, written: Sequence[Part]) -> None:
         memory.enter()
         query, loan = (q, None) if isinstance(q, DeviceView) else self._on_device(q)
-        for part in plan.parts:
+        for part in written:
             layout = part.buffers.layout
             self._write_launch(layout, 0, query, query, part.batch).prepare()
         launches = self._launches(query, plan, scoring, query.stream)
