@@ -525,30 +525,39 @@ def test_a_token_needs_one_upload(gpu, normal, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recent_tokens", "new", "launched"),
-    [(0, [1, 5], ["write", "prefill", "decode"]), (20, [1, 4], ["write", "write", "decode_both"])],
+    ("options", "new", "launched"),
+    [
+        ({}, [1, 5], ["write", "prefill", "decode"]),
+        ({"recent_tokens": 20}, [1, 4], ["write", "write", "decode_both"]),
+        ({"recent_tokens": 20, "sink_tokens": 3}, [1, 2], ["write", "write", "decode_both", "decode"]),
+    ],
 )
-def test_a_prepared_step_only_starts_kernels(recent_tokens, new, launched, gpu, normal, monkeypatch):
+def test_a_prepared_step_only_starts_kernels(options, new, launched, gpu, normal, monkeypatch):
     """As a CUDA graph needs it: nothing is uploaded or compiled any more."""
     cache = kvnumba.PagedKVCache(
-        40, 16, 2, 64, 2, "int8", num_layers=2, rotation=True, recent_tokens=recent_tokens, backend="cuda"
+        40, 16, 2, 64, 2, "int8", num_layers=2, rotation=True, backend="cuda", **options
     )
     ids = [cache.add_sequence() for _ in range(2)]
-    k = gpu.array.of(normal(60, 2, 64).astype(np.float16))
-    step = cache.step(ids, [25, 35])
+    k = gpu.array.of(normal(65, 2, 64).astype(np.float16))
+    step = cache.step(ids, [30, 35])
     for layer in range(2):
         step.write(k, k, layer=layer)
     k, q = (gpu.array.of(normal(sum(new), heads, 64).astype(np.float16)) for heads in (2, 4))
     step = cache.step(ids, new)
     step.prepare(q, sinks=np.ones(4))
     forbidden = pytest.fail
-    monkeypatch.setattr(gpu.jit._driver(), "cuMemcpyHtoDAsync", lambda *args: forbidden("an upload"))
-    monkeypatch.setattr(gpu.jit.cuda, "jit", lambda *args, **options: forbidden("a compilation"))
-    gpu.device.launched.clear()
-    for layer in range(2):
-        step.write(k, k, layer=layer)
-        step.attend(q, layer=layer, sinks=np.ones(4))
-    assert gpu.device.launched == 2 * launched
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.jit._driver(), "cuMemcpyHtoDAsync", lambda *args: forbidden("an upload"))
+        patch.setattr(gpu.jit.cuda, "jit", lambda *args, **options: forbidden("a compilation"))
+        gpu.device.launched.clear()
+        for layer in range(2):
+            step.write(k, k, layer=layer)
+            out = step.attend(q, layer=layer, sinks=np.ones(4))
+        assert gpu.device.launched == 2 * launched
+    last = slice(-new[1], None)
+    queries = q.copy()[last].astype(np.float32)
+    want, _ = oracle.attention(queries, *step.get_kv(layer=1)[1], sinks=np.ones(4))
+    assert np.abs(out.copy()[last] - want).max() <= 4 * UNIT["float16"] * max(1, np.abs(want).max())
 
 
 class TestEmulator:

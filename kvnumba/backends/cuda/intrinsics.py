@@ -69,13 +69,15 @@ def _plain_vectors(rows: int, width: int) -> list[Any]:
 
     @device
     def put(shared, at, values):
+        first = index(at)
         for i in range(width):
-            shared[index(at + i)] = values[i]
+            shared[first + index(i)] = values[i]
 
     @device
     def take(shared, at, values):
+        first = index(at)
         for i in range(width):
-            values[i] = shared[index(at + i)]
+            values[i] = shared[first + index(i)]
 
     @device
     def scale(values, factor):
