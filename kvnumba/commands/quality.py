@@ -284,8 +284,9 @@ def draw(results: Sequence[Result], compared: Sequence[Recipe], errors: np.ndarr
     left.set_xlim(right=10 * max(r.divergence for r in others))  # room for the numbers
     width = 0.4
     for n, (recipe, row) in enumerate(zip(compared, errors, strict=True)):
-        right.bar(np.arange(len(row)) + n * width, row, width, label=recipe.name)
-    right.set(title="squared error of the attention's output, of its mean square", xlabel="layer")
+        right.bar(np.arange(len(row)) + (n - 0.5) * width, row, width, label=recipe.name)
+    right.set(title="squared error of a layer's attention", xlabel="layer", ylabel="of its mean square")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
