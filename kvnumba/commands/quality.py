@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvnumba.arguments import integers
-from kvnumba.backends.registry import get_backend
+from kvnumba.backends.registry import get_backend, use_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.calibration import Calibration
 from kvnumba.commands.extras import progress, require_extra
@@ -49,7 +49,7 @@ class Recipe:
             *(["calibrated"] if self.calibrated else []),
             *([f"{self.recent_tokens} recent"] if self.recent_tokens else []),
         ]
-        return " ".join([self.fmt, *[", ".join(parts)] * bool(parts)])
+        return f"{self.fmt} {', '.join(parts)}".rstrip()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -132,9 +132,10 @@ def run(
     tokens = _read_tokens("--text", path, byte_level)[:num_tokens]
     if len(tokens) < 2:
         raise ValueError(f"--text: expected a file of at least 2 tokens; {path} has {len(tokens)}")
-    found = _find_calibration(decoder, calibration, calibrate_on, byte_level)
-    recipes = [recipe for recipe in RECIPES if found is not None or not recipe.calibrated]
     backend = get_backend(backend).name
+    with use_backend(backend):
+        found = _find_calibration(decoder, calibration, calibrate_on, byte_level)
+    recipes = [recipe for recipe in RECIPES if found is not None or not recipe.calibrated]
     name = "the bundled model" if model == BUNDLED_MODEL else str(model)
     unit = "bytes" if byte_level else "tokens"
     print(f"{name} reads {len(tokens):,} {unit} of {path} in chunks of {CHUNK} on backend {backend}")
@@ -237,9 +238,9 @@ def layer_errors(
 
 def table(results: Sequence[Result], byte_level: bool) -> str:
     """The results as text, a recipe a line."""
-    measure = "bits a byte" if byte_level else " perplexity"
+    unit = "bits a byte" if byte_level else " perplexity"
     lines = [
-        f"                                     bits an   float  {measure}   change   KL from  look-ups",
+        f"                                     bits an   float  {unit}   change   KL from  look-ups",
         "keys and values                      element  tokens                       float32     right",
     ]
     lines.append("-" * len(lines[0]))
@@ -269,31 +270,36 @@ def draw(results: Sequence[Result], compared: Sequence[Recipe], errors: np.ndarr
     """Both tables as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    quantised = [r for r in results[1:] if r.divergence > 0]
-    names = [f"{r.recipe.name} ({r.bits:.3g} bits)" for r in quantised]
-    bars = left.barh(names, [r.divergence for r in quantised], color="#4c72b0")
+    others = results[1:]
+    bars = left.barh(
+        [f"{r.recipe.name} ({r.bits:.3g} bits)" for r in others],
+        [r.divergence for r in others],
+        color="#4c72b0",
+    )
     left.bar_label(bars, fmt="%.1e", padding=2)
     left.invert_yaxis()
     left.set(xscale="log", title="KL from float32, nats a token")
+    left.set_xlim(right=10 * max(r.divergence for r in others))  # room for the numbers
     width = 0.4
     for n, (recipe, row) in enumerate(zip(compared, errors, strict=True)):
-        right.bar(np.arange(len(row)) + n * width, row, width, label=recipe.name)
-    right.set(yscale="log", title="squared error of a layer's attention, of its mean square", xlabel="layer")
+        right.bar(np.arange(len(row)) + (n - 0.5) * width, row, width, label=recipe.name)
+    right.set(title="squared error of a layer's attention", xlabel="layer", ylabel="of its mean square")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    left.margins(x=0.2)
     figure.savefig(path, dpi=120)
 
 
 def _read(
     decoder: IncrementalDecoder, caches: Sequence[PagedKVCache], tokens: np.ndarray, label: str
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Run a text through the model from several caches side by side: a chunk's logits of one never wait for others.
+    """Run a text through the model from several caches, a chunk from each in turn.
 
-    Yields the number of the cache, where the chunk begins, and its logits (chunk, vocab_size).
+    Yields the number of the cache, where the chunk begins, and its logits (chunk, vocab_size): all logits of a text may
+    be too many to keep.
     """
     ids = [cache.add_sequence() for cache in caches]
     with progress(len(caches) * len(tokens), label) as bar:
@@ -328,6 +334,6 @@ def _read_tokens(option: str, path: Path, byte_level: bool) -> np.ndarray:
         return np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64)
     try:
         ids = np.load(path) if path.suffix == ".npy" else np.array([int(x) for x in path.read_text().split()])
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{option}: expected token ids in {path}: {error}") from error
     return integers(option, ids)
