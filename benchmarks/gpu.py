@@ -156,7 +156,7 @@ def check(cache: kvnumba.PagedKVCache, seq_id: int, q: torch.Tensor, out: torch.
     last = slice(-2, None)
     want, _ = oracle.attention(q[last].float().cpu().numpy(), *cache.get_kv(seq_id))
     error, largest = np.abs(out[last].float().cpu().numpy() - want).max(), np.abs(want).max()
-    assert error <= 2e-3 * largest + 2e-4, f"largest error {error:.1e}, largest result {largest:.1e}"
+    assert error <= 8e-3 * largest + 2e-4, f"largest error {error:.1e}, largest result {largest:.1e}"
 
 
 def bytes_per_token(options: dict[str, Any]) -> int:

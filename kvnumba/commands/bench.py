@@ -104,11 +104,8 @@ def decode_step(length: int, fmt: str, backend: str) -> tuple[PagedKVCache, Call
 
 
 def shuffle(cache: PagedKVCache) -> None:
-    """Put the free blocks of an empty cache in a random order; its `max_num_seqs` must be its `num_blocks`."""
-    ids = [cache.add_sequence() for _ in range(cache.num_blocks)]
-    cache.step(ids, [cache.block_size] * len(ids))
-    for i in np.random.default_rng(1).permutation(len(ids)):
-        cache.finish_sequence(ids[i])
+    """Put the free blocks of a cache in a random order."""
+    np.random.default_rng(1).shuffle(cache._pool.allocator.free_blocks)
 
 
 def torch_peers() -> dict[str, tuple[Callable[[int], Callable[[], Any]], float]]:
