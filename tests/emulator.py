@@ -44,7 +44,7 @@ class DeviceMemory:
     """Memory that only kernels and the driver's copies reach."""
 
     BASE = 1 << 40
-    SIZE = 1 << 26
+    SIZE = 1 << 27
 
     def __init__(self):
         self.bytes = np.empty(self.SIZE, np.uint8)

@@ -151,20 +151,27 @@ def test_options(options, fmt, check):
 
 @pytest.mark.parametrize(("kind", "fmt"), MATRIX_KINDS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("rotation", "calibrated"), [(True, True), (True, False), (False, True)])
-def test_transforms(kind, fmt, head_dim, rotation, calibrated, check):
+def test_transforms(kind, fmt, head_dim, check):
     """In both kernels; pieces that are split, and rows that fill no warp."""
-    transform = {"rotation": rotation, "calibrated": calibrated, "head_dim": head_dim}
+    transform = {"rotation": True, "calibrated": True, "head_dim": head_dim}
     check({"decode"}, kind, fmt, fmt, group=3, lengths=[300, 17], new=[1, 2], **transform)
     check({"prefill"}, kind, fmt, fmt, group=3, lengths=[60], new=[37], **transform)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("rotation", "calibrated"), [(True, False), (False, True)])
 @pytest.mark.parametrize("fmt", ["float16", "int4"])
-def test_options_see_what_a_calibration_takes_away(options, fmt, check):
+def test_one_of_two_transforms(fmt, rotation, calibrated, check):
+    for kernel, new in (("decode", 1), ("prefill", 40)):
+        check(
+            {kernel}, "float16", fmt, fmt, lengths=[100], new=[new], rotation=rotation, calibrated=calibrated
+        )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_see_what_a_calibration_takes_away(options, check):
     transform = {"rotation": True, "calibrated": True, "group": 2}
     for kernel, new in (("decode", 3), ("prefill", 40)):
-        check({kernel}, "float16", fmt, fmt, lengths=[200], new=[new], options=options, **transform)
+        check({kernel}, "float16", "int4", "int4", lengths=[200], new=[new], options=options, **transform)
 
 
 @pytest.mark.parametrize(("head_dim", "value_head_dim"), [(40, 256), (6, 128), (512, 20)])

@@ -81,9 +81,8 @@ def finisher(rows: int, width: int, kind: str, threads: int, rotation: int = 1) 
         merging = int32(0)
         if splits != 1:
             mine = first + load_int(piece.address + 4 * SPLIT) * between
-            for first_chunk in range(
-                0, used * chunks, threads
-            ):  # threads without a chunk take part in rotations
+            # threads without a chunk of their own take part in rotations
+            for first_chunk in range(0, used * chunks, threads):
                 i = min(first_chunk + thread, used * chunks - 1)
                 r = quotient(i, chunks)
                 token = token_of(piece, r)
