@@ -157,7 +157,10 @@ def split(
     least = max(share, MIN_SPLIT, int(keys.sum(axis=0).max(initial=0)) // (MAX_SPLITS + 1 - len(parts)) + 1)
     # up to twice as long, to end with so many blocks that all run at once
     lengths = -(-(least * np.arange(8, 17) // 8) // TILE) * TILE
-    totals = (-(-keys[..., None] // lengths)).sum(axis=(0, 1)) * blocks_per_piece
+    pieces = -(-keys[..., None] // lengths)
+    # what is short makes room for others soon: it counts as the part of a piece that it is
+    shares = np.where(4 * keys[..., None] < lengths, keys[..., None] / lengths, pieces)
+    totals = shares.sum(axis=(0, 1)) * blocks_per_piece
     length = lengths[np.argmax(totals <= blocks)] if (totals <= blocks).any() else lengths[-1]
     splits = -(-keys // length)
     each = -(-keys // np.maximum(splits, 1))
