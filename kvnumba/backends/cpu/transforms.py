@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.jit import plain
-from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.jit import each_run, plain
+from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, index, vector
 from kvnumba.storage import Layout
 from kvnumba.transforms import rotation_size
 
@@ -19,7 +19,8 @@ KEYS, QUERIES, VALUES = range(
 )  # what is transformed; outputs are as values, whose rotation is its own inverse
 KINDS = 3
 
-WIDEST = 8 * LANES  # elements whose butterflies stay in registers
+TOGETHER = (8, 4, 2, 1)  # vectors whose butterflies stay in registers
+WIDEST = TOGETHER[0] * LANES
 
 
 class Transform(NamedTuple):
@@ -64,7 +65,7 @@ def is_transformed(transform):
     return transform.rows.shape[0] > 0
 
 
-@plain
+@each_run
 def transform_row(x, start, transform, kind, head, count, out, to):
     """Transform x[start : start + count] of a KV head into out[to:]; both are flat, and may be the same memory."""
     size = transform.value_size if kind == VALUES else transform.key_size
@@ -96,8 +97,8 @@ def transform_values(typing, x, start, rows, shift, rate, count, size, out, to):
         e = Emitter(context, builder)
         x, start, rows, shift, rate, count, size, out, to = e.arguments(signature, args)
         at = x.start + start * 4, _row(rows, shift), _row(rows, rate), out.start + to * 4
-        sizes = [1 << n for n in range(WIDEST.bit_length())]
-        e.switch(size, sizes, lambda size: _transform(e, size, count, *at))
+        together = (size // LANES).at_most(TOGETHER[0])
+        e.switch(together, TOGETHER, lambda together: _transform(e, together, size, count, *at))
         return context.get_dummy_value()
 
     return signature, generate
@@ -108,44 +109,44 @@ def _row(rows: Array, number: Int) -> Pointer:
 
 
 def _transform(
-    e: Emitter, size: int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
+    e: Emitter, together: int, size: Int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
 ) -> None:
-    together = max(1, size // LANES)
+    """Some vectors together: those that are rotated together, or one, of which `size` elements are."""
     block_bytes = 4 * LANES * together
+    within = size if together == 1 else Int(e.builder, index(LANES))
 
     def block(i: Int, _: list[ir.Value]) -> list[ir.Value]:
         offsets = [i * block_bytes + part * 4 * LANES for part in range(together)]
-        vectors = [
-            e.mul(
-                e.sub(*(e.load(row + offset, vector(F32)) for row in (x, shift))),
-                e.load(rate + offset, vector(F32)),
-            )
-            for offset in offsets
-        ]
-        for offset, y in zip(offsets, hadamard(e, vectors, size), strict=True):
+        loaded = ([e.load(row + offset, vector(F32)) for row in (x, shift, rate)] for offset in offsets)
+        vectors = [_rotate_within(e, e.mul(e.sub(x, shift), rate), within) for x, shift, rate in loaded]
+        for offset, y in zip(offsets, _rotate_across(e, vectors), strict=True):
             e.store(y, out + offset)
         return []
 
     e.loop(count // (LANES * together), [], block)
-    if size < LANES:
+    if together == 1:
         left = count % LANES
         with e.builder.if_then(left > 0, likely=False):
             offset = (count - left) * 4
             some = [e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate)]
-            [y] = hadamard(e, [e.mul(e.sub(some[0], some[1]), some[2])], size)
+            y = _rotate_within(e, e.mul(e.sub(some[0], some[1]), some[2]), within)
             e.store_some(y, out + offset, left)
 
 
-def hadamard(e: Emitter, vectors: list[ir.Value], size: int) -> list[ir.Value]:
-    """Vectors of neighbouring elements times the matrix of 1 and -1, `size` elements at a time: butterflies."""
+def _rotate_within(e: Emitter, x: ir.Value, size: Int) -> ir.Value:
+    """Butterflies between lanes, of which `size` are rotated together."""
     distance = 1
-    while distance < min(
-        size, LANES
-    ):  # between lanes: a lane and its partner's, of which one changes its sign
+    while distance < LANES:
+        partners = e.pick(x, [lane ^ distance for lane in range(LANES)])
+        # the second of two partners changes its sign
         signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
-        partners = [lane ^ distance for lane in range(LANES)]
-        vectors = [e.fma(x, signs, e.pick(x, partners)) for x in vectors]
+        x = e.builder.select(size > distance, e.fma(x, signs, partners), x)
         distance *= 2
+    return x
+
+
+def _rotate_across(e: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
+    """Butterflies between vectors."""
     step = 1
     while step < len(vectors):
         vectors = [
