@@ -65,7 +65,7 @@ def is_transformed(transform):
     return transform.rows.shape[0] > 0
 
 
-@each_run
+@plain
 def transform_row(x, start, transform, kind, head, count, out, to):
     """Transform x[start : start + count] of a KV head into out[to:]; both are flat, and may be the same memory."""
     size = transform.value_size if kind == VALUES else transform.key_size
@@ -80,6 +80,10 @@ def transform_row(x, start, transform, kind, head, count, out, to):
                 out[d] = low + high
                 out[d + distance] = low - high
         distance *= 2
+
+
+transform_each = each_run(transform_row.py_func)
+"""The same, for loops over rows."""
 
 
 @plain
