@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import each_run, plain
-from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, index, vector
+from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, vector
 from kvnumba.storage import Layout
 from kvnumba.transforms import rotation_size
 
@@ -101,8 +101,9 @@ def transform_values(typing, x, start, rows, shift, rate, count, size, out, to):
         e = Emitter(context, builder)
         x, start, rows, shift, rate, count, size, out, to = e.arguments(signature, args)
         at = x.start + start * 4, _row(rows, shift), _row(rows, rate), out.start + to * 4
+        _within_vectors(e, size, count, *at)
         together = (size // LANES).at_most(TOGETHER[0])
-        e.switch(together, TOGETHER, lambda together: _transform(e, together, size, count, *at))
+        e.switch(together, TOGETHER, lambda together: _across_vectors(e, together, count, at[-1]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -112,53 +113,55 @@ def _row(rows: Array, number: Int) -> Pointer:
     return rows.start + number * rows.extent(1) * 4
 
 
-def _transform(
-    e: Emitter, together: int, size: Int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
+def _within_vectors(
+    e: Emitter, size: Int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
 ) -> None:
-    """Some vectors together: those that are rotated together, or one, of which `size` elements are."""
-    block_bytes = 4 * LANES * together
-    within = size if together == 1 else Int(e.builder, index(LANES))
+    """Shift, scale and rotate as far as the lanes of a vector go: a loop that the processor fetches ahead of."""
+
+    def transformed(x: ir.Value, shift: ir.Value, rate: ir.Value) -> ir.Value:
+        x = e.mul(e.sub(x, shift), rate)
+        distance = 1
+        while distance < LANES:
+            # a butterfly between each lane and its partner: of two the second changes its sign
+            partners = e.pick(x, [lane ^ distance for lane in range(LANES)])
+            signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+            x = e.builder.select(size > distance, e.fma(x, signs, partners), x)
+            distance *= 2
+        return x
+
+    def whole(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+        offset = i * (4 * LANES)
+        e.store(transformed(*(e.load(row + offset, vector(F32)) for row in (x, shift, rate))), out + offset)
+        return []
+
+    full, left = count // LANES, count % LANES
+    e.loop(full, [], whole)
+    with e.builder.if_then(left > 0, likely=False):
+        offset = full * (4 * LANES)
+        some = (e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate))
+        e.store_some(transformed(*some), out + offset, left)
+
+
+def _across_vectors(e: Emitter, together: int, count: Int, out: Pointer) -> None:
+    """Butterflies between vectors, some of them together."""
+    if together == 1:
+        return
 
     def block(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-        offsets = [i * block_bytes + part * 4 * LANES for part in range(together)]
-        loaded = ([e.load(row + offset, vector(F32)) for row in (x, shift, rate)] for offset in offsets)
-        vectors = [_rotate_within(e, e.mul(e.sub(x, shift), rate), within) for x, shift, rate in loaded]
-        for offset, y in zip(offsets, _rotate_across(e, vectors), strict=True):
-            e.store(y, out + offset)
+        pointers = [out + (i * (4 * LANES * together) + 4 * LANES * n) for n in range(together)]
+        vectors = [e.load(pointer, vector(F32)) for pointer in pointers]
+        step = 1
+        while step < together:
+            vectors = [
+                e.sub(vectors[n - step], x) if n & step else e.add(x, vectors[n + step])
+                for n, x in enumerate(vectors)
+            ]
+            step *= 2
+        for pointer, x in zip(pointers, vectors, strict=True):
+            e.store(x, pointer)
         return []
 
     e.loop(count // (LANES * together), [], block)
-    if together == 1:
-        left = count % LANES
-        with e.builder.if_then(left > 0, likely=False):
-            offset = (count - left) * 4
-            some = [e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate)]
-            y = _rotate_within(e, e.mul(e.sub(some[0], some[1]), some[2]), within)
-            e.store_some(y, out + offset, left)
-
-
-def _rotate_within(e: Emitter, x: ir.Value, size: Int) -> ir.Value:
-    """Butterflies between lanes, of which `size` are rotated together."""
-    distance = 1
-    while distance < LANES:
-        partners = e.pick(x, [lane ^ distance for lane in range(LANES)])
-        # the second of two partners changes its sign
-        signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
-        x = e.builder.select(size > distance, e.fma(x, signs, partners), x)
-        distance *= 2
-    return x
-
-
-def _rotate_across(e: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
-    """Butterflies between vectors."""
-    step = 1
-    while step < len(vectors):
-        vectors = [
-            e.sub(vectors[i - step], x) if i & step else e.add(x, vectors[i + step])
-            for i, x in enumerate(vectors)
-        ]
-        step *= 2
-    return vectors
 
 
 @intrinsic
