@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.jit import each_run, plain
 from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Pointer, constant, vector
 from kvnumba.storage import Layout
 from kvnumba.transforms import rotation_size
@@ -19,7 +19,8 @@ KEYS, QUERIES, VALUES = range(
 )  # what is transformed; outputs are as values, whose rotation is its own inverse
 KINDS = 3
 
-WIDEST = 8 * LANES  # elements whose butterflies stay in registers
+TOGETHER = (8, 4, 2, 1)  # vectors whose butterflies stay in registers
+WIDEST = TOGETHER[0] * LANES
 
 
 class Transform(NamedTuple):
@@ -81,6 +82,10 @@ def transform_row(x, start, transform, kind, head, count, out, to):
         distance *= 2
 
 
+transform_each = each_run(transform_row.py_func)
+"""The same, for loops over rows."""
+
+
 @plain
 def product_with_shift(x, start, transform, head, count):
     """The product of the query x[start : start + count] with the shift of a head's keys."""
@@ -96,8 +101,9 @@ def transform_values(typing, x, start, rows, shift, rate, count, size, out, to):
         e = Emitter(context, builder)
         x, start, rows, shift, rate, count, size, out, to = e.arguments(signature, args)
         at = x.start + start * 4, _row(rows, shift), _row(rows, rate), out.start + to * 4
-        sizes = [1 << n for n in range(WIDEST.bit_length())]
-        e.switch(size, sizes, lambda size: _transform(e, size, count, *at))
+        _within_vectors(e, size, count, *at)
+        together = (size // LANES).at_most(TOGETHER[0])
+        e.switch(together, TOGETHER, lambda together: _across_vectors(e, together, count, at[-1]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -107,53 +113,55 @@ def _row(rows: Array, number: Int) -> Pointer:
     return rows.start + number * rows.extent(1) * 4
 
 
-def _transform(
-    e: Emitter, size: int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
+def _within_vectors(
+    e: Emitter, size: Int, count: Int, x: Pointer, shift: Pointer, rate: Pointer, out: Pointer
 ) -> None:
-    together = max(1, size // LANES)
-    block_bytes = 4 * LANES * together
+    """Shift, scale and rotate as far as the lanes of a vector go: a loop that the processor fetches ahead of."""
+
+    def transformed(x: ir.Value, shift: ir.Value, rate: ir.Value) -> ir.Value:
+        x = e.mul(e.sub(x, shift), rate)
+        distance = 1
+        while distance < LANES:
+            # a butterfly between each lane and its partner: of two the second changes its sign
+            partners = e.pick(x, [lane ^ distance for lane in range(LANES)])
+            signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+            x = e.builder.select(size > distance, e.fma(x, signs, partners), x)
+            distance *= 2
+        return x
+
+    def whole(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+        offset = i * (4 * LANES)
+        e.store(transformed(*(e.load(row + offset, vector(F32)) for row in (x, shift, rate))), out + offset)
+        return []
+
+    full, left = count // LANES, count % LANES
+    e.loop(full, [], whole)
+    with e.builder.if_then(left > 0, likely=False):
+        offset = full * (4 * LANES)
+        some = (e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate))
+        e.store_some(transformed(*some), out + offset, left)
+
+
+def _across_vectors(e: Emitter, together: int, count: Int, out: Pointer) -> None:
+    """Butterflies between vectors, some of them together."""
+    if together == 1:
+        return
 
     def block(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-        offsets = [i * block_bytes + part * 4 * LANES for part in range(together)]
-        vectors = [
-            e.mul(
-                e.sub(*(e.load(row + offset, vector(F32)) for row in (x, shift))),
-                e.load(rate + offset, vector(F32)),
-            )
-            for offset in offsets
-        ]
-        for offset, y in zip(offsets, hadamard(e, vectors, size), strict=True):
-            e.store(y, out + offset)
+        pointers = [out + (i * (4 * LANES * together) + 4 * LANES * n) for n in range(together)]
+        vectors = [e.load(pointer, vector(F32)) for pointer in pointers]
+        step = 1
+        while step < together:
+            vectors = [
+                e.sub(vectors[n - step], x) if n & step else e.add(x, vectors[n + step])
+                for n, x in enumerate(vectors)
+            ]
+            step *= 2
+        for pointer, x in zip(pointers, vectors, strict=True):
+            e.store(x, pointer)
         return []
 
     e.loop(count // (LANES * together), [], block)
-    if size < LANES:
-        left = count % LANES
-        with e.builder.if_then(left > 0, likely=False):
-            offset = (count - left) * 4
-            some = [e.load_some(row + offset, left, constant(0.0)) for row in (x, shift, rate)]
-            [y] = hadamard(e, [e.mul(e.sub(some[0], some[1]), some[2])], size)
-            e.store_some(y, out + offset, left)
-
-
-def hadamard(e: Emitter, vectors: list[ir.Value], size: int) -> list[ir.Value]:
-    """Vectors of neighbouring elements times the matrix of 1 and -1, `size` elements at a time: butterflies."""
-    distance = 1
-    while distance < min(
-        size, LANES
-    ):  # between lanes: a lane and its partner's, of which one changes its sign
-        signs = ir.Constant(vector(F32), [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
-        partners = [lane ^ distance for lane in range(LANES)]
-        vectors = [e.fma(x, signs, e.pick(x, partners)) for x in vectors]
-        distance *= 2
-    step = 1
-    while step < len(vectors):
-        vectors = [
-            e.sub(vectors[i - step], x) if i & step else e.add(x, vectors[i + step])
-            for i, x in enumerate(vectors)
-        ]
-        step *= 2
-    return vectors
 
 
 @intrinsic

@@ -8,11 +8,11 @@ import numpy as np
 
 from kvnumba.backends.cpu.codecs import encode_row
 from kvnumba.backends.cpu.jit import borrowed, kernel, plain
-from kvnumba.backends.cpu.storage import Rows, Storage, memory_of, offset_of
-from kvnumba.backends.cpu.transforms import KEYS, VALUES, is_transformed, prefetch_row, transform_row
+from kvnumba.backends.cpu.storage import ALIGNMENT, Rows, Storage, memory_of, offset_of
+from kvnumba.backends.cpu.transforms import KEYS, VALUES, is_transformed, prefetch_row, transform_each
 
 CHUNK = 32  # tokens of a head that are written together: runs that the memory system streams
-AHEAD = 4  # tokens from one that is transformed to the one that is prefetched: too much lies between them to be guessed
+AHEAD = 4  # rows from one that is transformed to the one that is fetched: the processor does not look that far itself
 
 
 class WriteJob(NamedTuple):
@@ -44,26 +44,30 @@ def write_chunk(x, begin, end, slot_mapping, storage, rows, kind, scratch):
             block = storage.first_block + slot // block_size
             row = (block * num_heads + head) * block_size + slot % block_size
             start = offset_of(x, token, head)
-            if transformed:
-                ahead = offset_of(x, min(token + AHEAD, end - 1), head)
-                prefetch_row(memory, ahead, rows.head_dim)
-                transform_row(memory, start, storage.transform, kind, head, rows.head_dim, scratch, 0)
-                encode_row(scratch, 0, rows, row)
-            else:
+            if not transformed:
                 encode_row(memory, start, rows, row)
+                continue
+            later, of = token + AHEAD, head
+            if later >= end:
+                later, of = min(later - end + begin, end - 1), min(head + 1, num_heads - 1)
+            prefetch_row(memory, offset_of(x, later, of), rows.head_dim)
+            transform_each(memory, start, storage.transform, kind, head, rows.head_dim, scratch, 0)
+            encode_row(scratch, 0, rows, row)
 
 
 @kernel
 def write(static, worker, workers, job):
     """Encode the keys and values of new tokens where the slot mapping says."""
     k, v, slot_mapping, storage = borrowed(job)
-    scratch = np.empty(storage.transform.rows.shape[1], np.float32)  # a row on its way
-    count = slot_mapping.shape[0]
+    count, transform = slot_mapping.shape[0], storage.transform
+    # a row on its way, from a cache line on: vectors that straddle two take longer
+    scratch = np.empty(transform.rows.shape[1] + ALIGNMENT // 4, np.float32)
+    scratch = scratch[-(scratch.ctypes.data // 4) % (ALIGNMENT // 4) :]
     end_of_share = (worker + 1) * count // workers
-    for begin in range(worker * count // workers, end_of_share, CHUNK):
-        end = min(begin + CHUNK, end_of_share)
-        write_chunk(k, begin, end, slot_mapping, storage, storage.keys, KEYS, scratch)
-        write_chunk(v, begin, end, slot_mapping, storage, storage.values, VALUES, scratch)
+    for x, rows, kind in ((k, storage.keys, KEYS), (v, storage.values, VALUES)):
+        for begin in range(worker * count // workers, end_of_share, CHUNK):
+            end = min(begin + CHUNK, end_of_share)
+            write_chunk(x, begin, end, slot_mapping, storage, rows, kind, scratch)
 
 
 @kernel
