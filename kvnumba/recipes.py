@@ -19,8 +19,12 @@ def with_recipe(dtype: Any, options: LayoutOptions, calibration: Calibration | N
     What the user gave stays as it is. `calibration` is what is at hand, taken if the user gave none and rows are
     rotated.
     """
-    formats = [options.get(name) or dtype for name in ("key_format", "value_format")]
-    if "int4" not in [resolve_format("dtype", fmt).name for fmt in formats if fmt is not None]:
+    default = None if dtype is None else resolve_format("dtype", dtype)
+    formats = []
+    for name in ("key_format", "value_format"):
+        fmt = options.get(name)
+        formats.append(default if fmt is None else resolve_format(name, fmt))
+    if not any(fmt is not None and fmt.name == "int4" for fmt in formats):
         return options
     filled: LayoutOptions = {**INT4_RECIPE, "calibration": calibration, **options}
     if filled["rotation"] is False and "calibration" not in options:

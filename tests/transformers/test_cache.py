@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="the transformers extra is not insta
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from kvnumba.caches.step import Step  # noqa: E402
-from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, versions  # noqa: E402
+from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, calibrate, versions  # noqa: E402
 from kvnumba.integrations.transformers.deferred import Deferred  # noqa: E402
 from kvnumba.integrations.transformers.masks import DeferredMask, attention_mask  # noqa: E402
 from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
@@ -431,7 +431,10 @@ def test_a_copy_goes_on_by_itself(make_model, backend, tmp_path, name, how):
     model = make_model(name)
     inputs = prompts()
     model.set_attn_implementation("kvnumba")
-    cache = KVNumbaCache(model.config, key_format="int8", value_format="int4", backend=backend)
+    options = {"key_format": "int8", "value_format": "int4", "backend": backend}
+    if how == "save":
+        options["recent_tokens"] = 0  # a file has the blocks only
+    cache = KVNumbaCache(model.config, **options)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
     if how == "deepcopy":
@@ -440,7 +443,7 @@ def test_a_copy_goes_on_by_itself(make_model, backend, tmp_path, name, how):
     else:
         cache.save(tmp_path / "chat", fingerprint="this")
         cache.save(tmp_path / "chat", fingerprint="this")
-        other = KVNumbaCache(model.config, key_format="int8", value_format="int4", backend=backend)
+        other = KVNumbaCache(model.config, **options)
         with pytest.raises(ValueError, match="fingerprint: expected 'that'"):
             other.load(tmp_path / "chat", fingerprint="that")
         other.load(tmp_path / "chat", fingerprint="this")
@@ -457,6 +460,60 @@ def test_a_copy_goes_on_by_itself(make_model, backend, tmp_path, name, how):
     other.crop(-1)
     np.testing.assert_array_equal(following(other, [[3], [4]]), first)
     assert not np.array_equal(different, first)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_int4_is_rotated_calibrated_and_has_recent_tokens(make_model, backend, name):
+    """Its logits are nearer to those of float32 than plain int4's, in layers with narrow windows too."""
+    model = make_model(name)
+    ids = torch.arange(3, 63).reshape(2, 30) % 50
+    calibration = calibrate(model, torch.arange(400).reshape(4, 100) * 7 % 50)
+    model.set_attn_implementation("kvnumba")
+    logits = {}
+    for kind, options in {
+        "exact": {},
+        "plain": {"rotation": False, "recent_tokens": 0, "scale_dtype": "float32"},
+        "rotated": {"recent_tokens": 0},
+        "good": {"calibration": calibration, "sink_tokens": 2},
+    }.items():
+        fmt = None if kind == "exact" else "int4"
+        cache = KVNumbaCache(model.config, key_format=fmt, value_format=fmt, backend=backend, **options)
+        with torch.no_grad():
+            logits[kind] = torch.cat(
+                [
+                    model(input_ids=part, past_key_values=cache).logits
+                    for part in ids.split((20, 1, 1, 8), dim=1)
+                ],
+                dim=1,
+            )
+        if kind == "good":
+            pool = next(iter(cache._groups.values())).pool
+            assert pool.layout.transform.rotation
+            assert pool.layout.transform.calibration is not None
+            window = next(iter(cache._groups.values())).sliding_window
+            assert pool.layout.recent_tokens == min(128, window or 128)
+    errors = {kind: (x - logits["exact"]).square().mean() for kind, x in logits.items()}
+    assert errors["good"] < errors["rotated"] / 4
+    assert errors["good"] < errors["plain"] / 4
+
+
+def test_options_of_the_cache_are_checked_at_once(make_model):
+    model = make_model("Llama")
+    calibration = calibrate(make_model("Qwen3"), torch.arange(200)[None] % 50).select([0])
+    for options, error, message in (
+        ({"num_layers": 2}, TypeError, "num_layers: the model decides it"),
+        ({"groupsize": 2}, TypeError, "unknown option 'groupsize'"),
+        ({"key_format": "int5"}, ValueError, "key_format: expected one of"),
+        ({"recent_tokens": 4}, ValueError, "recent_tokens: expected 0, float32 is float already; got 4"),
+        ({"key_format": "int4", "recent_tokens": -4}, ValueError, "recent_tokens: expected at least 0"),
+        (
+            {"calibration": calibration},
+            ValueError,
+            r"calibration: expected one of \d+ layers; got Calibration",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            KVNumbaCache(model.config, **options)
 
 
 def test_what_a_killed_save_left_is_cleared(make_model, tmp_path):
