@@ -157,7 +157,8 @@ class KVCache(Cache):
     def save(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the tokens of all batch elements to a file, which takes the place of `path` when it is complete.
 
-        Whatever happens before that leaves what was there. Tokens of a pass that has layers to go are left out.
+        Whatever happens before that leaves what was there. Tokens of a pass that has layers to go are left out, and so
+        is what is kept in float besides: a cache that loads the file has it from the blocks.
 
         Parameters
         ----------

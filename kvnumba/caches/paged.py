@@ -320,7 +320,8 @@ class PagedKVCache(Cache):
         """Write all sequences and all findable blocks to a file; a block that is shared is written once.
 
         The file is written beside `path` under another name and takes its place when it is complete and on
-        the disk: whatever happens before leaves what was there.
+        the disk: whatever happens before leaves what was there. Tokens that are kept in float besides are not in the
+        file: a cache that loads it has them from its blocks.
 
         Parameters
         ----------

@@ -27,6 +27,7 @@ class Result:
 
     fmt: str
     kv_bytes: int
+    float_bytes: int
     prefill_rate: float
     decode_rate: float
     bits_per_byte: float
@@ -78,15 +79,15 @@ def run(
 def table(results: list[Result]) -> str:
     """The results as text, a format a line."""
     lines = [
-        "            KV bytes  / float32   prefill    decode   bits per   top-1 as   KL from  look-ups",
-        "format                              tok/s     tok/s       byte    float32   float32     right",
+        "            KV bytes  / float32   in float   prefill    decode   bits per   top-1 as   KL from  look-ups",
+        "format                            besides     tok/s     tok/s       byte    float32   float32     right",
     ]
     lines.append("-" * len(lines[0]))
     for r in results:
         lines.append(
-            f"{r.fmt:<8} {r.kv_bytes:>11,} {r.kv_bytes / results[0].kv_bytes:>10.3f} {r.prefill_rate:>9,.0f} "
-            f"{r.decode_rate:>9,.0f} {r.bits_per_byte:>10.4f} {r.agreement:>10.2%} {r.divergence:>9.1e} "
-            f"{r.lookups:>9.0%}"
+            f"{r.fmt:<8} {r.kv_bytes:>11,} {r.kv_bytes / results[0].kv_bytes:>10.3f} {r.float_bytes:>10,} "
+            f"{r.prefill_rate:>9,.0f} {r.decode_rate:>9,.0f} {r.bits_per_byte:>10.4f} {r.agreement:>10.2%} "
+            f"{r.divergence:>9.1e} {r.lookups:>9.0%}"
         )
     return "\n".join(lines)
 
@@ -149,6 +150,7 @@ def _measure(
     result = Result(
         fmt=fmt,
         kv_bytes=kv_bytes,
+        float_bytes=cache.memory().floats,
         prefill_rate=len(document) / prefill_seconds,
         decode_rate=num_new / decode_seconds if num_new else 0.0,
         bits_per_byte=float(surprise.mean() / np.log(2)) if len(following) else float("nan"),

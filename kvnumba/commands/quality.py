@@ -29,17 +29,19 @@ from kvnumba.storage import Layout
 CHUNK = 32
 CALIBRATION_TOKENS = 4000
 RECENT = 128
+NAME = 46  # characters of the longest recipe
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to keep keys and values; groups of quantised formats are whole rows."""
+    """One way to keep keys and values; rows of quantised formats have so many groups, each with a scale."""
 
     fmt: str
     scale_dtype: str = "float32"
     rotation: bool = False
     calibrated: bool = False
     recent_tokens: int = 0
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -48,6 +50,7 @@ class Recipe:
             *(["rotated"] if self.rotation else []),
             *(["calibrated"] if self.calibrated else []),
             *([f"{self.recent_tokens} recent"] if self.recent_tokens else []),
+            *([f"{self.groups} groups"] if self.groups > 1 else []),
         ]
         return f"{self.fmt} {', '.join(parts)}".rstrip()
 
@@ -61,9 +64,14 @@ class Recipe:
             "recent_tokens": self.recent_tokens,
         }
 
+    def group_size(self, head_dim: int) -> int | None:
+        """Elements of a group."""
+        return head_dim // self.groups if FORMATS[self.fmt].has_scale else None
+
     def bits(self, head_dim: int) -> float:
         """Bits of an element in the storage, scales and zeros included."""
-        layout = Layout.of(1, 1, 1, head_dim, self.fmt, scale_dtype=self.scale_dtype)
+        group_size = self.group_size(head_dim)
+        layout = Layout.of(1, 1, 1, head_dim, self.fmt, scale_dtype=self.scale_dtype, group_size=group_size)
         return 8 * layout.bytes_per_token() / (2 * head_dim)
 
 
@@ -79,6 +87,7 @@ RECIPES = (
     Recipe("int4", "float16", rotation=True, calibrated=True),
     Recipe("int4", "float16", rotation=True, recent_tokens=RECENT),
     Recipe("int4", "float16", rotation=True, calibrated=True, recent_tokens=RECENT),
+    Recipe("int4", "float16", rotation=True, calibrated=True, recent_tokens=RECENT, groups=2),
 )
 """The first is what the others are compared with."""
 
@@ -148,7 +157,7 @@ def run(
         return [
             decoder.make_cache(
                 length,
-                group_size=head_dim if FORMATS[recipe.fmt].has_scale else None,
+                group_size=recipe.group_size(head_dim),
                 calibration=found if recipe.calibrated else None,
                 backend=backend,
                 **recipe.options,
@@ -240,8 +249,8 @@ def table(results: Sequence[Result], byte_level: bool) -> str:
     """The results as text, a recipe a line."""
     unit = "bits a byte" if byte_level else " perplexity"
     lines = [
-        f"                                     bits an   float  {unit}   change   KL from  look-ups",
-        "keys and values                      element  tokens                       float32     right",
+        f"{'':<{NAME}}   bits an   float  {unit}   change   KL from  look-ups",
+        f"{'keys and values':<{NAME}}   element  tokens                       float32     right",
     ]
     lines.append("-" * len(lines[0]))
     first = _score(results[0], byte_level)
@@ -250,7 +259,7 @@ def table(results: Sequence[Result], byte_level: bool) -> str:
         change = f"{score / first - 1:+.2%}"
         lookups = "" if r.lookups is None else f"{r.lookups:.0%}"
         lines.append(
-            f"{r.recipe.name:<36} {r.bits:>7.2f} {r.recipe.recent_tokens:>7} {score:>12.4f} {change:>8} "
+            f"{r.recipe.name:<{NAME}} {r.bits:>9.2f} {r.recipe.recent_tokens:>7} {score:>12.4f} {change:>8} "
             f"{r.divergence:>9.1e} {lookups:>9}".rstrip()
         )
     return "\n".join(lines)
@@ -259,10 +268,10 @@ def table(results: Sequence[Result], byte_level: bool) -> str:
 def layer_table(recipes: Sequence[Recipe], errors: np.ndarray) -> str:
     """What `layer_errors` returned, as text, a layer a line."""
     lines = ["squared error of the attention's output, of its mean square"]
-    lines.append("layer " + "".join(f"{recipe.name:>36}" for recipe in recipes))
+    lines.append("layer " + "".join(f"{recipe.name:>{NAME + 2}}" for recipe in recipes))
     lines.append("-" * len(lines[-1]))
     for layer, row in enumerate(errors.T):
-        lines.append(f"{layer:>5} " + "".join(f"{error:>36.2e}" for error in row))
+        lines.append(f"{layer:>5} " + "".join(f"{error:>{NAME + 2}.2e}" for error in row))
     return "\n".join(lines)
 
 

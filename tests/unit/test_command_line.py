@@ -83,8 +83,10 @@ class TestDemo:
         assert list(rows) == ["float32", "float16", "int8", "int4"]
         # 60 bytes of text in 4 layers of 2 heads of 64
         assert [rows[fmt][0] for fmt in rows] == ["245,760", "122,880", "69,120", "34,560"]
-        assert rows["float32"][5:] == ["100.00%", "0.0e+00", "100%"]
-        assert rows["float16"][7] == rows["int8"][7] == "100%"
+        # and the ring of 10 blocks of 16 tokens in float16
+        assert [rows[fmt][2] for fmt in rows] == ["0", "0", "0", "327,680"]
+        assert rows["float32"][6:] == ["100.00%", "0.0e+00", "100%"]
+        assert rows["float16"][8] == rows["int8"][8] == rows["int4"][8] == "100%"
         assert all(f"--- {fmt} writes on ---" in out for fmt in rows)
 
     def test_plot(self, tmp_path):
@@ -149,9 +151,9 @@ class TestQuality:
         assert "4,000 tokens of 4,000 bytes of tempfile.py" in out
         assert [row[0] for row in rows.values()] == [
             *("32.00", "16.00", "8.00", "9.00", "8.50", "8.50"),
-            *("5.00", "4.50", "4.50", "4.50", "4.50"),
+            *("5.00", "4.50", "4.50", "4.50", "4.50", "5.00"),
         ]
-        assert [row[1] for row in rows.values()] == [*["0"] * 4, "128", "128", *["0"] * 3, "128", "128"]
+        assert [row[1] for row in rows.values()] == [*["0"] * 4, *["128"] * 2, *["0"] * 3, *["128"] * 3]
         assert rows["float32"][3:] == ["+0.00%", "0.0e+00", "100%"]
         divergences = {name: float(row[4]) for name, row in rows.items()}
         assert divergences["int4 rotated, calibrated"] < divergences["int4"] / 2

@@ -300,7 +300,8 @@ class KVNumbaCache(Cache):
         """Write the cache to a folder, which is made where it does not exist.
 
         The file ``cache.json`` names the others and is replaced last, so that a save that fails or is killed leaves the
-        folder as it was; what it has written already is removed by the next save.
+        folder as it was; what it has written already is removed by the next save. Tokens that are kept in float besides
+        are not saved: a cache that loads the folder has them in the cache's formats.
 
         Parameters
         ----------
