@@ -172,7 +172,7 @@ class Pass:
         return plan
 
     def _parts(self, num_qo_heads: int, shared: bool) -> list[Part]:
-        """The parts of the keys; `shared` says whether a common prefix may be one of its own."""
+        """The parts of the keys, short ones first; `shared` says whether a common prefix may be one of its own."""
         batch, parts = self.batch, []
         if self.floats is not None:
             parts = [*self.floats.newest, *self.floats.sinks]
@@ -182,8 +182,8 @@ class Pass:
                 return parts
         limits = self._backend.cascade
         if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
-            return split_prefixes(self._buffers, batch, num_qo_heads, limits) + parts
-        return [Part(self._buffers, batch), *parts]
+            return parts + split_prefixes(self._buffers, batch, num_qo_heads, limits)
+        return [*parts, Part(self._buffers, batch)]
 
 
 def room_for_results(

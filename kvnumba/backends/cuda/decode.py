@@ -67,12 +67,12 @@ def decode_kernel(
     if len(codecs) == 1:
 
         def decode(call, work):
-            attend_first(call, work, int32(cuda.blockIdx.x))
+            attend_first(call, work, int32(cuda.blockIdx.y))
 
         return Kernel(decode, (AttendAddresses, AttendShape), 32 * WARPS)
 
     def decode_both(call, storage, work, second_work):
-        piece = int32(cuda.blockIdx.x)
+        piece = int32(cuda.blockIdx.y)
         if piece < work.num_pieces:
             attend_first(call, work, piece)
         else:
@@ -138,7 +138,7 @@ def _attention(
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         g, c = lane >> int32(2), lane & int32(3)
-        piece = open_piece(work, number, cuda.blockIdx.y)
+        piece = open_piece(work, number, cuda.blockIdx.x)
         tile, end_tile = (piece.begin >> 4) + warp * count, (piece.end + TILE - 1) >> 4
         if tile < end_tile:
             for u in range(count):
