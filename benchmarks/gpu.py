@@ -155,8 +155,10 @@ def check(cache: kvnumba.PagedKVCache, seq_id: int, q: torch.Tensor, out: torch.
     """The newest tokens of a sequence against float64."""
     last = slice(-2, None)
     want, _ = oracle.attention(q[last].float().cpu().numpy(), *cache.get_kv(seq_id))
-    error, largest = np.abs(out[last].float().cpu().numpy() - want).max(), np.abs(want).max()
-    assert error <= 8e-3 * largest + 2e-4, f"largest error {error:.1e}, largest result {largest:.1e}"
+    # a rotation gathers in one element what all of a row err alike, so the mean is judged and not the largest
+    error = np.sqrt(np.square(out[last].float().cpu().numpy() - want).mean())
+    largest = np.abs(want).max()
+    assert error <= 5e-4 * largest + 5e-5, f"error {error:.1e}, largest result {largest:.1e}"
 
 
 def bytes_per_token(options: dict[str, Any]) -> int:

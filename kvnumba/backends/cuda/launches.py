@@ -142,7 +142,9 @@ def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool
             buffers = [share.part.buffers for share in some]
             kernel, shared_bytes = _kernel([each.layout for each in buffers], group[0].shape, q, scoring)
             grid = (sum(work.num_pieces for work in works), group[0].blocks_per_piece)
-            if group[0].shape.name == "decode":  # all pieces of the first part begin before those of the second
+            if (
+                group[0].shape.name == "decode"
+            ):  # all pieces of the first part begin before those of the second
                 grid = grid[::-1]
             launch = Launch(kernel, grid, shared_bytes, *works)
             of_parts.append((launch, [each.addresses for each in buffers if isinstance(each, CudaBuffers)]))
