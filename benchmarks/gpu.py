@@ -151,10 +151,10 @@ def append(cache: kvnumba.PagedKVCache, ids: list[int], new: int) -> kvnumba.Ste
     return step
 
 
-def check(cache: kvnumba.PagedKVCache, seq_id: int, q: torch.Tensor, out: torch.Tensor) -> None:
+def check(kv: tuple[np.ndarray, np.ndarray], q: torch.Tensor, out: torch.Tensor) -> None:
     """The newest tokens of a sequence against float64."""
     last = slice(-2, None)
-    want, _ = oracle.attention(q[last].float().cpu().numpy(), *cache.get_kv(seq_id))
+    want, _ = oracle.attention(q[last].float().cpu().numpy(), *kv)
     # a rotation gathers in one element what all of a row err alike, so the mean is judged and not the largest
     error = np.sqrt(np.square(out[last].float().cpu().numpy() - want).mean())
     largest = np.abs(want).max()
@@ -173,7 +173,7 @@ def decode_time(batch: int, length: int, options: dict[str, Any]) -> tuple[float
     cache, groups = filled(batch, length - 1, 1, options, max(2, ROTATED // nbytes + 1))
     steps = [append(cache, ids, 1) for ids in groups]
     q = torch.randn(batch, HQ, D, device="cuda", dtype=torch.float16)
-    check(cache, groups[0][-1], q[-1:], steps[0].attend(q)[-1:])
+    check(steps[0].get_kv()[-1], q[-1:], steps[0].attend(q)[-1:])
     return graph_time([lambda step=step: step.attend(q) for step in steps]), nbytes
 
 
@@ -245,7 +245,7 @@ def prefill_time(options: dict[str, Any]) -> float:
     cache, groups = filled(1, CACHED - NEW, NEW, options, 1)
     step = append(cache, groups[0], NEW)
     q = torch.randn(NEW, HQ, D, device="cuda", dtype=torch.float16)
-    check(cache, groups[0][0], q, step.attend(q))
+    check(step.get_kv()[0], q, step.attend(q))
     return graph_time([lambda: step.attend(q)])
 
 
