@@ -27,7 +27,7 @@ DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
 
-LARGE = 1 << 16  # elements of which one pass is worth what it costs to begin
+_LARGEST_FLOAT16 = 65504.0
 
 _LARGEST = {
     np.dtype(np.float32): np.float32(np.finfo(np.float32).max / 2),  # their differences are finite
@@ -89,8 +89,8 @@ def new_tokens(
     values = float_array(names[1], v) if views[1] is None else views[1]
     check_shape(names[1], values, (*keys.shape[:-1], layout.values.head_dim), axes)
     if views[0] is None:
-        check_finite(names[0], keys, layout.keys)
-        check_finite(names[1], values, layout.values)
+        _check_rows(names[0], keys, layout.keys, layout, axes)
+        _check_rows(names[1], values, layout.values, layout, axes)
     return keys, values
 
 
@@ -156,24 +156,58 @@ def on_device(argument: str, x: Any, backend: Destination) -> DeviceView | None:
     return view
 
 
-def check_finite(argument: str, array: Any, rows: RowLayout) -> None:
+def norm_of(array: Any) -> float:
+    """The root of the sum of squares, which no element exceeds: one pass over them. NaN and infinity stay."""
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(np.dot(flat, flat))
+
+
+def check_finite(argument: str, array: Any, rows: RowLayout, norm: float) -> None:
     """Raise if rows with scales cannot hold a value: NaN, infinity, or beyond what their scales reach."""
-    if not rows.fmt.has_scale:
-        return
     limit = _LARGEST[rows.scale_dtype]
-    if array.size > LARGE:
-        flat = array.reshape(-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = float(np.dot(flat, flat))  # one pass, by several threads
-        if squares <= float(limit) ** 2:  # false of NaN and of a sum that overflows
-            return
-    if not array.size or (array.min() >= -limit and array.max() <= limit):  # false of NaN
+    if norm <= limit:  # false of NaN and of a sum that overflows
+        return
+    if array.min() >= -limit and array.max() <= limit:
         return
     outside = ~(np.abs(array) <= limit)
     raise ValueError(
         f"{argument}: expected finite values up to {limit:.2g} for {rows.fmt.name}"
         f"{'' if rows.scale_dtype == np.float32 else ' with float16 scales'}; got {array[outside][0]}"
     )
+
+
+def _check_rows(argument: str, array: Any, rows: RowLayout, layout: Layout, axes: str) -> None:
+    """Raise if the keys or the values of a layout, whose `rows` they are, cannot hold an array's elements."""
+    in_float16 = layout.recent_tokens and rows.fmt.bits < 16
+    if not rows.fmt.has_scale and not in_float16:
+        return
+    norm = norm_of(array)
+    if rows.fmt.has_scale:
+        check_finite(argument, array, rows, norm)
+    if in_float16:
+        _check_float16(argument, array, layout, rows is layout.keys, axes.split().index("H"), norm)
+
+
+def _check_float16(
+    argument: str, array: np.ndarray, layout: Layout, keys: bool, head_axis: int, norm: float
+) -> None:
+    """Raise if rows, transformed as they are stored, are beyond what recent tokens in float16 can hold."""
+    transform = layout.transform
+    factor, offset = (1.0, 0.0) if transform is None or not keys else transform.bounds
+    if factor * norm + offset <= _LARGEST_FLOAT16:
+        return
+    rows = np.moveaxis(array, head_axis, -2)
+    stored = [rows]
+    if transform is not None:
+        layers = range(layout.num_layers)
+        stored = [transform.store_keys(rows, n) for n in layers] if keys else [transform.store_values(rows)]
+    largest = max(np.abs(x).max(initial=0) for x in stored)
+    if largest > _LARGEST_FLOAT16:
+        raise ValueError(
+            f"{argument}: expected at most {_LARGEST_FLOAT16:.0f} in rows as they are stored, for recent_tokens keeps "
+            f"them in float16; got {largest:.6g}"
+        )
 
 
 class DeviceView:

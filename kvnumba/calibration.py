@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,13 +47,14 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("shifts", "scales"):
             with np.errstate(over="ignore"):  # beyond float32's range is infinity, which is refused
-                layers = [np.ascontiguousarray(array, np.float32) for array in getattr(self, name)]
+                layers = [np.array(array, np.float32, order="C") for array in getattr(self, name)]
             for i, array in enumerate(layers):
                 arguments.check_shape(f"{name}[{i}]", array, (None, None), "H D")
                 if not np.isfinite(array).all():
                     raise ValueError(f"{name}[{i}]: expected finite numbers in float32")
                 if name == "scales" and not (array > 0).all():
                     raise ValueError(f"scales[{i}]: expected numbers above 0; got {array.min()}")
+                array.flags.writeable = False  # a cache that was made with it relies on it
             object.__setattr__(self, name, tuple(layers))
         shapes = [array.shape for array in self.shifts]
         if not shapes:
@@ -86,11 +85,11 @@ class Calibration:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # a damaged archive raises whatever it leads zipfile to
             raise ValueError(f"{path}: damaged: {error}") from error
         if "version" not in arrays:
             raise ValueError(f"{path}: not a file that a calibration was saved to")
-        if arrays["version"] != VERSION:
+        if arrays["version"].shape or arrays["version"] != VERSION:
             raise ValueError(f"{path}: version: expected {VERSION}; the file has {arrays['version']}")
         try:
             layers = range(int(arrays["num_layers"]))

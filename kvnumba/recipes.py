@@ -16,8 +16,8 @@ INT4_RECIPE: LayoutOptions = {"scale_dtype": "float16", "rotation": True, "recen
 def with_recipe(dtype: Any, options: LayoutOptions, calibration: Calibration | None = None) -> LayoutOptions:
     """Options of a cache of `dtype`, those of `INT4_RECIPE` filled in where keys or values are int4.
 
-    What the user gave stays as it is. `calibration` is what is at hand, taken if the user gave none and rows are
-    rotated.
+    What the user gave stays as it is. `calibration` is what is at hand: it is taken where rows are rotated and the user
+    did not say otherwise, by None or another one.
     """
     default = None if dtype is None else resolve_format("dtype", dtype)
     formats = []
@@ -26,7 +26,10 @@ def with_recipe(dtype: Any, options: LayoutOptions, calibration: Calibration | N
         formats.append(default if fmt is None else resolve_format(name, fmt))
     if not any(fmt is not None and fmt.name == "int4" for fmt in formats):
         return options
-    filled: LayoutOptions = {**INT4_RECIPE, "calibration": calibration, **options}
-    if filled["rotation"] is False and "calibration" not in options:
-        del filled["calibration"]
+    given: Any = {
+        name: value for name, value in options.items() if value is not None or name == "calibration"
+    }
+    filled: LayoutOptions = {**INT4_RECIPE, **given}
+    if filled["rotation"]:
+        filled.setdefault("calibration", calibration)
     return filled

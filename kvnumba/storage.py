@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -130,7 +130,8 @@ class LayoutOptions(TypedDict, total=False):
         larger than others cost. See `kvnumba.calibrate`.
     recent_tokens : int
         So many of a sequence's newest tokens, and all that come with them in one pass, are attended to in float16. That
-        is kept besides: there few bits cost most. Default: 0.
+        is kept besides, for there few bits cost most: a ring of tokens for each sequence, and of a pass of many tokens
+        all, until the next pass. Default: 0.
     sink_tokens : int
         So are so many of its first tokens. Default: 0.
     """
@@ -289,6 +290,7 @@ class Layout:
 
     def memory(self, num_sequences: int = 0, *, tokens: int | None = None) -> MemoryUse:
         """`memory_bytes` by what they are used for; of so many tokens, instead of all for which there is room."""
+        num_sequences = arguments.integer("num_sequences", num_sequences, minimum=0)
         count = self.num_blocks * self.block_size if tokens is None else tokens
         rows = count * self.num_layers * self.num_kv_heads
         floats = 0
@@ -309,9 +311,11 @@ class Layout:
         return -(-self.sink_tokens // RECENT_BLOCK), -(-ring // RECENT_BLOCK)
 
     def of_recent(self, num_blocks: int) -> Layout:
-        """The layout of float blocks."""
+        """The layout of float blocks, in float16 or a format that is no less exact already."""
         keys, values = (
-            RowLayout(FORMATS["float16"], rows.head_dim, rows.head_dim, rows.scale_dtype)
+            replace(
+                rows, fmt=rows.fmt if rows.fmt.bits >= 16 else FORMATS["float16"], group_size=rows.head_dim
+            )
             for rows in (self.keys, self.values)
         )
         return Layout(

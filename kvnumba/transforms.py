@@ -12,6 +12,7 @@ Two steps, each of which leaves attention as it is:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,15 @@ class RowTransform:
         if self.calibration is not None:
             parts.append(f"calibration {self.calibration.fingerprint}")
         return ", ".join(parts)
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """(a, b): no element of a stored key of any layer is larger than a times the key's norm, plus b."""
+        if self.calibration is None:
+            return 1.0, 0.0
+        least = min(float(scales.min()) for scales in self.calibration.scales)
+        shift = max(float(np.linalg.norm(shifts, axis=-1).max()) for shifts in self.calibration.shifts)
+        return 1 / least, shift / least
 
     def store_keys(self, k: np.ndarray, layer: int) -> np.ndarray:
         """Keys as they are stored: ``rotate((k - m) / s)``."""

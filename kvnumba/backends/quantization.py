@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvnumba.arguments import integer
-from kvnumba.arrays import check_finite, float_array
+from kvnumba.arrays import check_finite, float_array, norm_of
 from kvnumba.backends.registry import get_backend
 from kvnumba.formats import FORMATS, Format, uint8_array
 from kvnumba.storage import Encoded, RowLayout
@@ -47,7 +47,7 @@ def quantize(
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected a last axis of at least one element; got shape {x.shape}")
     rows = RowLayout.of("x: last axis", fmt, x.shape[-1], group_size, scale_dtype)
-    check_finite("x", x, rows)
+    check_finite("x", x, rows, norm_of(x))
     encoded = get_backend(backend).encode(x.reshape(-1, x.shape[-1]), rows)
     return Encoded(*(array.reshape(*x.shape[:-1], array.shape[-1]) for array in encoded))
 

@@ -102,7 +102,9 @@ class KVCache(Cache):
     def k_cache(self) -> Any:
         """The stored keys, writable: (B, H, S_max, D), with a layer axis in front where there are several.
 
-        float32 and float16 as such, bfloat16 and fp8_e4m3 as their bits, int8 and int4 as codes.
+        float32 and float16 as such, bfloat16 and fp8_e4m3 as their bits, int8 and int4 as codes; of a cache with
+        `rotation` or `calibration` as these make them. Tokens that are kept in float besides are not here, and are
+        attended to there whatever is written here.
         """
         return self._stored(self._buffers.keys.codes)
 
@@ -133,7 +135,7 @@ class KVCache(Cache):
                 f"length: expected at most the element's {lengths[batch_idx]} tokens; got {length}"
             )
         self.seq_lens = [*lengths[:batch_idx], length, *lengths[batch_idx + 1 :]]
-        self._pass = None
+        self._pass = self._latest = None
 
     def fork(self, batch_idx: int, into: int) -> None:
         """Let batch element `into` hold what element `batch_idx` holds; what it held is forgotten.
@@ -152,7 +154,7 @@ class KVCache(Cache):
             if self._recent is not None:
                 self._recent.reorder([into], [batch_idx])
         lengths[into] = lengths[batch_idx]
-        self.seq_lens, self._pass = lengths, None
+        self.seq_lens, self._pass, self._latest = lengths, None, None
 
     def save(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the tokens of all batch elements to a file, which takes the place of `path` when it is complete.
@@ -189,7 +191,7 @@ class KVCache(Cache):
             The file cannot be read.
         """
         lengths = snapshot.load_elements(Path(path), self._backend, self._buffers, fingerprint)
-        self.seq_lens, self._pass = lengths, None
+        self.seq_lens, self._pass, self._latest = lengths, None, None
         if self._recent is not None:
             for batch_idx, length in enumerate(lengths):
                 self._recent.start(batch_idx, length)

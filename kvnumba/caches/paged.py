@@ -183,8 +183,8 @@ class PagedKVCache(Cache):
     def fork(self, seq_id: int) -> int:
         """Begin a sequence with the same tokens, in the same blocks; returns its id.
 
-        Nothing is copied until one of the two writes to a block that both hold. Tokens of a forward pass
-        that is not complete are not part of the new sequence.
+        No block is copied until one of the two writes to one that both hold; only tokens that are kept in float besides
+        are copied at once. Tokens of a forward pass that is not complete are not part of the new sequence.
 
         Raises
         ------
@@ -233,6 +233,9 @@ class PagedKVCache(Cache):
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget a sequence's tokens from `length` on, as if they had never been written.
 
+        Of what is kept in float besides, the tokens before the latest 16 or more stay: after a larger step back, older
+        ones are attended to in the cache's format.
+
         Rolls back what speculative decoding proposed in vain. Blocks without tokens are given back, also those
         that a dropped step booked; other sequences keep what they share.
 
@@ -262,12 +265,15 @@ class PagedKVCache(Cache):
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         self._pool.finish(seq_id)
         self._steps.pop(seq_id, None)
+        self._latest = None
         swapped = self._swapped.pop(seq_id, None)
         if swapped is not None:
             swapped.discard()
 
     def swap_out(self, seq_id: int, path: str | os.PathLike[str] | None = None) -> None:
         """Move a sequence's blocks to host memory or a memory-mapped file, bit for bit, and give them back.
+
+        What is kept in float besides stays where it is.
 
         Until `swap_in` the sequence keeps its id and its length, and can only be finished.
 
@@ -529,16 +535,20 @@ class PagedKVCache(Cache):
             An id is unknown, finished or given twice, or a count is negative.
         """
         tokens = None if token_ids is None else _checked_tokens(token_ids, num_new_tokens)
+        return self._new_step(*self._book(seq_ids, num_new_tokens), tokens)
+
+    def _book(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> tuple[list[int], Batch]:
+        """Check and book a batch: the ids, and the batch."""
         try:
             one = len(seq_ids) == len(num_new_tokens) == 1
         except TypeError:
-            one = False  # `book` says what is wrong with them
+            one = False  # the pool says what is wrong with them
         if one:
             seq_id = arguments.integer("seq_id", seq_ids[0], minimum=0)
             count = arguments.integer("num_new_tokens", num_new_tokens[0], minimum=0)
-            return self._new_step([seq_id], self._pool.book_one(seq_id, count, self._copy_blocks), tokens)
+            return [seq_id], self._pool.book_one(seq_id, count, self._copy_blocks)
         batch = self._pool.book(seq_ids, num_new_tokens, self._copy_blocks)
-        return self._new_step(np.asarray(seq_ids).tolist(), batch, tokens)
+        return np.asarray(seq_ids).tolist(), batch
 
     def _new_step(self, seq_ids: list[int], batch: Batch, tokens: list[np.ndarray | None] | None) -> Step:
         return Step(self._backend, self._buffers, self._pool, self._recent, seq_ids, batch, tokens)

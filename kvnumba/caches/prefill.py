@@ -207,7 +207,7 @@ class ChunkedPrefillCache:
             self.cache.require_room(length)
         else:
             seq_ids = self.seq_ids or []
-            self.cache.step(seq_ids, [length] * len(seq_ids))  # the blocks that the chunks will fill
+            self.cache._book(seq_ids, [length] * len(seq_ids))  # the blocks that the chunks will fill
 
     def _chunks(self, length: int) -> Iterator[slice]:
         return (

@@ -6,14 +6,15 @@ after some for its first ones, which are written once. A pass attends to the key
 was found, or a file loaded) f is nearer to n.
 
 A pass that adds many tokens to a sequence has float blocks of its own, with what the ring has before them, and leaves
-its last tokens in the ring when it is complete. So a prompt of any length can attend to itself in float, and what stays
-is the ring.
+its last tokens in the ring when it is complete. So a prompt of any length can attend to itself in float. Its blocks go
+when the next pass comes, and what stays is the ring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from kvnumba.storage import RECENT_BLOCK, RECENT_SHORT, Batch, Buffers, Layout, 
 class RecentTokens:
     """The float tokens of all sequences of a cache; a sequence is named by its row.
 
-    Internal: arguments are checked already, and calls for one cache come one at a time.
+    Internal: arguments are checked already, and calls for one row come one at a time. Calls for different rows may come
+    from different threads: they change nothing that they share.
 
     Parameters
     ----------
@@ -106,15 +108,14 @@ class RecentTokens:
             floats = self._book_one(int(rows[0]), batch)
             if floats is not None:
                 return floats
-        counts = np.diff(batch.query_start_loc).astype(np.int64)
-        first = batch.positions.astype(np.int64)
-        end = first + counts
-        self._settle(rows, first)
-        long = counts > RECENT_SHORT
-        short = (counts > 0) & ~long
-        overwritten = ((end - 1) // RECENT_BLOCK - self._ring + 1) * RECENT_BLOCK
-        self._begins[rows] = np.where(short, np.maximum(self._begins[rows], overwritten), self._begins[rows])
-        begin = self._first_float(rows, first, end)
+        first, end = batch.positions.astype(np.int64), batch.seq_lens.astype(np.int64)
+        held, self._num_sinks[rows] = self._held(rows, first)
+        self._ends[rows] = first
+        long = end - first > RECENT_SHORT
+        short = ~long
+        held = np.where(short, np.maximum(held, self._oldest(end)), held)
+        self._begins[rows] = np.minimum(held, first)
+        begin = self._first_float(self._begins[rows], first, end)
         parts = []
         if short.any():
             column = begin // RECENT_BLOCK
@@ -122,7 +123,9 @@ class RecentTokens:
             parts.append(self._part(self._buffers, table, batch, column, begin, end, short))
         if long.any():
             parts.append(self._own_blocks(rows, batch, begin, end, long))
-        return FloatTokens(batch, begin, parts, self._sink_parts(rows, batch, begin), rows)
+        return FloatTokens(
+            batch, begin, parts, self._sink_parts(rows, self._num_sinks[rows], batch, begin), rows
+        )
 
     def _book_one(self, row: int, batch: Batch) -> FloatTokens | None:
         """`book` of the commonest batch, a few tokens of one sequence; None if it is another one."""
@@ -130,7 +133,7 @@ class RecentTokens:
         if not first < end <= first + RECENT_SHORT or self._ends[row] < first:
             return None
         last = (end - 1) // RECENT_BLOCK
-        held = max(min(int(self._begins[row]), first), (last + 1 - self._ring) * RECENT_BLOCK)
+        held = max(min(int(self._begins[row]), first), self._oldest(end))
         self._begins[row], self._ends[row] = held, first
         begin = max(held, first + 1 - self._recent)
         column = begin // RECENT_BLOCK
@@ -148,15 +151,13 @@ class RecentTokens:
 
     def commit(self, floats: FloatTokens) -> None:
         """A pass is complete: its sequences hold its tokens, the last of a long one in the ring too."""
-        rows, end = floats.rows, floats.batch.seq_lens
-        if len(rows) == 1 and not self._sinks and end[0] - self._ends[rows[0]] <= RECENT_SHORT:
+        rows, first, end = floats.rows, floats.batch.positions, floats.batch.seq_lens
+        if len(rows) == 1 and not self._sinks and end[0] - first[0] <= RECENT_SHORT:
             self._ends[rows[0]] = end[0]
             return
-        first = self._ends[rows]
         long = end - first > RECENT_SHORT
         if long.any():
-            oldest = ((end - 1) // RECENT_BLOCK - self._ring + 1) * RECENT_BLOCK
-            begin = np.where(long, np.maximum(floats.begin, oldest), self._begins[rows])
+            begin = np.where(long, np.maximum(floats.begin, self._oldest(end)), self._begins[rows])
             self._begins[rows] = np.minimum(
                 begin, first
             )  # the older ones are overwritten, even if that fails
@@ -169,26 +170,28 @@ class RecentTokens:
     def view(self, rows: np.ndarray, batch: Batch) -> FloatTokens:
         """What tokens that all layers hold attend to in float."""
         end = batch.seq_lens.astype(np.int64)
-        self._settle(rows, end)
-        begin = self._first_float(rows, batch.positions.astype(np.int64), end)
+        held, num_sinks = self._held(rows, end)
+        begin = self._first_float(held, batch.positions.astype(np.int64), end)
         column = begin // RECENT_BLOCK
         table = self._table(rows, column, _width(column, end))
         part = self._part(self._buffers, table, batch, column, begin, end, begin < end)
-        return FloatTokens(batch, begin, [part], self._sink_parts(rows, batch, begin), rows)
+        return FloatTokens(batch, begin, [part], self._sink_parts(rows, num_sinks, batch, begin), rows)
 
     # The parts of these
 
-    def _settle(self, rows: np.ndarray, length: np.ndarray) -> None:
-        """Forget what does not end at the lengths that sequences have by now."""
+    def _held(self, rows: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of sequences of such lengths, the first token in the ring, and how many first ones are held besides."""
+        begins = np.minimum(self._begins[rows], length)
         gap = length > self._ends[rows]  # what lies between is not here
-        self._begins[rows] = np.where(gap, length, np.minimum(self._begins[rows], length))
-        self._num_sinks[rows] = np.minimum(self._num_sinks[rows], length)
-        self._ends[rows] = length
+        return np.where(gap, length, begins), np.minimum(self._num_sinks[rows], length)
 
-    def _first_float(self, rows: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """The first key that new tokens from `first` on see in float; without new tokens none."""
-        begin = np.maximum(self._begins[rows], first + 1 - self._recent)
-        return np.where(first < end, begin, end)
+    def _oldest(self, end: Any) -> Any:
+        """The first position for which a ring has room, if the last one before `end` is written."""
+        return ((end - 1) // RECENT_BLOCK + 1 - self._ring) * RECENT_BLOCK
+
+    def _first_float(self, held: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The first key that new tokens from `first` on see in float, of rings that hold those from `held` on."""
+        return np.minimum(np.maximum(held, first + (first < end) - self._recent), end)
 
     def _table(self, rows: np.ndarray, column: np.ndarray, width: int) -> np.ndarray:
         """Blocks of rows from a column on: (B, width) int32."""
@@ -223,9 +226,11 @@ class RecentTokens:
             ),
         )
 
-    def _sink_parts(self, rows: np.ndarray, batch: Batch, begin: np.ndarray) -> list[Part]:
+    def _sink_parts(
+        self, rows: np.ndarray, num_sinks: np.ndarray, batch: Batch, begin: np.ndarray
+    ) -> list[Part]:
         """The first tokens of sequences, where they are not among the newest."""
-        end = np.minimum(self._num_sinks[rows], begin)
+        end = np.minimum(num_sinks, begin)
         if not end.any():
             return []
         column = np.zeros(len(rows), np.int64)

@@ -130,6 +130,8 @@ def run(
     decoder = IncrementalDecoder.from_pretrained(model)
     byte_level = decoder.config.vocab_size == 256
     limit = decoder.config.max_position_embeddings
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueError(f"--plot: expected a file in a folder that exists; got {plot}")
     if not 2 <= num_tokens <= limit:
         raise ValueError(f"--bytes: expected 2 to {limit}, the model's positions; got {num_tokens}")
     if text is None and not byte_level:
@@ -333,7 +335,10 @@ def _find_calibration(
     if calibrate_on is not None:
         count = min(CALIBRATION_TOKENS, decoder.config.max_position_embeddings)
         tokens = _read_tokens("--calibrate-on", calibrate_on, byte_level)[:count]
-        return decoder.calibrate(tokens, source=calibrate_on.name)
+        try:
+            return decoder.calibrate(tokens, source=calibrate_on.name)
+        except ValueError as error:
+            raise ValueError(f"--calibrate-on: {calibrate_on}: {error}") from error
     return decoder.calibration
 
 

@@ -190,6 +190,9 @@ class IncrementalDecoder:
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         options = with_recipe(dtype, options, self.calibration)
         options["num_layers"] = config.num_hidden_layers
+        recent_tokens = options.get("recent_tokens")
+        if recent_tokens and config.sliding_window is not None:
+            options["recent_tokens"] = min(recent_tokens, config.sliding_window)
         return PagedKVCache(
             -(-num_tokens // block_size) + max_num_seqs - 1,
             block_size,

@@ -254,3 +254,109 @@ def test_a_window_narrower_than_what_is_kept_in_float(backend):
         cache.add_sequence(window_left=18)
     assert cache.seq_lens == {}
     cache.add_sequence(window_left=19)
+
+
+def test_a_plan_of_earlier_content_is_not_used_again(backend, normal, tmp_path):
+    """Float blocks hold tokens of their own: what replaces a cache's tokens forgets the plans that read them."""
+    k = normal(3, 1, H, 60, D)
+    q = normal(1, 4, 60, D)
+    cache, other = (
+        kvnumba.KVCache(1, 80, H, D, "int4", recent_tokens=RECENT, backend=backend) for _ in range(2)
+    )
+    cache.update(k[0], k[0])
+    cache.save(tmp_path / "a.kv")
+    other.update(k[1], k[1])
+    other.attend(q)
+    other.load(tmp_path / "a.kv")
+    check(
+        [x[0] for x in other.attend(q, return_lse=True)],
+        q[0],
+        k[0, 0],
+        k[0, 0],
+        ("int4", "int4"),
+        60,
+        0,
+        backend,
+    )
+    both = kvnumba.KVCache(2, 80, H, D, "int4", recent_tokens=RECENT, backend=backend)
+    new = np.concatenate((k[0], k[2]))
+    both.update(new, new)
+    both.attend(np.concatenate((q, q)))
+    both.fork(0, 1)
+    out, lse = both.attend(np.concatenate((q, q)), return_lse=True)
+    np.testing.assert_allclose(out[1], out[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse[1], lse[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(both.get_kv(1)[0], both.get_kv(0)[0])
+
+
+def test_questions_change_nothing(backend, normal):
+    """`get_kv` of a layer that does not have a pass's tokens yet, which begin somewhere else than the old ones end."""
+    k = normal(1, H, 64, D)
+
+    def run(ask):
+        cache = kvnumba.KVCache(
+            1, 80, H, D, "int4", recent_tokens=RECENT, sink_tokens=4, num_layers=2, backend=backend
+        )
+        for layer in range(2):
+            cache.update(k[:, :, :60], k[:, :, :60], layer=layer)
+        for layer in range(2):
+            cache.update(k[:, :, 60:], k[:, :, 60:], [50], layer=layer)
+            if ask:
+                cache.get_kv(0, layer=1)
+                cache.attend(k[:, :, :1], layer=1)
+        return cache.get_kv(0, layer=1)[0]
+
+    np.testing.assert_array_equal(run(ask=True), run(ask=False))
+
+
+def test_a_step_without_new_tokens_of_a_sequence_reads_as_the_cache(backend, normal):
+    cache = make(backend, sink_tokens=SINKS)
+    ids = [cache.add_sequence() for _ in range(2)]
+    k = normal(H, 50, D)
+    for seq_id in ids:
+        cache.update(seq_id, k, k)
+    step = cache.step(ids, [0, 1])
+    step.write(k[:, :1].swapaxes(0, 1), k[:, :1].swapaxes(0, 1))
+    for n, seq_id in enumerate(ids):
+        np.testing.assert_array_equal(step.get_kv()[n][0], cache.get_kv(seq_id)[0])
+
+
+def test_formats_that_are_float_already_stay_what_they_are(backend, normal):
+    k = 1000 * normal(H, 30, D) + 0.1
+    cache = make(backend, ("float32", "int8"))
+    seq_id = cache.add_sequence()
+    cache.update(seq_id, k, k)
+    np.testing.assert_array_equal(cache.get_kv(seq_id)[0], k)
+
+
+def test_what_float16_cannot_hold_is_refused(backend, normal):
+    cache = make(backend, ("int8", "int8"))
+    seq_id = cache.add_sequence()
+    k = normal(H, 3, D)
+    large = k.copy()
+    large[1, 2, 3] = 7e4
+    with pytest.raises(
+        ValueError, match=r"new_v: expected at most 65504 in rows as they are stored.*; got 70000"
+    ):
+        cache.update(seq_id, k, large)
+    assert cache.seq_lens == {seq_id: 0}
+    turned = make(backend, ("int8", "int8"), rotation=True)
+    seq_id = turned.add_sequence()
+    turned.update(seq_id, large, k)  # a rotation spreads it
+    large[1, 2] = 3e4
+    with pytest.raises(ValueError, match=r"new_k: expected at most 65504 .*; got 120000"):
+        turned.update(seq_id, large, k)
+
+
+def test_a_prompt_in_chunks_takes_float_blocks_of_a_chunk(backend, normal):
+    cache = make(backend)
+    prompt = kvnumba.ChunkedPrefillCache(cache, 32, seq_ids=[cache.add_sequence()])
+    allocated = []
+    allocate = cache._backend.allocate
+    cache._backend.allocate = lambda layout: allocated.append(layout.num_blocks) or allocate(layout)
+    try:
+        x = normal(1, H, 200, D)
+        prompt.attend(normal(1, 4, 200, D), x, x)
+    finally:
+        del cache._backend.allocate
+    assert 0 < max(allocated) <= (RECENT + 32 + 30) // 16

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_type
 
 from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.caches.snapshot import clear_unfinished, replacing
+from kvnumba.calibration import Calibration
 from kvnumba.integrations.transformers.deferred import Deferred
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
@@ -279,7 +280,7 @@ class KVNumbaCache(Cache):
             group.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Replace each sequence b by sequence ``beam_idx[b]``; no token is copied."""
+        """Replace each sequence b by sequence ``beam_idx[b]``; blocks are shared, not copied."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -378,10 +379,13 @@ class KVNumbaCache(Cache):
     def __repr__(self) -> str:
         settings = self._settings
         used = [group.pool.backend for group in self._groups.values() if group.started]
+        formats = ("key_format", "value_format")
+        kept = {name: value for name, value in settings.options.items() if name not in formats}
         return (
             f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
             f"keys {settings.options.get('key_format') or 'as given'}, "
             f"values {settings.options.get('value_format') or 'as given'}, "
+            f"{''.join(f'{name}={value!r}, ' for name, value in kept.items())}"
             f"{(used or [settings.backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
 
@@ -393,6 +397,9 @@ def _checked(options: LayoutOptions) -> LayoutOptions:
             raise TypeError(f"{name}: the model decides it; expected no such argument")
     given: Any = {name: value for name, value in options.items() if value is not None}
     filled: Any = with_recipe(None, given)
+    calibration = filled.get("calibration")
+    if not isinstance(calibration, (Calibration, type(None))):
+        raise TypeError(f"calibration: expected a Calibration; got a {type(calibration).__name__}")
     group_size = filled.get("group_size")
     head_dim = 2 * group_size if isinstance(group_size, int) and group_size > 0 else 2
     Layout.of(1, 1, 1, head_dim, **{**filled, "calibration": None})

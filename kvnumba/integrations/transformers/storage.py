@@ -385,21 +385,24 @@ class LayerGroup:
         self.padding = padding if padding.any() else None
 
     def select(self, parents: torch.Tensor) -> None:
-        """Replace each sequence n by sequence ``parents[n]``; blocks are shared, nothing is copied."""
+        """Replace each sequence n by sequence ``parents[n]``; blocks are shared."""
         if not self.started:
             return
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
-        _require_rows(len(rows), self.pool)
+        _require_rows(len(rows) - len(self.ids), self.pool)
         self._length, self.forward = self.complete_length, None
         before = self.ids.copy()
-        for row, seq_id in enumerate(before):
-            if row not in rows:
-                self.pool.finish_sequence(seq_id)
-        kept: set[int] = set()
-        self.ids[:] = []
-        for row in rows:
-            self.ids.append(self.pool.fork(before[row]) if row in kept else before[row])
-            kept.add(row)
+        if len(rows) == len(before):
+            self.pool.reorder(before, [before[row] for row in rows])
+        else:
+            for row, seq_id in enumerate(before):
+                if row not in rows:
+                    self.pool.finish_sequence(seq_id)
+            kept: set[int] = set()
+            self.ids[:] = []
+            for row in rows:
+                self.ids.append(self.pool.fork(before[row]) if row in kept else before[row])
+                kept.add(row)
         if self.padding is not None:
             self.padding = self.padding[rows]
 
@@ -408,6 +411,7 @@ class LayerGroup:
         twin = LayerGroup(self.settings, self.layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
         if self.started:
+            _require_rows(len(self.ids), self.pool)
             twin.adopt(self.pool)
             ids = [self.pool.fork(seq_id) for seq_id in self.ids]
             twin.restore(ids, self.complete_length, self.padding)
@@ -450,6 +454,12 @@ def _require_device(k: torch.Tensor, backend: Backend) -> None:
         )
 
 
-def _require_rows(count: int, pool: PagedKVCache) -> None:
+def _require_rows(more: int, pool: PagedKVCache) -> None:
+    """Raise unless a pool can hold so many sequences more."""
+    count = len(pool.seq_lens) + more
     if count > pool.max_num_seqs:
-        raise ValueError(f"batch: expected at most {pool.max_num_seqs} sequences; got {count}")
+        besides = f", of which each has recent_tokens={pool.layout.recent_tokens} in float"
+        raise ValueError(
+            f"batch: expected at most {pool.max_num_seqs} sequences in the cache and its copies together"
+            f"{besides if pool.layout.recent_tokens else ''}; got {count}"
+        )
