@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kvnumba import arguments
@@ -18,17 +20,24 @@ def tile_counts(group: int) -> range:
     return range(1, max(3, min(TILE, TILE // group + 2)))
 
 
-def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None = None) -> None:
+def warmup(
+    num_qo_heads: int = 32,
+    num_kv_heads: int = 8,
+    *,
+    scale_dtype: Any = "float32",
+    backend: str | None = None,
+) -> None:
     """Compile, or load from disk, the kernels that a model's caches will run.
 
-    On the `cpu` backend they depend on the query heads of a KV head, and on the dtype of scales (here float32), not on
-    formats, head_dim or lengths. Without this call each compiles at its first use: about 25 s in all, once for an
-    installation.
+    On the `cpu` backend they depend on the query heads of a KV head and on the dtype of scales, not on formats, head_dim
+    or lengths. Without this call each compiles at its first use: about 25 s in all, once for an installation.
 
     Parameters
     ----------
     num_qo_heads, num_kv_heads : int
         Of the model; the first is a multiple of the second.
+    scale_dtype : {"float32", "float16"}
+        Of the caches to come: float16 for int4 as models keep it.
     backend : str, optional
         Default: the one that is chosen.
     """
@@ -41,19 +50,20 @@ def warmup(num_qo_heads: int = 32, num_kv_heads: int = 8, *, backend: str | None
     group = num_qo_heads // num_kv_heads
     # long rows: a short cache is then work enough for several threads, whose results are merged
     head_dim = 2048 if get_backend(backend).device is None else 128
-    cache = KVCache(1, 1500, 1, head_dim, "int8", backend=backend)
+    kept = {"scale_dtype": scale_dtype, "backend": backend}
+    cache = KVCache(1, 1500, 1, head_dim, "int8", **kept)
     k = np.zeros((1, 1, 1400, head_dim), np.float32)
     for new in (k, k[:, :, :1]):
         cache.update(new, new)
     cache.attend(np.zeros((1, group, 1, head_dim), np.float32))
     # every number of new tokens up to a whole tile and what may be left of a prompt
-    short = KVCache(1, TILE, 1, 8, backend=backend)
+    short = KVCache(1, TILE, 1, 8, **kept)
     short.update(k[:, :, :TILE, :8], k[:, :, :TILE, :8])
     for count in tile_counts(group):
         short.attend(np.zeros((1, group, count, 8), np.float32))
-    shared = PagedKVCache(2, 16, 1, 2048, 2, backend=backend)
+    shared = PagedKVCache(2, 16, 1, 2048, 2, **kept)
     seq_id = shared.add_sequence()
     shared.update(seq_id, k[0, :, :1], k[0, :, :1])
     shared.update(shared.fork(seq_id), k[0, :, :1], k[0, :, :1])  # copies a block
     cache.get_kv(0)
-    dequantize(*quantize(k[0, 0, :1], backend=backend), backend=backend)
+    dequantize(*quantize(k[0, 0, :1], **kept), backend=backend)

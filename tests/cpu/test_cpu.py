@@ -14,6 +14,7 @@ from conftest import TESTED
 import kvnumba
 from kvnumba import formats
 from kvnumba.options import Scoring
+from kvnumba.recipes import INT4_RECIPE
 from kvnumba.storage import Batch, Encoded, Layout, Part
 
 if "cpu" not in TESTED:
@@ -243,13 +244,15 @@ def test_kernels_stay_on_disk_until_a_source_changes(tmp_path):
     assert int(misses[2]) > 0
 
 
-def test_warmup_compiles_all(tmp_path):
-    script = """
+@pytest.mark.parametrize("options", [{}, {**INT4_RECIPE, "sink_tokens": 2}], ids=["plain", "of models"])
+def test_warmup_compiles_all(tmp_path, options):
+    scale_dtype = options.get("scale_dtype", "float32")
+    script = f"""
         from kvnumba.backends.cpu import jit
-        kvnumba.warmup(8, 2, backend="cpu")
+        kvnumba.warmup(8, 2, scale_dtype="{scale_dtype}", backend="cpu")
         before = set(jit._compiled)
         x = np.ones((2, 700, 64), np.float32)
-        cache = kvnumba.PagedKVCache(80, 16, 2, 64, 2, "int4", backend="cpu")
+        cache = kvnumba.PagedKVCache(80, 16, 2, 64, 2, "int4", backend="cpu", **{options})
         seq_id = cache.add_sequence()
         for tokens in (690, 4, 3, 1):
             cache.update(seq_id, x[:, :tokens], x[:, :tokens])

@@ -19,7 +19,7 @@ from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
-from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows, scale_dtype_of
+from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
 from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.options import Scoring
 from kvnumba.storage import (
@@ -81,7 +81,7 @@ class CpuBackend:
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
         encoded = rows.empty(len(x))
         if x.size:
-            scale_dtype = scale_dtype_of(rows)
+            scale_dtype = rows.scale_dtype.name
             job = write.EncodeJob(np.ascontiguousarray(x).reshape(-1), as_rows(encoded, rows, scale_dtype))
             with _ONE_AT_A_TIME:
                 launch(write.encode, static(scale_dtype), _workers(x.size), job)
@@ -90,7 +90,7 @@ class CpuBackend:
     def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
         out = np.empty((len(encoded.codes), rows.head_dim), np.float32)
         if out.size:
-            scale_dtype = scale_dtype_of(rows)
+            scale_dtype = rows.scale_dtype.name
             contiguous = Encoded(*(np.ascontiguousarray(array) for array in encoded))
             job = read.DecodeJob(as_rows(contiguous, rows, scale_dtype), out.reshape(-1))
             with _ONE_AT_A_TIME:

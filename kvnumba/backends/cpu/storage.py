@@ -91,17 +91,10 @@ class CpuBuffers(Buffers):
     layers: list[Storage]
 
 
-def scale_dtype_of(rows: RowLayout) -> str:
-    """The `Static.scale_dtype` of kernels for some rows; float32 where they have no scales."""
-    return rows.scale_dtype.name if rows.fmt.has_scale else "float32"
-
-
 def allocate(layout: Layout) -> CpuBuffers:
     """Zeroed storage."""
     host = allocate_on_host(layout, aligned_rows)
-    scale_dtype = max(
-        scale_dtype_of(layout.keys), scale_dtype_of(layout.values), key=lambda name: name == "float16"
-    )
+    scale_dtype = layout.keys.scale_dtype.name  # the values' too, whether or not they have scales
     keys, values = (
         as_rows(encoded, rows, scale_dtype)
         for encoded, rows in ((host.keys, layout.keys), (host.values, layout.values))
