@@ -29,7 +29,7 @@ def warmup(
 ) -> None:
     """Compile, or load from disk, the kernels that a model's caches will run.
 
-    On the `cpu` backend they depend on the query heads of a KV head and on the dtype of scales, not on formats, head_dim
+    On the `cpu` backend they depend on the query heads of a KV head and on the dtype of scales, not on formats, widths
     or lengths. Without this call each compiles at its first use: about 25 s in all, once for an installation.
 
     Parameters
@@ -51,7 +51,7 @@ def warmup(
     # long rows: a short cache is then work enough for several threads, whose results are merged
     head_dim = 2048 if get_backend(backend).device is None else 128
     kept = {"scale_dtype": scale_dtype, "backend": backend}
-    cache = KVCache(1, 1500, 1, head_dim, "int8", **kept)
+    cache = KVCache(1, 1500, 1, head_dim, "int8", recent_tokens=16, **kept)
     k = np.zeros((1, 1, 1400, head_dim), np.float32)
     for new in (k, k[:, :, :1]):
         cache.update(new, new)
