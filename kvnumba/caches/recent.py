@@ -138,9 +138,9 @@ class RecentTokens:
         begin = max(held, first + 1 - self._recent)
         column = begin // RECENT_BLOCK
         before, turn = column * RECENT_BLOCK, column % self._ring
-        ring = self._slots[row] * self._ring + self._round[turn : turn + last - column + 1]
+        table = self._slots[row] * self._ring + self._round[turn : turn + last - column + 1]
         newest = Batch(
-            ring[None],
+            table[None],
             np.array((end - before,), np.int32),
             batch.query_start_loc,
             RECENT_BLOCK,
@@ -158,9 +158,8 @@ class RecentTokens:
         long = end - first > RECENT_SHORT
         if long.any():
             begin = np.where(long, np.maximum(floats.begin, self._oldest(end)), self._begins[rows])
-            self._begins[rows] = np.minimum(
-                begin, first
-            )  # the older ones are overwritten, even if that fails
+            # older tokens are overwritten, even if that fails
+            self._begins[rows] = np.minimum(begin, first)
             self._keep(floats, long)
             self._begins[rows] = begin
         more = self._num_sinks[rows] == np.minimum(first, self._sinks)
