@@ -360,3 +360,15 @@ def test_a_prompt_in_chunks_takes_float_blocks_of_a_chunk(backend, normal):
     finally:
         del cache._backend.allocate
     assert 0 < max(allocated) <= (RECENT + 32 + 30) // 16
+
+
+def test_a_prompt_beside_an_empty_sequence_without_new_tokens(backend, normal):
+    """Of the blocks that a pass writes in float, those of the ring get no token at all."""
+    cache = make(backend)
+    ids = [cache.add_sequence() for _ in range(2)]
+    k = normal(40, H, D)
+    step = cache.step(ids, [0, 40])
+    step.write(k, k)
+    np.testing.assert_array_equal(step.get_kv()[1][0], k.swapaxes(0, 1).astype(np.float16))
+    assert cache.seq_lens == {ids[0]: 0, ids[1]: 40}
+    assert step.get_kv()[0][0].shape == (H, 0, D)
