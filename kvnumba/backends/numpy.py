@@ -123,7 +123,9 @@ class NumpyBackend:
             by_token = new.reshape(-1, layout.num_kv_heads, rows.head_dim)[stored]
             encoded = self.encode(by_token.reshape(-1, rows.head_dim), rows)
             for array, store in zip(encoded, kept, strict=True):
-                store[layer][block, :, offset] = array.reshape(len(block), layout.num_kv_heads, array.shape[1])
+                store[layer][block, :, offset] = array.reshape(
+                    len(block), layout.num_kv_heads, array.shape[1]
+                )
 
     def read(
         self, buffers: Buffers, layer: int, block_table: np.ndarray, length: int
