@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,14 @@ def integer(argument: str, value: Any, *, minimum: int) -> int:
         expected = f"at least {minimum}" if number < minimum else "less than 2**63"
         raise ValueError(f"{argument}: expected {expected}; got {number}")
     return number
+
+
+def known_options(given: Iterable[str], known: type) -> None:
+    """Raise TypeError for a keyword argument that is none of a TypedDict's."""
+    unknown = set(given) - known.__annotations__.keys()
+    if unknown:
+        expected = ", ".join(known.__annotations__)
+        raise TypeError(f"unknown option {min(unknown)!r}; expected some of {expected}")
 
 
 def integers(argument: str, values: Any, length: int | None = None) -> np.ndarray:

@@ -27,11 +27,11 @@ DEVICE_DTYPES = ("float32", "float16", "bfloat16")
 
 _TYPE_STRINGS = {"<f4": "float32", "<f2": "float16", "<V2": "bfloat16", "<u2": "bfloat16"}
 
-_LARGEST_FLOAT16 = 65504.0
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 _LARGEST = {
     np.dtype(np.float32): np.float32(np.finfo(np.float32).max / 2),  # their differences are finite
-    np.dtype(np.float16): np.float32(np.finfo(np.float16).max),
+    np.dtype(np.float16): np.float32(_LARGEST_FLOAT16),
 }
 """Dtype of scales -> the largest value that rows with scales can hold."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from kvnumba.arguments import check_shape, integer, real
+from kvnumba.arguments import check_shape, integer, known_options, real
 from kvnumba.arrays import DeviceView, device_view, float_array
 
 if TYPE_CHECKING:
@@ -95,10 +95,7 @@ class Scoring:
         """
         if not options:
             return _default(head_dim)
-        unknown = options.keys() - ScoringOptions.__annotations__.keys()
-        if unknown:
-            expected = ", ".join(ScoringOptions.__annotations__)
-            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected some of {expected}")
+        known_options(options, ScoringOptions)
         sm_scale, window_left, soft_cap = (
             options.get(name) for name in ("sm_scale", "window_left", "logits_soft_cap")
         )

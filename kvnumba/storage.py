@@ -222,10 +222,7 @@ class Layout:
         ValueError, TypeError
             An argument is not as above; the message names it.
         """
-        unknown = options.keys() - LayoutOptions.__annotations__.keys()
-        if unknown:
-            expected = ", ".join(LayoutOptions.__annotations__)
-            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected some of {expected}")
+        arguments.known_options(options, LayoutOptions)
         given = {name: value for name, value in options.items() if value is not None}
         key, value = (
             resolve_format(name, given[name]) if name in given else resolve_format("dtype", dtype)
@@ -236,8 +233,8 @@ class Layout:
             raise ValueError("group_size: expected None, the formats have no scales")
         scale_dtype = given.get("scale_dtype", "float32")
         head_dim = arguments.integer("head_dim", head_dim, minimum=1)
-        widest = "value_head_dim" if "value_head_dim" in given else "head_dim"
-        value_head_dim = arguments.integer(widest, given.get("value_head_dim", head_dim), minimum=1)
+        width = "value_head_dim" if "value_head_dim" in given else "head_dim"
+        value_head_dim = arguments.integer(width, given.get("value_head_dim", head_dim), minimum=1)
         num_layers = arguments.integer("num_layers", given.get("num_layers", 1), minimum=1)
         num_kv_heads = arguments.integer("num_kv_heads", num_kv_heads, minimum=1)
         recent_tokens = arguments.integer("recent_tokens", given.get("recent_tokens", 0), minimum=0)
@@ -252,7 +249,7 @@ class Layout:
             block_size=arguments.integer("block_size", block_size, minimum=1),
             num_kv_heads=num_kv_heads,
             keys=RowLayout.of("head_dim", key, head_dim, group_size, scale_dtype),
-            values=RowLayout.of(widest, value, value_head_dim, group_size, scale_dtype),
+            values=RowLayout.of(width, value, value_head_dim, group_size, scale_dtype),
             transform=_transform(
                 options.get("rotation"),
                 options.get("calibration"),

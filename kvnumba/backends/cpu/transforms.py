@@ -14,10 +14,9 @@ from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Poin
 from kvnumba.storage import Layout
 from kvnumba.transforms import rotation_size
 
-KEYS, QUERIES, VALUES = range(
-    3
-)  # what is transformed; outputs are as values, whose rotation is its own inverse
 KINDS = 3
+KEYS, QUERIES, VALUES = range(KINDS)
+"""What is transformed. Outputs are as values: their rotation is its own inverse."""
 
 TOGETHER = (8, 4, 2, 1)  # vectors whose butterflies stay in registers
 WIDEST = TOGETHER[0] * LANES

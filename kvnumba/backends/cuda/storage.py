@@ -113,11 +113,7 @@ def allocate(layout: Layout) -> CudaBuffers:
     addresses = tuple(
         (
             *(storage.address + layer * layer_bytes + start for start in starts),
-            *(
-                (0, 0)
-                if channels is None
-                else (part.address for part in (channels[layer][0], channels[layer][1]))
-            ),
+            *((0, 0) if channels is None else (channels[layer][n].address for n in range(2))),
         )
         for layer in range(layout.num_layers)
     )
