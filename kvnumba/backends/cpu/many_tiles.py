@@ -72,11 +72,8 @@ MOST_TURNS = 4  # of a phase: maxima beyond 1e7 are rounded by more than HEADROO
 PARTS = np.array([{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for name in FORMATS])
 """bfloat16 numbers that hold a number of each format exactly."""
 
-LEFT, RIGHT = (4, 5), (6, 7)
-"""Tiles for the factors of four sums, 2 by 2, which are in tiles 0 to 3."""
-
-GROUP = 2 * TILE_ROWS
-"""Columns of two tiles."""
+FACTORS = {2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}
+"""Tiles for the left and the right factors of four sums, which are in tiles 0 to 3: 2 by 2, or 1 by 4."""
 
 # Of 2**r for 0 <= r < 1, relative error at most 1e-4. Weights are cut to bfloat16, not rounded: in the mean it takes
 # 0.28 % off, which these coefficients have on top.
@@ -147,7 +144,7 @@ def padded_key(head_dim):
 @plain
 def padded_value(value_dim):
     """Elements of a value in scratch: those of two tiles together."""
-    return (value_dim + GROUP - 1) // GROUP * GROUP
+    return (value_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
 
 
 def scratch_floats(shape, head_dim, value_dim):
@@ -408,7 +405,7 @@ def lay_values(typing, shape, halves, section, value_dim, values):
         e, b = Emitter(context, builder), builder
         _, halves, section, value_dim, values = e.arguments(signature, args)
         row_bytes = value_dim * 2
-        plane = (value_dim + (GROUP - 1)) // GROUP * (GROUP * PHASE * 2)
+        plane = (value_dim + (ELEMENTS - 1)) // ELEMENTS * (ELEMENTS * PHASE * 2)
         neighbours = [element + token * TILE_ROWS for element in range(TILE_ROWS) for token in range(2)]
 
         def elements(i: Int, _: list[ir.Value]) -> list[ir.Value]:
@@ -571,8 +568,9 @@ def _weigh(
         queries = query + (query_plane * j + (steps * two * 2 + k) * TILE)
         return _outer(
             tiles,
-            lambda y: tiles.load(LEFT[y], keys + key_bytes * (y * TILE_ROWS), key_bytes),
-            lambda x: tiles.load(RIGHT[x], queries + steps * (x * TILE), TILE_BYTES),
+            2,
+            lambda tile, y: tiles.load(tile, keys + key_bytes * (y * TILE_ROWS), key_bytes),
+            lambda tile, x: tiles.load(tile, queries + steps * (x * TILE), TILE_BYTES),
         )
 
     def exponentiate(section: Int, pair: Int, v: int, found: list[ir.Value]) -> list[ir.Value]:
@@ -679,14 +677,20 @@ def _each_product(
     return e.loop(left_parts, carried, lambda i, c: e.loop(parts - i, c, lambda j, c: each(i, j, c)))
 
 
-def _outer(tiles: Tiles, left: Callable[[int], None], right: Callable[[int], None]) -> Iterator[None]:
-    """The four sums += the products of two tiles with two, each loaded just before it is used; one at each turn."""
-    for y in range(2):
-        left(y)
-        for x in range(2):
+def _outer(
+    tiles: Tiles, wide: int, load_left: Callable[[int, int], None], load_right: Callable[[int, int], None]
+) -> Iterator[None]:
+    """The four sums += the products of 4 / `wide` tiles with `wide` tiles; one at each turn.
+
+    ``load_left(tile, y)`` and ``load_right(tile, x)`` load the factors just before they are used.
+    """
+    left, right = FACTORS[wide]
+    for y, tile in enumerate(left):
+        load_left(tile, y)
+        for x in range(wide):
             if y == 0:
-                right(x)
-            tiles.dot_bfloat16(2 * y + x, LEFT[y], RIGHT[x])
+                load_right(right[x], x)
+            tiles.dot_bfloat16(wide * y + x, tile, right[x])
             yield
 
 
@@ -800,13 +804,13 @@ def _add_values(
 ) -> None:
     parts, tiles = shape.parts, Tiles(e, shape.instructions)
     wide = shape.group // TILE_ROWS
+    high = 4 // wide
     value_plane, weight_plane = value_dim * (PHASE * 2), PHASE * 2 * shape.group
     total = scratch.total.start + column * value_dim * 4
 
-    def columns(n: Int, _: list[ir.Value]) -> list[ir.Value]:
-        """Two tiles of elements by two of columns."""
-        d, two = n // (wide // 2) * 2, n % (wide // 2) * 2
-        sums = [total + ((d + tile // 2) * wide + two + tile % 2) * TILE for tile in range(4)]
+    def elements(d: Int, _: list[ir.Value]) -> list[ir.Value]:
+        """Four tiles of sums, of all columns."""
+        sums = [total + (d * 4 + tile) * TILE for tile in range(4)]
         for tile in range(4):
             if parts == 1:
                 tiles.load(tile, sums[tile], TILE_BYTES)
@@ -814,12 +818,13 @@ def _add_values(
                 tiles.zero(tile)
 
         def product(i: Int | int, j: Int | int, section: Int, _: list[ir.Value]) -> list[ir.Value]:
-            values = scratch.values.start + (value_plane * i + (d * SECTIONS + section) * TILE)
-            weights = scratch.weights.start + ((section * wide + two) * TILE + j * weight_plane)
+            values = scratch.values.start + (value_plane * i + (d * (high * SECTIONS) + section) * TILE)
+            weights = scratch.weights.start + (section * (wide * TILE) + j * weight_plane)
             products = _outer(
                 tiles,
-                lambda y: tiles.load(LEFT[y], values + y * (SECTIONS * TILE), TILE_BYTES),
-                lambda x: tiles.load(RIGHT[x], weights + x * TILE, TILE_BYTES),
+                wide,
+                lambda tile, y: tiles.load(tile, values + y * (SECTIONS * TILE), TILE_BYTES),
+                lambda tile, x: tiles.load(tile, weights + x * TILE, TILE_BYTES),
             )
             for _ in products:
                 pass
@@ -837,4 +842,4 @@ def _add_values(
                     e.store(e.add(e.load(where, vector(F32)), e.load(found + offset, vector(F32))), where)
         return []
 
-    e.loop(value_dim // GROUP * (wide // 2), [], columns)
+    e.loop(value_dim // (TILE_ROWS * high), [], elements)
