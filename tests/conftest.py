@@ -1,7 +1,8 @@
 """Every contract test runs on every backend; KVNUMBA_BACKEND narrows that to one.
 
 NUMBA_ENABLE_CUDASIM=1 with KVNUMBA_BACKEND=cuda runs them in numba's simulator; KVNUMBA_TEST_GPU=1 runs them on a
-GPU, and fails where none answers.
+GPU, and fails where none answers. KVNUMBA_TEST_TILES=1 takes the CPU's kernels for tile instructions on any processor,
+with the instructions' stand-in.
 """
 
 import os
@@ -38,6 +39,11 @@ def pytest_report_header():
 
 
 TESTED = list(available_backends()) if CHOSEN == "auto" else [CHOSEN]
+
+if os.environ.get("KVNUMBA_TEST_TILES") == "1":
+    from kvnumba.backends.cpu import tiles
+
+    tiles.instructions = lambda: tiles.STAND_IN
 
 
 def at_most(count, simulated):
