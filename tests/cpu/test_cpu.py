@@ -23,6 +23,8 @@ if "cpu" not in TESTED:
 import numba
 from numba.core.runtime import _nrt_python, rtsys
 
+from kvnumba.backends.cpu import CpuBackend, describe_plan
+
 SMALL = textwrap.dedent("""
     import sys, threading
     import numpy as np
@@ -370,3 +372,15 @@ def test_fp8_is_the_nearest_number_bit_for_bit(rng):
     every = np.arange(256, dtype=np.uint8).reshape(-1, 32)
     have = backend.decode(Encoded(every, np.empty((8, 0)), np.empty((8, 0))), rows)
     np.testing.assert_array_equal(have, formats.fp8_e4m3_to_float(every))
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "expected"),
+    [(None, "few 4: int8, float16"), ("float32", "few 4: int8 staged to float32, float16")],
+)
+def test_a_plan_says_which_kernels_it_takes(arithmetic, expected):
+    backend = CpuBackend()
+    layout = Layout.of(2, 16, 2, 64, key_format="int8", value_format="float16")
+    batch = Batch.of(np.arange(2, dtype=np.int32)[None], np.array([20], np.int32), np.array([1]), 16)
+    plan = backend.plan([Part(backend.allocate(layout), batch)], 8, -1)
+    assert describe_plan(plan, Scoring.of(8, 64, arithmetic=arithmetic)) == expected
