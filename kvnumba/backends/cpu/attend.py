@@ -10,8 +10,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import borrowed, inlined, kernel, plain
+from kvnumba.backends.cpu.runs import list_runs
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
@@ -20,21 +20,14 @@ from kvnumba.backends.cpu.shapes import (
     PHASE_MAX,
     QUERY_STEP,
     QUERY_SUM,
-    RESCALE,
     ROW_MAX,
     ROW_SUM,
     SLOPE,
-    STATE_ROWS,
     ZERO_SUM,
     Masks,
     Piece,
-    Run,
-    Scratch,
-    padded,
-    prefetch_rows,
 )
-from kvnumba.backends.cpu.softmax import exponentiate_run, settle
-from kvnumba.backends.cpu.storage import find_row, memory_of, offset_of
+from kvnumba.backends.cpu.storage import memory_of, offset_of
 from kvnumba.backends.cpu.transforms import (
     QUERIES,
     VALUES,
@@ -44,9 +37,6 @@ from kvnumba.backends.cpu.transforms import (
 )
 
 FARTHEST = (1 << 31) - 1  # more tokens than a window can be wide
-
-# Columns of the table of runs.
-RUN_ROW, RUN_TOKENS, RUN_SCORES, RUN_KEY = range(4)
 
 # Columns of the table of merges.
 MERGE_TOKEN, MERGE_HEAD, MERGE_HEADS, MERGE_BEGIN, MERGE_END = range(5)
@@ -126,12 +116,7 @@ class MergeJob(NamedTuple):
 @functools.cache
 def scratch_sizes(shape, head_dim, value_dim):
     """Floats and runs that a worker needs: what `cut_scratch` cuts up, and `list_runs` fills."""
-    query, value = padded.py_func(head_dim), padded.py_func(value_dim)
-    floats = (
-        STATE_ROWS * shape.width
-        + shape.columns * (query + 2 * value)
-        + (shape.phase + max(shape.tokens, 2)) * (shape.columns + max(head_dim, value_dim))
-    )
+    floats = shape.scratch_floats(shape, head_dim, value_dim)
     return -(-floats // 16) * 16 + 32, shape.phase + AHEAD + 1
 
 
@@ -146,75 +131,11 @@ def take(typing, counter):
     return types.int64(counter), generate
 
 
-@inlined
-def list_runs(shape, blocks, key, end, storage, head, runs):
-    """List runs from `key` on, up to a phase of them; returns how many, and the key after them.
-
-    Entries after the last hold the rows of as many following runs as are prefetched.
-    """
-    first_block, block_size, num_heads = storage.first_block, storage.block_size, storage.num_heads
-    tokens = max(shape.tokens, 2)  # weights may be taken in pairs
-    n, used = 0, 0
-    while key < end and used < shape.phase:
-        count = min(block_size - key % block_size, end - key, shape.phase - used)
-        runs[n, RUN_ROW] = find_row(blocks, key, first_block, block_size, num_heads, head)
-        runs[n, RUN_TOKENS] = count
-        runs[n, RUN_SCORES] = used * shape.columns
-        runs[n, RUN_KEY] = key
-        used += (count + tokens - 1) // tokens * tokens
-        key += count
-        n += 1
-    following = key
-    for further in range(runs_ahead(block_size)):
-        runs[n + further, RUN_ROW] = find_row(
-            blocks, min(following, end - 1), first_block, block_size, num_heads, head
-        )
-        following += block_size - following % block_size
-    return n, key
-
-
-@plain
-def runs_ahead(block_size):
-    """Runs from one that is read to the one that is prefetched."""
-    return max(1, AHEAD // block_size)
-
-
-@plain
-def run_of(runs, n):
-    """A row of the table of runs."""
-    return Run(runs[n, RUN_ROW], runs[n, RUN_TOKENS], runs[n, RUN_SCORES], runs[n, RUN_KEY])
-
-
 @plain
 def piece_of(pieces, n):
     """A row of the table of pieces."""
     p = pieces[n]
     return Piece(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
-
-
-@inlined
-def cut_scratch(shape, head_dim, value_dim, floats, positions):
-    """A worker's memory as the arrays that its phases use."""
-    columns, width = shape.columns, shape.width
-    state = floats[: STATE_ROWS * width].reshape(STATE_ROWS, width)
-    used = STATE_ROWS * width
-    size = columns * padded(head_dim)
-    query = floats[used : used + size]
-    used += size
-    size = columns * padded(value_dim)
-    total = floats[used : used + size].reshape(columns, -1)
-    used += size
-    sums = floats[used : used + size].reshape(columns, -1)
-    used += size
-    size = (shape.phase + max(shape.tokens, 2)) * columns
-    scores = floats[used : used + size]
-    used += size
-    size = (shape.phase + shape.tokens) * max(head_dim, value_dim)
-    tile = floats[used : used + size]
-    tile_bytes = tile.view(np.uint8).reshape(1, -1)
-    return Scratch(
-        state, positions[:width], query, total, sums, scores, tile, tile.view(np.uint16), tile_bytes
-    )
 
 
 @inlined
@@ -262,10 +183,10 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
 
 
 @inlined
-def store_result(shape, piece, work, split, value_dim, transform, scoring, scratch, views):
+def store_result(shape, reading, piece, work, value_dim, transform, scoring, scratch, views):
     """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
     heads, partial = piece.num_heads, piece.partial
-    state, total, partials = scratch.state, scratch.total, work.partials
+    state, partials = scratch.state, work.partials
     out, lse = memory_of(views.out), memory_of(views.lse)
     for r in range(piece.num_tokens * heads):
         row_sum, zero_sum = np.float32(0), np.float32(0)
@@ -285,12 +206,7 @@ def store_result(shape, piece, work, split, value_dim, transform, scoring, scrat
             row = partial * work.partial_rows + r
             target = partials[row, :value_dim]
             partials[row, value_dim] = row_lse
-        if split:
-            for d in range(value_dim):
-                target[d] = (total[r, split_position(d)] + zero_sum) * inverse
-        else:
-            for d in range(value_dim):
-                target[d] = (total[r, d] + zero_sum) * inverse
+        shape.store_row(shape, reading, r, zero_sum, inverse, scratch, target, value_dim)
         if is_transformed(transform):
             transform_row(target, 0, transform, VALUES, piece.kv_head, value_dim, target, 0)
 
@@ -298,64 +214,41 @@ def store_result(shape, piece, work, split, value_dim, transform, scoring, scrat
 @inlined
 def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     """One piece of work, from its queries to its result or partial result."""
-    keys, values, block_size, kv_head = storage.keys, storage.values, storage.block_size, piece.kv_head
+    keys, values, kv_head = storage.keys, storage.values, piece.kv_head
     rows = piece.num_tokens * piece.num_heads
     blocks = work.block_table[piece.sequence]
-    total, state = scratch.total, scratch.state
 
     reading = shape.choose(keys, values, scoring)
     transform = storage.transform
     load_queries(shape, reading, piece, work, views.q, keys.head_dim, transform, scoring, scratch)
-    total[:] = 0
+    scratch.total[:] = 0
 
     window, cap = scoring.window_left, scoring.soft_cap
     unmasked = window < 0 and cap == 0 and scoring.slopes.shape[0] == 0
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
     masks = Masks(reach, piece.position if unmasked else -1, cap)
-    key, end, later = piece.first_key, piece.end_key, runs_ahead(block_size)
+    key, end = piece.first_key, piece.end_key
     while key < end:
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
-        for n in range(num_runs):
-            run, following = run_of(runs, n), runs[n + later, RUN_ROW]
-            if keys.scale.shape[1] == 1:
-                prefetch_rows(keys.scale, following, run.num_tokens)
-                prefetch_rows(keys.zero, following, run.num_tokens)
-            if values.scale.shape[1] == 1:
-                prefetch_rows(values.scale, run.row, run.num_tokens)
-                prefetch_rows(values.zero, run.row, run.num_tokens)
-            shape.score_run(shape, reading, keys, run, following, masks, scratch)
-        if settle(shape, scratch):
-            for r in range(rows):
-                rescale = state[RESCALE, r]
-                for d in range(total.shape[1]):
-                    total[r, d] *= rescale
-        scratch.sums[:] = 0
-        for n in range(num_runs):
-            exponentiate_run(shape, run_of(runs, n), reading, values, scratch)
-        for n in range(num_runs):
-            shape.weigh_run(shape, reading, values, run_of(runs, n), runs[n + later, RUN_ROW], rows, scratch)
-        shape.add_phase(reading, rows, scratch)
-
-    split = SPLIT[reading.v_format]
-    store_result(shape, piece, work, split, values.head_dim, transform, scoring, scratch, views)
+        shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
+    shape.finish_phases(shape, rows, values.head_dim, scratch)
+    store_result(shape, reading, piece, work, values.head_dim, transform, scoring, scratch, views)
 
 
 @kernel
 def attend(shape, worker, workers, job):
     """Take pieces of one size until none is left, each worker in its own scratch."""
     views, work, storage, scoring, memory = borrowed(job)
-    scratch = cut_scratch(
-        shape,
-        storage.keys.head_dim,
-        storage.values.head_dim,
-        memory.floats[worker],
-        memory.positions[worker],
-    )
+    head_dim, value_dim = storage.keys.head_dim, storage.values.head_dim
+    floats, positions = memory.floats[worker], memory.positions[worker]
+    scratch = shape.cut_scratch(shape, head_dim, value_dim, floats, positions)
+    shape.begin(shape)
     n = take(work.counter)
     while n < work.pieces.shape[0]:
         piece = piece_of(work.pieces, n)
         attend_piece(shape, piece, views, work, storage, scoring, scratch, memory.runs[worker])
         n = take(work.counter)
+    shape.end(shape)
 
 
 @kernel

@@ -27,7 +27,8 @@ from kvnumba.backends.cpu.simd import F32, I32, LANES, Array, Emitter, Int, Poin
 class Shape(Static):
     """How scores lie for a number of rows, and the file with the micro-kernels for it.
 
-    The file has these functions for kernels; each takes the shape first, and reads its attributes and functions:
+    A phase is attended to run by run, see `phases.py`, by functions that the file has; each takes the shape first, and
+    reads its attributes and functions:
 
     ``choose(keys, values, scoring)``
         A `Reading`: what is read as it is stored, and what is staged (brought to one format in scratch) before.
@@ -42,6 +43,8 @@ class Shape(Static):
         The sums of a phase, added to `scratch.total`.
 
     `following` is the first row of the run that is read `AHEAD` tokens later, to be prefetched.
+
+    A file may also have functions of its own in place of those in `phases.py`: it is then asked first.
 
     Attributes
     ----------
@@ -79,8 +82,11 @@ class Shape(Static):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(self.kernels), name)
+        kernels = importlib.import_module(self.kernels)
+        return getattr(kernels, name, None) or getattr(importlib.import_module(PHASES), name)
 
+
+PHASES = "kvnumba.backends.cpu.phases"
 
 # What is kept of each column: the rows of the state.
 (
