@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend as attention
-from kvnumba.backends.cpu import copy, read, write
+from kvnumba.backends.cpu import ceilings, copy, read, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, PlannedPart, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
@@ -213,7 +213,14 @@ def describe() -> list[tuple[str, str]]:
             "processor",
             f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}",
         ),
+        ("bfloat16 products", _bfloat16_products()),
     ]
+
+
+def _bfloat16_products() -> str:
+    if ceilings.bfloat16_is_faster():
+        return "of prompts, where asked for: faster than float32 here"
+    return "none: slower than float32 here" if HAS_BFLOAT16_DOT else "none: no instruction"
 
 
 def describe_plan(plan: Plan, scoring: Scoring) -> str:
@@ -267,5 +274,5 @@ def _score(scoring: Scoring) -> Score:
         _NONE if scoring.sinks is None else scoring.sinks,
         _NONE if scoring.alibi_slopes is None else scoring.alibi_slopes,
         scoring.arithmetic == "float32",
-        scoring.arithmetic == "bfloat16" and HAS_BFLOAT16_DOT,
+        scoring.arithmetic == "bfloat16" and ceilings.bfloat16_is_faster(),
     )
