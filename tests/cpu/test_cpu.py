@@ -286,7 +286,7 @@ def test_views_of_any_order(axes, normal):
     for order in (np.array, lie):
         buffers = backend.allocate(layout)
         backend.write(buffers, 0, order(k), order(v), batch)
-        plan = backend.plan([Part(buffers, batch)], 4, -1)
+        plan = backend.plan([Part(buffers, batch)], 4, Scoring.of(4, 6))
         out, lse = order(np.full((3, 5, 4, 4), np.nan, np.float32)), order(np.zeros((3, 5, 4), np.float32))
         backend.attend(0, order(q), plan, Scoring.of(4, 6), out, lse)
         results.append((out, lse))
@@ -330,7 +330,7 @@ def test_parts(scale_dtype, normal):
     parts = [Part(prefix, first, tokens), Part(middle, second, tokens), Part(last, third, tokens)]
     out, lse = np.full((1, 6, 4, 16), np.nan, np.float32), np.empty((1, 6, 4), np.float32)
     scoring = Scoring.of(4, 16, sinks=sinks, arithmetic="float32")
-    backend.attend(0, q, backend.plan(parts, 4, -1), scoring, out, lse)
+    backend.attend(0, q, backend.plan(parts, 4, scoring), scoring, out, lse)
     for s in range(2):
         k = np.concatenate([prefix_k[0], middle_k[s], last_k[s]], axis=1)
         v = np.concatenate([prefix_v[0], middle_v[s], last_v[s]], axis=1)
@@ -385,8 +385,9 @@ def test_a_plan_says_which_kernels_it_takes(arithmetic, expected):
     backend = CpuBackend()
     layout = Layout.of(2, 16, 2, 64, key_format="int8", value_format="float16")
     batch = Batch.of(np.arange(2, dtype=np.int32)[None], np.array([20], np.int32), np.array([1]), 16)
-    plan = backend.plan([Part(backend.allocate(layout), batch)], 8, -1)
-    assert describe_plan(plan, Scoring.of(8, 64, arithmetic=arithmetic)) == expected
+    scoring = Scoring.of(8, 64, arithmetic=arithmetic)
+    plan = backend.plan([Part(backend.allocate(layout), batch)], 8, scoring)
+    assert describe_plan(plan, scoring) == expected
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend as attention
-from kvnumba.backends.cpu import ceilings, copy, read, write
+from kvnumba.backends.cpu import ceilings, copy, many, read, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
-from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, PlannedPart, plan_parts, shape_of
+from kvnumba.backends.cpu.plan import Plan, PlannedPart, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
@@ -63,7 +63,7 @@ class CpuBackend:
     name = "cpu"
     simulated = False
     device: int | None = None
-    cascade = CascadeLimits(tile_rows=MOST_ROWS, min_rows=8, min_bytes=1 << 25)
+    cascade = CascadeLimits(tile_rows=many.ROWS[-1], min_rows=8, min_bytes=1 << 25)
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
@@ -132,9 +132,8 @@ class CpuBackend:
     def write_blocks(self, buffers: CpuBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Plan:
-        head_dim = parts[0].buffers.layout.head_dim
-        return plan_parts(parts, num_qo_heads, head_dim, window_left, numba.get_num_threads())
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Plan:
+        return plan_parts(parts, num_qo_heads, scoring, numba.get_num_threads())
 
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
@@ -234,7 +233,8 @@ def describe_plan(plan: Plan, scoring: Scoring) -> str:
             keys = _as_multiplied(layer.keys.fmt, reading.k_format)
             values = _as_multiplied(layer.values.fmt, reading.v_format)
             read = keys if keys == values else f"{keys}, {values}"
-            found.append(f"{shape.kernels.rpartition('.')[2]} {shape.rows}: {read}")
+            parts = f", in {shape.parts} x bfloat16" if shape.parts else ""
+            found.append(f"{shape.kernels.rpartition('.')[2]} {shape.rows}: {read}{parts}")
     return "; ".join(found)
 
 
@@ -247,7 +247,7 @@ def _shapes(planned: PlannedPart) -> Iterator[tuple[Shape, np.ndarray]]:
     """The pieces of a part by the kernel that takes them."""
     scale_dtype = cast(CpuBuffers, planned.part.buffers).static.scale_dtype
     for rows, pieces in planned.pieces:
-        yield shape_of(rows, scale_dtype), pieces
+        yield shape_of(rows, scale_dtype, planned.tile_parts), pieces
 
 
 def _workers(num_values: int) -> int:

@@ -63,6 +63,12 @@ class Shape(Static):
         Tokens whose scores are computed before their values are read.
     takes_codes : bool
         Whether codes are multiplied as the integers they are, their scales folded into the weights.
+    instructions : str
+        Of tiles, see `tiles.py`; elsewhere "".
+    group : int
+        Columns of tiles that take a phase together.
+    parts : int
+        bfloat16 numbers that tiles multiply in place of one.
     """
 
     kernels: str = ""
@@ -73,6 +79,9 @@ class Shape(Static):
     line: int = 0
     phase: int = 0
     takes_codes: bool = False
+    instructions: str = ""
+    group: int = 0
+    parts: int = 0
 
     @property
     def width(self) -> int:
