@@ -21,6 +21,7 @@ and 16 bits ("bfloat16x3", after Henry, Tang and Heinecke, 2019), three parts ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,22 +61,25 @@ ROWS = (64, 1024)
 PHASE = 256  # keys that are staged together
 WIDEST = 256  # elements of head_dim
 
-ELEMENTS = 32  # bfloat16 numbers of a row of a tile
+ELEMENTS = 32  # bfloat16 numbers of a row of a tile, and keys of a section
+SECTIONS = PHASE // ELEMENTS
 PAIRS = ELEMENTS // 2
+SCORES = 2 * ELEMENTS  # of a column: those of a section of 32 keys, and of the one before
 
 HEADROOM = 5.5  # the logarithm of the greatest weight before a phase is repeated
+MOST_TURNS = 4  # of a phase: maxima beyond 1e7 are rounded by more than HEADROOM
 
 PARTS = np.array([{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for name in FORMATS])
 """bfloat16 numbers that hold a number of each format exactly."""
 
-REGISTERS = {1: ((5, 6, 7, 5), (4,)), 2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}
-"""Tiles for the left and the right factors, by the columns of tiles that a group has; 0 to 3 hold the sums."""
+FACTORS = {2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}
+"""Tiles for the left and the right factors of four sums, which are in tiles 0 to 3: 2 by 2, or 1 by 4."""
 
-# Of 2**r for -0.5 <= r <= 0.5, relative error at most 1e-4. Weights are cut to bfloat16, not rounded: in the mean it
-# takes 0.28 % off, which these coefficients have on top.
-EXP2 = (1.00275447, 0.69523525, 0.24328958, 0.05524435)
-LOWEST = -127.0  # its power of 2 has no bits
-SHIFT = 12582912.0  # 1.5 * 2**23: added to a number it leaves the nearest integer in the last bits
+# Of 2**r for 0 <= r < 1, relative error at most 1e-4. Weights are cut to bfloat16, not rounded: in the mean it takes
+# 0.28 % off, which these coefficients have on top.
+EXP2 = (1.00275335, 0.69774317, 0.22687247, 0.07812731)
+HIDDEN = -1e30  # a masked score: -inf less -inf would be NaN
+SEEN = -1e29  # what scores are greater than
 LOG2_E = 1.4426950408889634
 UPPER = -65536  # the bits that a bfloat16 has of a float32
 
@@ -110,7 +114,7 @@ class TileScratch(NamedTuple):
     weights : (n,) uint16
         Of a group: (parts, 32 keys, 16 columns, pairs of keys, columns, 2).
     scores : (n,) float32
-        Of the keys that are multiplied together and of those before: (2, 16 keys, 16 columns, keys, columns).
+        Of 32 keys and of those before: (2, 16 keys, 16 columns, keys, columns).
     total : (n,) float32
         (groups, 16 elements, 16 columns, elements, columns).
     tile : (n,) float32
@@ -138,20 +142,19 @@ def padded_key(head_dim):
 
 
 @plain
-def padded_value(shape, value_dim):
-    """Elements of a value in scratch: as many tiles as are summed together."""
-    together = TILE_ROWS * (64 // shape.group)
-    return (value_dim + together - 1) // together * together
+def padded_value(value_dim):
+    """Elements of a value in scratch: those of two tiles together."""
+    return (value_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
 
 
 def scratch_floats(shape, head_dim, value_dim):
     """Floats that `cut_scratch` cuts up."""
-    key, value = padded_key.py_func(head_dim), padded_value.py_func(shape, value_dim)
+    key, value = padded_key.py_func(head_dim), padded_value.py_func(value_dim)
     halves = shape.parts * (shape.columns * key + PHASE * (key + value + shape.group))
     return (
         STATE_ROWS * shape.width
         + halves // 2
-        + 2 * TILE  # four tiles, twice
+        + SCORES * shape.group
         + shape.columns * value
         + ELEMENTS * max(key, value)
         + shape.parts * ELEMENTS // 2 * value
@@ -161,7 +164,7 @@ def scratch_floats(shape, head_dim, value_dim):
 @inlined
 def cut_scratch(shape, head_dim, value_dim, floats, positions):
     """A worker's memory as the arrays that its phases use."""
-    key, value, parts = padded_key(head_dim), padded_value(shape, value_dim), shape.parts
+    key, value, parts = padded_key(head_dim), padded_value(value_dim), shape.parts
     state = floats[: STATE_ROWS * shape.width].reshape(STATE_ROWS, shape.width)
     used = STATE_ROWS * shape.width
     size = parts * shape.columns * key // 2
@@ -176,8 +179,8 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     size = parts * PHASE * shape.group // 2
     weights = floats[used : used + size].view(np.uint16)
     used += size
-    scores = floats[used : used + 2 * TILE]
-    used += 2 * TILE
+    scores = floats[used : used + SCORES * shape.group]
+    used += SCORES * shape.group
     size = shape.columns * value
     total = floats[used : used + size]
     used += size
@@ -233,7 +236,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
     first = runs[0, RUN_KEY]
     count = stage(shape, keys, values, runs, num_runs, runs_ahead(storage.block_size), scratch)
     k_parts, v_parts = min(shape.parts, PARTS[keys.fmt]), min(shape.parts, PARTS[values.fmt])
-    value_dim = padded_value(shape, values.head_dim)
+    value_dim = padded_value(values.head_dim)
     state, positions, group = scratch.state, scratch.positions, shape.group
     phase = Run(0, count, 0, first)
     for column in range(0, rows, group):
@@ -246,7 +249,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         late = state[ROW_MAX, column] == np.float32(LEAST)
         if late:
             weigh(shape, k_parts, column, 1, known, phase, keys.head_dim, masks, scratch)
-        while True:
+        for _ in range(MOST_TURNS):
             if late:
                 raise_maxima(shape, column, value_dim, scratch)
             late = weigh(shape, k_parts, column, sections, known, phase, keys.head_dim, masks, scratch)
@@ -313,14 +316,14 @@ def lay_rows(shape, rows, first, count, decoded, out, to, width, most):
 def finish_phases(shape, rows, value_dim, scratch):
     """Turn the totals, so that the elements of a row lie side by side."""
     groups = (rows + shape.group - 1) // shape.group
-    turn_tiles(scratch.total, groups * shape.group * padded_value(shape, value_dim) // (TILE // 4))
+    turn_tiles(scratch.total, groups * shape.group * padded_value(value_dim) // (TILE // 4))
 
 
 @plain
 def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
     """The total of row r, plus `offset`, times `factor`."""
     total, group = scratch.total, shape.group
-    at = r // group * group * padded_value(shape, value_dim) + r % group // TILE_ROWS * (TILE // 4)
+    at = r // group * group * padded_value(value_dim) + r % group // TILE_ROWS * (TILE // 4)
     at += r % TILE_ROWS * TILE_ROWS
     for first in range(0, value_dim, TILE_ROWS):
         for d in range(TILE_ROWS):
@@ -402,8 +405,7 @@ def lay_values(typing, shape, halves, section, value_dim, values):
         e, b = Emitter(context, builder), builder
         _, halves, section, value_dim, values = e.arguments(signature, args)
         row_bytes = value_dim * 2
-        together = TILE_ROWS * (64 // static.group)
-        plane = (value_dim + (together - 1)) // together * (together * PHASE * 2)
+        plane = (value_dim + (ELEMENTS - 1)) // ELEMENTS * (ELEMENTS * PHASE * 2)
         neighbours = [element + token * TILE_ROWS for element in range(TILE_ROWS) for token in range(2)]
 
         def elements(i: Int, _: list[ir.Value]) -> list[ir.Value]:
@@ -414,7 +416,7 @@ def lay_values(typing, shape, halves, section, value_dim, values):
                     rows = (source + row_bytes * (2 * pair + token) for token in range(2))
                     two = (e.load(row, vector(I16, TILE_ROWS)) for row in rows)
                     pairs.append(b.bitcast(e.shuffle(*two, neighbours), vector(I32, TILE_ROWS)))
-                target = values.start + (plane * part + (i * (PHASE // ELEMENTS) + section) * TILE)
+                target = values.start + (plane * part + (i * SECTIONS + section) * TILE)
                 for d, row in enumerate(transposed(e, pairs)):
                     e.store(row, target + d * TILE_BYTES)
             return []
@@ -536,19 +538,14 @@ def _weigh(
 ) -> ir.Value:
     b, parts, tiles = e.builder, shape.parts, Tiles(e, shape.instructions)
     wide = shape.group // TILE_ROWS  # tiles of columns
-    high = 4 // wide  # tiles of keys that are multiplied together
-    keys_together = high * TILE_ROWS
-    left, right = REGISTERS[wide]
     steps = (head_dim + (ELEMENTS - 1)) // ELEMENTS
     key_bytes = steps * TILE_BYTES
     key_plane, query_plane = key_bytes * PHASE, steps * (shape.columns // TILE_ROWS * TILE)
     query = scratch.query.start + column // TILE_ROWS * steps * TILE
-    blocks = sections * ELEMENTS // keys_together
-    products = steps * parts
+    products = steps * parts * (wide // 2)
     if parts > 1:  # of key part i with parts - i parts of the query
-        products = steps * ((2 * parts + 1 - k_parts) * k_parts // 2)
-    pairs = keys_together // 2
-    share = (products + (pairs - 1)) // products
+        products = steps * ((2 * parts + 1 - k_parts) * k_parts // 2 * (wide // 2))
+    share = (products + (PAIRS - 1)) // products
 
     group = _Group(e, shape, column, scratch)
     rate = _rate(parts)
@@ -562,155 +559,173 @@ def _weigh(
     steps_of_scores = group.load(QUERY_STEP)
 
     def half(i: Int) -> Pointer:
-        """Where the scores of a block lie."""
-        return scratch.scores.start + i % 2 * (4 * TILE)
+        """Where the scores of a section lie."""
+        return scratch.scores.start + i % 2 * (2 * wide * TILE)
 
-    def multiply(block: Int, i: Int | int, j: Int | int, k: Int) -> None:
-        """Four tiles of scores: 32 elements of part i of the keys and part j of the query."""
-        keys = scratch.keys.start + (key_plane * i + block * (key_bytes * keys_together) + k * TILE_BYTES)
-        queries = query + (query_plane * j + k * TILE)
+    def multiply(section: Int | int, two: Int, i: Int | int, j: Int | int, k: Int) -> Iterator[None]:
+        """Four tiles of scores, of two tiles of columns: 32 elements of part i of the keys and part j of the query."""
+        keys = scratch.keys.start + (key_plane * i + key_bytes * section * ELEMENTS + k * TILE_BYTES)
+        queries = query + (query_plane * j + (steps * two * 2 + k) * TILE)
+        return _outer(
+            tiles,
+            2,
+            lambda tile, y: tiles.load(tile, keys + key_bytes * (y * TILE_ROWS), key_bytes),
+            lambda tile, x: tiles.load(tile, queries + steps * (x * TILE), TILE_BYTES),
+        )
 
-        def load_keys(y: int) -> None:
-            tiles.load(left[y], keys + key_bytes * (y * TILE_ROWS), key_bytes)
+    def exponentiate(section: Int, pair: Int, v: int, found: list[ir.Value]) -> list[ir.Value]:
+        """The weights of two keys in a vector of columns; `found` are the vector's sum and its maximum."""
+        total, top = found
+        offset = group.offset(v)
+        source = half(section) + (pair // 8 * (wide * TILE) + pair % 8 * (2 * TILE_BYTES))
+        target = scratch.weights.start + (section * (wide * TILE) + pair * TILE_BYTES)
+        two = []
+        for t in range(2):
+            x = e.load(source + (offset + t * TILE_BYTES), vector(F32))
+            x = e.fma(x, factors[v], references[v])
+            top = e.max(x, top)
+            two.append(x)
+        words, more = _weights_of(e, two, parts)
+        for part, bits in enumerate(words):
+            e.store(bits, target + (offset + part * (PHASE * 2 * shape.group)))
+        return [e.add(total, more), top]
 
-        def load_queries(x: int) -> None:
-            tiles.load(right[x], queries + steps * (x * TILE), TILE_BYTES)
+    def several(section: Int, done: Int, count: Int, v: int, carried: list[ir.Value]) -> list[ir.Value]:
+        """The same for `count` pairs of keys; `carried` are all vectors' sums and maxima."""
+        mine = slice(2 * v, 2 * v + 2)
+        found = e.loop(count, carried[mine], lambda n, c: exponentiate(section, done + n, v, c))
+        return [*carried[: 2 * v], *found, *carried[2 * v + 2 :]]
 
-        _outer(tiles, high, wide, load_keys, load_queries)
+    def scores(section: Int | int, carried: list[ir.Value], between: Callable[..., Any]) -> list[ir.Value]:
+        """Scores of a section; ``carried = between(n, carried)`` after each tile instruction, of the n-th sum."""
 
-    def exponentiate(block: Int, pair: Int, carried: list[ir.Value]) -> list[ir.Value]:
-        """The weights of two keys; `carried` are the factors of scores, sums and maxima."""
-        count = len(group.vectors)
-        sums, found = list(carried[:count]), list(carried[count:])
-        source = half(block) + (pair // 8 * (wide * TILE) + pair % 8 * (2 * TILE_BYTES))
-        number = block * pairs + pair
-        target = scratch.weights.start + (number // PAIRS * (wide * TILE) + number % PAIRS * TILE_BYTES)
-        for v in group.vectors:
-            offset = group.offset(v)
-            two = []
-            for t in range(2):
-                x = e.load(source + (offset + t * TILE_BYTES), vector(F32))
-                x = e.fma(x, factors[v], references[v])
-                found[v] = e.max(x, found[v])
-                two.append(x)
-            for part, words in enumerate(_weights_of(e, two, sums, v, parts)):
-                e.store(words, target + (offset + part * (PHASE * 2 * shape.group)))
-        return sums + found
+        def columns(two: Int, carried: list[ir.Value]) -> list[ir.Value]:
+            """Of two tiles of columns."""
+            for tile in range(4):
+                tiles.zero(tile)
 
-    def block(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
-        """Scores of a block, between them the weights of the block before."""
+            def product(i: Int | int, j: Int | int, k: Int, carried: list[ir.Value]) -> list[ir.Value]:
+                for n, _ in enumerate(multiply(section, two, i, j, k)):
+                    carried = between(n, carried)
+                return carried
+
+            carried = _each_product(e, parts, k_parts, steps, carried, product)
+            for tile in range(4):
+                where = half(section) + (two * (2 * TILE) + (tile // 2 * wide + tile % 2) * TILE)
+                tiles.store(tile, where, TILE_BYTES)
+            return carried
+
+        return e.loop(wide // 2, carried, columns)
+
+    def finish(section: Int) -> None:
+        """Before a section's weights: see to what is masked, capped or biased; then scores are scaled already."""
         nonlocal factors
-        before = i - 1
-        more, ended = i < blocks, i > 0
-        key = before * keys_together
-        last = key + (keys_together - 1)
+        key = section * ELEMENTS
+        last = key + (ELEMENTS - 1)
         unknown = b.not_(b.and_(last < phase.num_tokens, phase.key + last <= known))
-        unknown = b.and_(ended, unknown)
         with b.if_then(unknown):
-            _finish(e, shape, group, high, half(before), key, phase, masks, scratch, steps_of_scores)
+            _finish(e, shape, group, half(section), key, phase, masks, scratch, steps_of_scores)
         unmasked = e.splat(b.not_(unknown))
         factors = [
             b.select(unmasked, b.fmul(step, constant(rate)), constant(rate)) for step in steps_of_scores
         ]
-        limit = Int(b, b.select(ended, I64(pairs), I64(0)))
-        with b.if_then(more):
-            for tile in range(4):
-                tiles.zero(tile)
 
-        def product(i_part: Int | int, j_part: Int | int, k: Int, carried: list[ir.Value]) -> list[ir.Value]:
-            with b.if_then(more):
-                multiply(i, i_part, j_part, k)
+    def both(n: Int, carried: list[ir.Value]) -> list[ir.Value]:
+        """The weights of a section, between the products of the next."""
+        finish(n)
+
+        def between(dot: int, carried: list[ir.Value]) -> list[ir.Value]:
             done = Int(b, carried[0])
-            now = (limit - done).at_most(share)
-            rest = e.loop(now, carried[1:], lambda n, c: exponentiate(before, done + n, c))
-            return [(done + now).value, *rest]
+            count, carried = (PAIRS - done).at_most(share), carried[1:]
+            for v in group.vectors[dot::4]:
+                carried = several(n, done, count, v, carried)
+            following = done + count if dot == 3 else done
+            return [following.value, *carried]
 
-        def each_step(i_part: Int | int, j_part: Int | int, carried: list[ir.Value]) -> list[ir.Value]:
-            return e.loop(steps, carried, lambda k, c: product(i_part, j_part, k, c))
-
-        carried = [I64(0), *carried]
-        if parts == 1:
-            carried = each_step(0, 0, carried)
-        else:
-            carried = e.loop(
-                k_parts,
-                carried,
-                lambda i_part, c: e.loop(parts - i_part, c, lambda j_part, c: each_step(i_part, j_part, c)),
-            )
-        with b.if_then(more):
-            for tile in range(4):
-                tiles.store(tile, half(i) + tile * TILE, TILE_BYTES)
-        return carried[1:]
+        return scores(n + 1, [I64(0), *carried], between)[1:]
 
     factors: list[ir.Value] = []
-    start = [nothing] * len(group.vectors) + [constant(float("-inf"))] * len(group.vectors)
-    carried = e.loop(blocks + 1, start, block)
-    sums, found = carried[: len(group.vectors)], carried[len(group.vectors) :]
+    carried = [nothing, constant(float("-inf"))] * len(group.vectors)
+    scores(0, [], lambda dot, carried: carried)
+    carried = e.loop(sections - 1, carried, both)
+    finish(sections - 1)
+    for v in group.vectors:
+        carried = several(sections - 1, Int(b, I64(0)), Int(b, I64(PAIRS)), v, carried)
+    sums, found = carried[::2], carried[1::2]
     group.store(RESCALE, sums)
     group.store(PHASE_MAX, found)
     late = ir.Constant(ir.IntType(1), 0)
     for top, known_top in zip(found, settled, strict=True):
-        most = b.select(known_top, constant(HEADROOM * rate), constant(float("-inf")))
+        most = b.select(known_top, constant(HEADROOM * rate), constant(SEEN))
         late = b.or_(late, e.any(b.fcmp_ordered(">", top, most)))
     return late
 
 
-def _outer(tiles: Tiles, high: int, wide: int, load_left: Any, load_right: Any) -> None:
-    """The sums in tiles 0 to 3 += the products of `high` tiles with `wide` tiles, each loaded just before it is used."""
-    left, right = REGISTERS[wide]
-    if wide > high:
-        load_left(0)
-        for x in range(wide):
-            load_right(x)
-            tiles.dot_bfloat16(x, left[0], right[x])
-        return
-    for y in range(high):
-        load_left(y)
+def _each_product(
+    e: Emitter, parts: int, left_parts: Int, count: Int, carried: list[ir.Value], body: Callable[..., Any]
+) -> list[ir.Value]:
+    """``carried = body(i, j, k, carried)`` for `count` k of part i of the left factor and part j of the right.
+
+    Products of the smaller parts, which are less than the last bit, are left out.
+    """
+
+    def each(i: Int | int, j: Int | int, carried: list[ir.Value]) -> list[ir.Value]:
+        return e.loop(count, carried, lambda k, c: body(i, j, k, c))
+
+    if parts == 1:
+        return each(0, 0, carried)
+    return e.loop(left_parts, carried, lambda i, c: e.loop(parts - i, c, lambda j, c: each(i, j, c)))
+
+
+def _outer(
+    tiles: Tiles, wide: int, load_left: Callable[[int, int], None], load_right: Callable[[int, int], None]
+) -> Iterator[None]:
+    """The four sums += the products of 4 / `wide` tiles with `wide` tiles; one at each turn.
+
+    ``load_left(tile, y)`` and ``load_right(tile, x)`` load the factors just before they are used.
+    """
+    left, right = FACTORS[wide]
+    for y, tile in enumerate(left):
+        load_left(tile, y)
         for x in range(wide):
             if y == 0:
-                load_right(x)
-            tiles.dot_bfloat16(y * wide + x, left[y], right[x])
+                load_right(right[x], x)
+            tiles.dot_bfloat16(wide * y + x, tile, right[x])
+            yield
 
 
-def _weights_of(
-    e: Emitter, two: list[ir.Value], sums: list[ir.Value], v: int, parts: int
-) -> list[ir.Value]:
-    """The weights of two scores, side by side as bfloat16, a vector for each part; they are added to sums[v]."""
+def _weights_of(e: Emitter, two: list[ir.Value], parts: int) -> tuple[list[ir.Value], ir.Value]:
+    """The weights of two scores: a vector for each part, side by side as bfloat16; and their sum."""
     b = e.builder
     upper = constant(UPPER, I32)
     if parts == 1:
         bits = [b.and_(b.bitcast(_exp2(e, x), vector(I32)), upper) for x in two]
         # what is multiplied is what is summed: the rounding of weights cancels
-        sums[v] = e.add(sums[v], e.add(*(b.bitcast(x, vector(F32)) for x in bits)))
-        return [b.or_(b.lshr(bits[0], constant(16, I32)), bits[1])]
+        total = e.add(*(b.bitcast(x, vector(F32)) for x in bits))
+        return [b.or_(b.lshr(bits[0], constant(16, I32)), bits[1])], total
     rest = [e.exp(x) for x in two]
-    sums[v] = e.add(sums[v], e.add(*rest))
+    total = e.add(*rest)
     words = []
     for _ in range(parts):
         bits = [b.and_(b.bitcast(x, vector(I32)), upper) for x in rest]
         words.append(b.or_(b.lshr(bits[0], constant(16, I32)), bits[1]))
         rest = [b.fsub(x, b.bitcast(y, vector(F32))) for x, y in zip(rest, bits, strict=True)]
-    return words
+    return words, total
 
 
 def _exp2(e: Emitter, x: ir.Value) -> ir.Value:
-    """2**x, a little more, see EXP2; below -126.5 next to nothing, of which bfloat16 has no bits."""
-    b = e.builder
-    x = b.select(b.fcmp_ordered("<", x, constant(LOWEST)), constant(LOWEST), x)  # NaN stays
-    shifted = b.fadd(x, constant(SHIFT))
-    r = b.fsub(x, b.fsub(shifted, constant(SHIFT)))
+    """2**x, a little more, see EXP2; where x is HIDDEN bfloat16 has no bits of it."""
+    fraction, whole = e.split(x)
     p = constant(EXP2[-1])
     for coefficient in EXP2[-2::-1]:
-        p = e.fma(p, r, constant(coefficient))
-    power = b.shl(b.bitcast(shifted, vector(I32)), constant(23, I32))
-    return b.bitcast(b.add(b.bitcast(p, vector(I32)), power), vector(F32))
+        p = e.fma(p, fraction, constant(coefficient))
+    return e.scale(p, whole)
 
 
 def _finish(
     e: Emitter,
     shape: Shape,
     group: _Group,
-    high: int,
     scores: Pointer,
     key: Int,
     phase: Any,
@@ -718,7 +733,7 @@ def _finish(
     scratch: Any,
     steps: list[ir.Value],
 ) -> None:
-    """Scale, cap, bias and mask the scores of a block, in place."""
+    """Scale, cap, bias and mask the scores of a section, in place."""
     wide = shape.group // TILE_ROWS
 
     def one(t: Int, _: list[ir.Value]) -> list[ir.Value]:
@@ -726,10 +741,12 @@ def _finish(
         for v in group.vectors:
             where = row + group.offset(v)
             score = e.mul(e.load(where, vector(F32)), steps[v])
-            e.store(finish_scores(e, shape, group.part(v), score, key + t, phase, masks, scratch), where)
+            score = finish_scores(e, shape, group.part(v), score, key + t, phase, masks, scratch)
+            masked = e.builder.fcmp_ordered("<", score, constant(HIDDEN))  # NaN is not
+            e.store(e.builder.select(masked, constant(HIDDEN), score), where)
         return []
 
-    e.loop(high * TILE_ROWS, [], one)
+    e.loop(ELEMENTS, [], one)
 
 
 @intrinsic
@@ -746,7 +763,8 @@ def raise_maxima(typing, shape, column, value_dim, scratch):
         for before, top in zip(group.load(ROW_MAX), group.load(PHASE_MAX), strict=True):
             settled = _is_settled(e, before)
             found = b.fmul(top, constant(1 / _rate(static.parts)))
-            now = b.select(settled, b.fadd(before, e.max(found, constant(0.0))), e.max(found, before))
+            seen = b.fcmp_ordered(">", top, b.select(settled, constant(0.0), constant(SEEN)))
+            now = b.select(seen, b.select(settled, b.fadd(before, found), found), before)
             maxima.append(now)
             rescale.append(b.select(settled, e.exp(b.fsub(before, now)), constant(1.0)))
         group.store(ROW_MAX, maxima)
@@ -787,57 +805,41 @@ def _add_values(
     parts, tiles = shape.parts, Tiles(e, shape.instructions)
     wide = shape.group // TILE_ROWS
     high = 4 // wide
-    left, right = REGISTERS[wide]
     value_plane, weight_plane = value_dim * (PHASE * 2), PHASE * 2 * shape.group
     total = scratch.total.start + column * value_dim * 4
 
     def elements(d: Int, _: list[ir.Value]) -> list[ir.Value]:
-        sums = total + d * (4 * TILE)
+        """Four tiles of sums, of all columns."""
+        sums = [total + (d * 4 + tile) * TILE for tile in range(4)]
         for tile in range(4):
             if parts == 1:
-                tiles.load(tile, sums + tile * TILE, TILE_BYTES)
+                tiles.load(tile, sums[tile], TILE_BYTES)
             else:  # one running sum over a long sequence would round its tail away
                 tiles.zero(tile)
 
-        def multiply(i: Int | int, j: Int | int, section: Int) -> None:
-            values = scratch.values.start + (
-                value_plane * i + (d * high * (PHASE // ELEMENTS) + section) * TILE
-            )
+        def product(i: Int | int, j: Int | int, section: Int, _: list[ir.Value]) -> list[ir.Value]:
+            values = scratch.values.start + (value_plane * i + (d * (high * SECTIONS) + section) * TILE)
             weights = scratch.weights.start + (section * (wide * TILE) + j * weight_plane)
+            products = _outer(
+                tiles,
+                wide,
+                lambda tile, y: tiles.load(tile, values + y * (SECTIONS * TILE), TILE_BYTES),
+                lambda tile, x: tiles.load(tile, weights + x * TILE, TILE_BYTES),
+            )
+            for _ in products:
+                pass
+            return []
 
-            def load_values(y: int) -> None:
-                tiles.load(left[y], values + y * (PHASE // ELEMENTS * TILE), TILE_BYTES)
-
-            def load_weights(x: int) -> None:
-                tiles.load(right[x], weights + x * TILE, TILE_BYTES)
-
-            _outer(tiles, high, wide, load_values, load_weights)
-
-        def each_section(i: Int | int, j: Int | int) -> list[ir.Value]:
-            def one(section: Int, _: list[ir.Value]) -> list[ir.Value]:
-                multiply(i, j, section)
-                return []
-
-            return e.loop(sections, [], one)
-
-        if parts == 1:
-            each_section(0, 0)
-        else:
-            e.loop(v_parts, [], lambda i, _: e.loop(parts - i, [], lambda j, _: each_section(i, j)))
+        _each_product(e, parts, v_parts, sections, [], product)
         for tile in range(4):
             if parts == 1:
-                tiles.store(tile, sums + tile * TILE, TILE_BYTES)
+                tiles.store(tile, sums[tile], TILE_BYTES)
             else:
-                tiles.store(tile, scratch.scores.start + tile * TILE, TILE_BYTES)
-        if parts > 1:
-
-            def add(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-                where = sums + i * (4 * LANES)
-                more = e.load(scratch.scores.start + i * (4 * LANES), vector(F32))
-                e.store(e.add(e.load(where, vector(F32)), more), where)
-                return []
-
-            e.loop(TILE // LANES, [], add)
+                found = scratch.scores.start + tile * TILE
+                tiles.store(tile, found, TILE_BYTES)
+                for offset in range(0, TILE, 4 * LANES):
+                    where = sums[tile] + offset
+                    e.store(e.add(e.load(where, vector(F32)), e.load(found + offset, vector(F32))), where)
         return []
 
     e.loop(value_dim // (TILE_ROWS * high), [], elements)
