@@ -47,7 +47,7 @@ def run(benchmark, kind, name, spec, implementation, fmt):
             pytest.skip(f"{implementation}, {fmt}: {error}")
         kept = p.k, p.v
     else:
-        cache, ids, call = ours.paged(p, fmt, implementation.removeprefix("kvnumba "))
+        cache, ids, call, _ = ours.paged(p, fmt, implementation.removeprefix("kvnumba "))
         benchmark.extra_info["bytes"] = p.k.shape[0] * p.k.shape[1] * cache.bytes_per_token()
         pairs = [cache.get_kv(i) for i in ids]
         kept = tuple(np.stack([pair[n] for pair in pairs]).swapaxes(1, 2) for n in range(2))

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from shapes import Problem
 
 import kvnumba
+from kvnumba.backends import cpu
+from kvnumba.caches.step import Step
 from kvnumba.commands.bench import shuffle
 
 
-def paged(
-    problem: Problem, fmt: str, backend: str
-) -> tuple[kvnumba.PagedKVCache, list[int], Callable[[], np.ndarray]]:
-    """A paged cache that holds the problem, its sequences, and their attention as a call without arguments.
+class Paged(NamedTuple):
+    """A paged cache that holds a problem, its sequences, and their attention as a call without arguments."""
 
-    What is stored in bfloat16 is also multiplied in bfloat16, as peers do; otherwise the backend chooses.
-    """
+    cache: kvnumba.PagedKVCache
+    seq_ids: list[int]
+    attend: Callable[[], np.ndarray]
+    step: Step
+
+
+def paged(problem: Problem, fmt: str, backend: str) -> Paged:
+    """The problem in blocks of a format."""
     batch, new, num_qo_heads, head_dim = problem.q.shape
     length, num_kv_heads = problem.k.shape[1:3]
     size, blocks = problem.block_size, problem.block_table.shape[1]
@@ -33,5 +40,18 @@ def paged(
     step = cache.step(ids, [new] * batch)
     step.write(*(x[:, length - new :].reshape(-1, num_kv_heads, head_dim) for x in (problem.k, problem.v)))
     q = problem.q.reshape(-1, num_qo_heads, head_dim)
-    arithmetic = "bfloat16" if fmt == "bfloat16" else None
-    return cache, ids, lambda: step.attend(q, arithmetic=arithmetic).reshape(problem.q.shape)
+    return Paged(
+        cache, ids, lambda: step.attend(q, arithmetic=arithmetic(fmt)).reshape(problem.q.shape), step
+    )
+
+
+def arithmetic(fmt: str) -> str | None:
+    """What is stored in bfloat16 is also multiplied in bfloat16, as peers do; otherwise the backend chooses."""
+    return "bfloat16" if fmt == "bfloat16" else None
+
+
+def kernels(problem: Problem, fmt: str, step: Step) -> str:
+    """Which kernels the cpu backend takes for a problem."""
+    num_qo_heads, head_dim = problem.q.shape[2:]
+    scoring = kvnumba.Scoring.of(num_qo_heads, head_dim, arithmetic=arithmetic(fmt))
+    return cpu.describe_plan(step._pass._plan(num_qo_heads, scoring), scoring)

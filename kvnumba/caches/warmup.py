@@ -12,7 +12,7 @@ from kvnumba.backends.registry import get_backend
 from kvnumba.caches.contiguous import KVCache
 from kvnumba.caches.paged import PagedKVCache
 
-TILE = 64  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
+TILE = 256  # rows of scores (new tokens times query heads of a KV head) of the largest kernel
 
 
 def tile_counts(group: int) -> range:

@@ -82,6 +82,7 @@ def test_shapes_of_heads(backend, num_qo_heads, num_kv_heads, head_dim, normal):
 def test_block_sizes(backend, fmt, block_size, normal):
     cache, seq_id = filled(backend, fmt, normal, 2, 150, 8, block_size)
     check(cache, seq_id, normal(4, 3, 8))
+    check(cache, seq_id, normal(4, 140, 8))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -22,6 +23,10 @@ if "cpu" not in TESTED:
 
 import numba
 from numba.core.runtime import _nrt_python, rtsys
+
+from kvnumba.backends import cpu
+from kvnumba.backends.cpu import CpuBackend, ceilings, describe_plan
+from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT
 
 SMALL = textwrap.dedent("""
     import sys, threading
@@ -199,7 +204,7 @@ def test_other_processors(processor, tmp_path):
         print(simd.LANES, simd.HAS_HALF)
     """
     printed = run(script, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
-    assert printed == ("8 False" if processor == "plain" else "8 True")
+    assert printed == ("8 False" if name == "x86-64" else "8 True")
 
 
 def describe_processor():
@@ -370,3 +375,55 @@ def test_fp8_is_the_nearest_number_bit_for_bit(rng):
     every = np.arange(256, dtype=np.uint8).reshape(-1, 32)
     have = backend.decode(Encoded(every, np.empty((8, 0)), np.empty((8, 0))), rows)
     np.testing.assert_array_equal(have, formats.fp8_e4m3_to_float(every))
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "expected"),
+    [(None, "few 4: int8, float16"), ("float32", "few 4: int8 staged to float32, float16")],
+)
+def test_a_plan_says_which_kernels_it_takes(arithmetic, expected):
+    backend = CpuBackend()
+    layout = Layout.of(2, 16, 2, 64, key_format="int8", value_format="float16")
+    batch = Batch.of(np.arange(2, dtype=np.int32)[None], np.array([20], np.int32), np.array([1]), 16)
+    scoring = Scoring.of(8, 64, arithmetic=arithmetic)
+    plan = backend.plan([Part(backend.allocate(layout), batch)], 8, scoring)
+    assert describe_plan(plan, scoring) == expected
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_bfloat16_is_multiplied_where_that_is_faster(faster, monkeypatch, normal):
+    if faster and not HAS_BFLOAT16_DOT:
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(ceilings, "bfloat16_is_faster", lambda: faster)
+    cpu._score.cache_clear()
+    cache = kvnumba.KVCache(1, 300, 2, 64, "float32", backend="cpu")
+    k, v, q = normal(1, 2, 300, 64), normal(1, 2, 300, 64), normal(1, 4, 60, 64)
+    cache.update(k, v)
+    try:
+        asked, exact = (cache.attend(q, arithmetic=name) for name in ("bfloat16", "float32"))
+    finally:
+        cpu._score.cache_clear()
+    assert np.array_equal(asked, exact) != faster
+    np.testing.assert_allclose(asked, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(("cycles", "expected"), [(1.0, True), (2.0, False), (4.0, False)])
+def test_one_quiet_repeat_decides_what_is_faster(cycles, expected, monkeypatch):
+    """An instruction takes as long as a float32 multiply-add, or longer; other repeats are disturbed at random."""
+    clock, rng = [0.0], np.random.default_rng(1)
+    calls = {ceilings._compute: 0, ceilings._compute_pairs: 0}
+
+    def launch(function, *_):
+        calls[function] += 1
+        delay = 0 if calls[function] == 5 else rng.uniform(1, 20)
+        clock[0] += delay + (cycles if function is ceilings._compute_pairs else 1.0)
+
+    monkeypatch.setattr(ceilings, "HAS_BFLOAT16_DOT", True)
+    monkeypatch.setattr(ceilings, "launch", launch)
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert ceilings.bfloat16_is_faster.__wrapped__() is expected
+
+
+def test_bfloat16_is_not_faster_without_an_instruction(monkeypatch):
+    monkeypatch.setattr(ceilings, "HAS_BFLOAT16_DOT", False)
+    assert ceilings.bfloat16_is_faster.__wrapped__() is False

@@ -20,7 +20,6 @@ from numba import njit
 
 from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax, transforms
 from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
-from kvnumba.backends.cpu.plan import shape_of
 from kvnumba.backends.cpu.simd import LANES
 from kvnumba.backends.cpu.storage import Rows
 from kvnumba.formats import FORMATS
@@ -28,7 +27,8 @@ from kvnumba.formats import FORMATS
 FP8, INT8, INT4 = (FORMATS[name].number for name in ("fp8_e4m3", "int8", "int4"))
 ALL = range(len(FORMATS))
 
-ROWS = (1, 3, few.MOST_ROWS, *many.ROWS)
+GROUPS = tuple(sorted({min(rows, many.GROUP) for rows in many.ROWS}))
+ROWS = (1, 3, few.MOST_ROWS, *GROUPS)  # kernels for many rows take a group at a time
 TOKENS = (1, 7, 16, 17)
 HEAD_DIMS = (2, 80, 128)
 BEHIND = 16  # rows of NaN behind a run, and before it
@@ -62,7 +62,8 @@ def score_few(shape, rows, run, masks, scratch):
 
 @njit
 def score_many(shape, rows, run, masks, scratch):
-    many.score(shape, rows.fmt, rows.codes, rows.codes.shape[1], run, 0, 8, rows.head_dim, masks, scratch)
+    codes, _, _, fmt, head_dim = rows
+    many.score(shape, fmt, codes, codes.shape[1], run.row, run, codes, 0, head_dim, masks, scratch)
 
 
 @njit
@@ -81,8 +82,13 @@ def round_weights(shape, run, scratch):
 
 
 @njit
-def weigh(shape, fmt, codes, row, count, rows, head_dim, scratch):
-    shape.weigh(shape, fmt, codes, codes.shape[1], row, count, 0, 8, 0, rows, head_dim, scratch)
+def weigh_few(shape, fmt, codes, row, count, rows, head_dim, scratch):
+    few.weigh(shape, fmt, codes, codes.shape[1], row, count, 0, 8, 0, rows, head_dim, scratch)
+
+
+@njit
+def weigh_many(shape, fmt, codes, row, count, rows, head_dim, scratch):
+    many.weigh(shape, fmt, codes, codes.shape[1], row, count, codes, 0, 0, rows, head_dim, scratch)
 
 
 @njit
@@ -97,7 +103,7 @@ def stage(rows, run, tile):
 
 @njit
 def stage_pairs(rows, run, tile):
-    many.stage_pairs(rows, run, tile)
+    many.stage_pairs(rows, run, tile, 0)
 
 
 @njit
@@ -179,7 +185,7 @@ class Columns:
 
     def __init__(self, rows, head_dim=2, tokens=1):
         self.rows = rows
-        self.shape = shape_of(rows, "float32")
+        self.shape = (few if rows <= few.MOST_ROWS else many).shape(rows, "float32")
         self.count, self.width = self.shape.columns, self.shape.width
         self.table = np.zeros((shapes.STATE_ROWS, self.width), np.float32)
         self.positions = np.zeros(self.width, np.int32)
@@ -220,12 +226,13 @@ def laid_out(columns, fmt, q):
     floats = shapes.padded.py_func(head_dim)
     scaled = q * SM_SCALE
     if rows > few.MOST_ROWS:
-        query = np.zeros((floats, columns.count), np.float32)
+        group = columns.shape.group
+        query = np.zeros((columns.count // group, floats, group), np.float32)
         if fmt == BFLOAT16:
-            pairs = bits_of_bfloat16(q).reshape(rows, head_dim // 2, 2).swapaxes(0, 1)
-            query[: head_dim // 2] = np.ascontiguousarray(pairs).view(np.float32)[..., 0]
+            pairs = bits_of_bfloat16(q).view(np.float32).reshape(-1, group, head_dim // 2)
+            query[:, : head_dim // 2] = pairs.swapaxes(1, 2)
             return query, np.full(rows, SM_SCALE), np.zeros(rows)
-        query[:head_dim] = scaled.T
+        query[:, :head_dim] = scaled.reshape(-1, group, head_dim).swapaxes(1, 2)
         return query, np.zeros(rows), np.zeros(rows)
     query = np.zeros((columns.count, floats), np.float32)
     if fmt not in LEVELS:
@@ -239,7 +246,7 @@ def laid_out(columns, fmt, q):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", sorted({*ROWS, *many.ROWS}))
 def test_load_queries(rows, head_dim, rng):
     columns = Columns(rows, head_dim)
     heads = 2 if rows % 2 == 0 else 1
@@ -436,7 +443,7 @@ def put_pairs(columns, weights):
 @pytest.mark.parametrize("rows", ROWS)
 def test_weighing(rows, count, head_dim, rng):
     columns = Columns(rows, head_dim, count)
-    sums = columns.sums
+    sums, weigh = columns.sums, weigh_few if rows <= few.MOST_ROWS else weigh_many
     weights = rng.uniform(0, 1, (count, rows)).astype(np.float32)
     for fmt in ALL if rows <= few.MOST_ROWS else ARITHMETICS:
         columns.scores[:] = np.nan

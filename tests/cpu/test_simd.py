@@ -7,14 +7,24 @@ from conftest import TESTED
 if "cpu" not in TESTED:
     pytest.skip("another backend is chosen", allow_module_level=True)
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic
 from oracle import bfloat16
 
-from kvnumba.backends.cpu import plan, shapes
+from kvnumba.backends.cpu import codecs, plan, shapes
 from kvnumba.backends.cpu.codecs import CODECS, interleave_rows
-from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I16, I32, LANES, Emitter, constant, vector
+from kvnumba.backends.cpu.simd import (
+    F32,
+    HAS_BFLOAT16_DOT,
+    I16,
+    I32,
+    LANES,
+    Emitter,
+    constant,
+    converts_half,
+    vector,
+)
 from kvnumba.caches import warmup as compilation
 from kvnumba.formats import FORMATS
 from kvnumba.options import Scoring
@@ -144,6 +154,33 @@ def test_interleave_rows(count, rng):
     run(x, out)
     np.testing.assert_array_equal(out[1:].reshape(count, 2).T.reshape(-1), x)
     assert out[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("convert", "given", "result", "instruction"),
+    [
+        (codecs.half_to_float, I16, F32, "fcvtl"),
+        (codecs.float_to_half, F32, I16, "fcvtn"),
+    ],
+)
+def test_arm_converts_float16_by_instructions(convert, given, result, instruction, monkeypatch):
+    """The oldest 64-bit Arm, of which LLVM says that it has no float16."""
+    triple = "aarch64-unknown-linux-gnu"
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    try:
+        target = binding.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(f"this llvmlite does not compile for Arm: {error}")
+    monkeypatch.setattr(codecs, "HAS_HALF", converts_half(triple, {"neon": True, "fullfp16": False}))
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(vector(result), [vector(given)]), "convert")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(convert(Emitter(None, builder), function.args[0]))
+    machine = target.create_target_machine(cpu="cortex-a53", features="-fullfp16")
+    lines = machine.emit_assembly(binding.parse_assembly(str(module))).splitlines()
+    operations = [line.split()[0] for line in lines if line.startswith("\t") and line[1] != "."]
+    assert {operation.removesuffix("2") for operation in operations} - {"mov", "ret"} == {instruction}
 
 
 def test_broadcast_lanes():

@@ -6,21 +6,22 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import llvmlite.binding
 import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend as attention
-from kvnumba.backends.cpu import copy, many, read, write
+from kvnumba.backends.cpu import ceilings, copy, many, read, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
-from kvnumba.backends.cpu.plan import Plan, plan_parts, shape_of
+from kvnumba.backends.cpu.plan import Plan, PlannedPart, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
 from kvnumba.backends.protocol import CascadeLimits
+from kvnumba.formats import FORMATS
 from kvnumba.options import Scoring
 from kvnumba.storage import (
     Batch,
@@ -159,8 +160,7 @@ class CpuBackend:
                 )
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
-                for rows, pieces in planned.pieces:
-                    shape = shape_of(rows, buffers.static.scale_dtype, planned.tile_parts)
+                for shape, pieces in _shapes(planned):
                     self._counter[0] = 0
                     work = attention.Work(
                         self._counter,
@@ -212,7 +212,42 @@ def describe() -> list[tuple[str, str]]:
             "processor",
             f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}",
         ),
+        ("bfloat16 products", _bfloat16_products()),
     ]
+
+
+def _bfloat16_products() -> str:
+    if ceilings.bfloat16_is_faster():
+        return "of prompts, where asked for: faster than float32 here"
+    return "none: slower than float32 here" if HAS_BFLOAT16_DOT else "none: no instruction"
+
+
+def describe_plan(plan: Plan, scoring: Scoring) -> str:
+    """Which kernels `attend` takes for a plan: the file, its rows, and the formats that keys and values have there."""
+    score = _score(scoring)
+    found = []
+    for planned in plan.parts:
+        layer = cast(CpuBuffers, planned.part.buffers).layers[0]
+        for shape, _ in _shapes(planned):
+            reading = shape.choose.py_func(layer.keys, layer.values, score)
+            keys = _as_multiplied(layer.keys.fmt, reading.k_format)
+            values = _as_multiplied(layer.values.fmt, reading.v_format)
+            read = keys if keys == values else f"{keys}, {values}"
+            parts = f", in {shape.parts} x bfloat16" if shape.parts else ""
+            found.append(f"{shape.kernels.rpartition('.')[2]} {shape.rows}: {read}{parts}")
+    return "; ".join(found)
+
+
+def _as_multiplied(stored: int, multiplied: int) -> str:
+    names = [fmt.name for fmt in FORMATS.values()]
+    return names[stored] if stored == multiplied else f"{names[stored]} staged to {names[multiplied]}"
+
+
+def _shapes(planned: PlannedPart) -> Iterator[tuple[Shape, np.ndarray]]:
+    """The pieces of a part by the kernel that takes them."""
+    scale_dtype = cast(CpuBuffers, planned.part.buffers).static.scale_dtype
+    for rows, pieces in planned.pieces:
+        yield shape_of(rows, scale_dtype, planned.tile_parts), pieces
 
 
 def _workers(num_values: int) -> int:
@@ -239,5 +274,5 @@ def _score(scoring: Scoring) -> Score:
         _NONE if scoring.sinks is None else scoring.sinks,
         _NONE if scoring.alibi_slopes is None else scoring.alibi_slopes,
         scoring.arithmetic == "float32",
-        scoring.arithmetic == "bfloat16" and HAS_BFLOAT16_DOT,
+        scoring.arithmetic == "bfloat16" and ceilings.bfloat16_is_faster(),
     )

@@ -1,9 +1,15 @@
-"""What this machine can do at most: bytes read from memory and float32 multiply-adds, in a second."""
+"""What this machine can do at most: bytes read from memory and multiply-adds, in a second.
+
+For the benchmarks, and to choose the arithmetic of prompts: not every instruction that there is, is faster.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import COMMON, kernel, launch
-from kvnumba.backends.cpu.simd import F32, I32, LANES, Emitter, Int, constant, vector
+from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I32, LANES, Emitter, Int, constant, vector
 
 BYTES = 1 << 29
 AHEAD = 4096  # bytes between what is read and what is prefetched
@@ -44,24 +50,27 @@ def _sum(typing, x, begin, end):
     return signature, generate
 
 
-@intrinsic
-def _multiply_add(typing, count, x):
-    """`count` rounds of 16 independent multiply-adds."""
+def _multiply_add(multiply: Callable[[Emitter, ir.Value, ir.Value], ir.Value]) -> Any:
+    """A function of `count` rounds of 16 independent multiply-adds, each ``multiply(e, factor, sum)``."""
 
-    signature = types.float32(types.intp, types.float32)
+    @intrinsic
+    def multiply_add(typing, count, x):
+        signature = types.float32(types.intp, types.float32)
 
-    def generate(context, builder, signature, args):
-        e = Emitter(context, builder)
-        count, x = e.arguments(signature, args)
-        factor = e.splat(x)
-        sums = e.loop(
-            count,
-            [constant(float(n)) for n in range(16)],
-            lambda i, s: [e.fma(factor, v, factor) for v in s],
-        )
-        return _total(e, sums)
+        def generate(context, builder, signature, args):
+            e = Emitter(context, builder)
+            count, x = e.arguments(signature, args)
+            factor = e.splat(x)
+            sums = [constant(float(n)) for n in range(16)]
+            return _total(e, e.loop(count, sums, lambda i, sums: [multiply(e, factor, s) for s in sums]))
 
-    return signature, generate
+        return signature, generate
+
+    return multiply_add
+
+
+_floats = _multiply_add(lambda e, factor, total: e.fma(factor, total, factor))
+_pairs = _multiply_add(lambda e, factor, total: e.dot_bfloat16(factor, factor, total))
 
 
 @kernel
@@ -74,7 +83,13 @@ def _read(static, worker, workers, job):
 @kernel
 def _compute(static, worker, workers, job):
     count, x, out = job
-    out[worker] = _multiply_add(count, x)
+    out[worker] = _floats(count, x)
+
+
+@kernel
+def _compute_pairs(static, worker, workers, job):
+    count, x, out = job
+    out[worker] = _pairs(count, x)
 
 
 def reading() -> tuple[Callable[[], None], int]:
@@ -89,3 +104,23 @@ def computing() -> tuple[Callable[[], None], int]:
     count, threads = 2_000_000, numba.get_num_threads()
     job = (count, np.float32(0.5), np.zeros(threads, np.float32))
     return lambda: launch(_compute, COMMON, threads, job), 2 * 16 * LANES * count * threads
+
+
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Whether products of bfloat16, of which an instruction makes twice as many, are faster than those of float32.
+
+    On AMD's Zen 4 and 5 such an instruction takes the time of a float32 multiply-add; on Intel's processors it takes
+    more than twice as long, and float32 is both faster and more exact. Tried out once, in a millisecond; the fastest
+    of several repeats counts.
+    """
+    if not HAS_BFLOAT16_DOT:
+        return False
+    job = 5_000, np.float32(0.5), np.zeros(1, np.float32)
+    fastest = {_compute: math.inf, _compute_pairs: math.inf}
+    for _ in range(10):
+        for function in fastest:
+            start = time.perf_counter()
+            launch(function, COMMON, 1, job)
+            fastest[function] = min(fastest[function], time.perf_counter() - start)
+    return fastest[_compute_pairs] < 1.4 * fastest[_compute]

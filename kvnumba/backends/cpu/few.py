@@ -261,7 +261,7 @@ def weigh(
             codec = CODECS[fmt]
             weigh_rows(
                 e,
-                static,
+                static.columns,
                 codec,
                 min(static.rows, LANES // (codec.vectors * codec.tokens)),
                 STRIP,

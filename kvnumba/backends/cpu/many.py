@@ -5,7 +5,11 @@ float32, or in bfloat16 where that is asked for and the processor has it: what i
 that format in scratch. In bfloat16 a unit of 32 bits is a pair: of keys and queries two elements of head_dim, of values
 and weights two tokens.
 
-Queries are (padded head_dim, columns), or in bfloat16 (padded head_dim / 2, columns, 2).
+The columns are multiplied a group at a time, as many as have their sums in registers. What is staged serves all of
+them, and the more there are, the less it costs.
+
+Queries are (groups, padded head_dim, columns of a group), or in bfloat16 (groups, padded head_dim, columns, 2), of
+which the first half is used.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvnumba.backends.cpu import phases
 from kvnumba.backends.cpu.codecs import (
     ARITHMETICS,
     BFLOAT16,
@@ -30,26 +35,30 @@ from kvnumba.backends.cpu.codecs import (
     nearest_bfloat16,
     side_by_side,
 )
-from kvnumba.backends.cpu.jit import each_run, plain
+from kvnumba.backends.cpu.jit import each_run, inlined, plain
+from kvnumba.backends.cpu.runs import RUN_KEY, RUN_TOKENS, run_of
 from kvnumba.backends.cpu.shapes import (
-    AHEAD,
     PHASE_MAX,
     QUERY_STEP,
+    Masks,
     Reading,
-    Run,
+    Scratch,
     Shape,
     finish_scores,
     is_known,
-    prefetch_rows,
-    row_ahead,
+    padded,
     state_at,
 )
 from kvnumba.backends.cpu.simd import F32, LANES, Emitter, Int, constant, vector
 from kvnumba.backends.cpu.weighing import weigh_rows
 
-ROWS = (16, 64) if LANES == 16 else (16,)
+ROWS = (16, 256) if LANES == 16 else (256,)
 """Numbers of rows that kernels are compiled for."""
 
+GROUP = 64 if LANES == 16 else 16  # columns whose sums, for four tokens, fit the registers
+
+PHASE = 64  # tokens
+LINES = 8  # of memory that are prefetched with each STRETCH; fewer, several times, where rows are shorter
 STRETCH = 32  # elements of head_dim that are summed on their own: long sums would round their tail away
 ROWS_TOGETHER = 4  # rows of queries whose values are summed at once
 
@@ -68,8 +77,10 @@ _PAIRS = _Pairs(_FLOATS.fmt, F32, lambda e, x: x, lambda e, x: x)
 @functools.cache
 def shape(rows: int, scale_dtype: str) -> Shape:
     """The shape for a number of ROWS."""
-    vectors = rows // LANES
-    return Shape(scale_dtype, __name__, rows, rows, {1: 8, 2: 4, 4: 4}[vectors], vectors, 1, 64)
+    group = min(rows, GROUP)
+    vectors = group // LANES
+    tokens = {1: 8, 2: 4, 4: 4}[vectors]
+    return Shape(scale_dtype, __name__, rows, rows, tokens, vectors, 1, PHASE, group=group)
 
 
 @plain
@@ -94,20 +105,86 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     For products in bfloat16 it is not: queries that came in bfloat16 are exact as they are, and scaling would round
     them. There the scores are scaled, by QUERY_STEP.
     """
+    first, column = r // shape.group * padded(head_dim), r % shape.group
     if reading.k_format == BFLOAT16:
-        pairs = scratch.query.view(np.uint16).reshape(-1, 2 * shape.columns)
+        pairs = scratch.query.view(np.uint16).reshape(-1, 2 * shape.group)
         for d in range(head_dim):
-            pairs[d // 2, 2 * r + d % 2] = top_half(q[start + d])
+            pairs[first + d // 2, 2 * column + d % 2] = top_half(q[start + d])
         return scoring.sm_scale, np.float32(0)
-    query = scratch.query.reshape(-1, shape.columns)
+    query = scratch.query.reshape(-1, shape.group)
     for d in range(head_dim):
-        query[d, r] = q[start + d] * scoring.sm_scale
+        query[first + d, column] = q[start + d] * scoring.sm_scale
     return np.float32(0), np.float32(0)
 
 
 @plain
-def stage_pairs(rows, run, tile_halves):
-    """The rows of a run into a tile of bfloat16, two tokens side by side.
+def tile_floats(shape, head_dim, value_dim):
+    """Floats of scratch for the rows of a phase that are staged: keys in the first half, values in the second."""
+    return 2 * (shape.phase + shape.tokens + 1) * max(head_dim, value_dim)
+
+
+@plain
+def first_value(tile, value_dim):
+    """The number of the first row of values in its half."""
+    return -(-tile.shape[0] // (2 * value_dim))
+
+
+@inlined
+def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
+    """Stage the keys of some runs, and attend to them with a group of columns after the other."""
+    keys, values = storage.keys, storage.values
+    state, positions, query, group = scratch.state, scratch.positions, scratch.query, shape.group
+    first, end = runs[0, RUN_KEY], runs[num_runs - 1, RUN_KEY] + runs[num_runs - 1, RUN_TOKENS]
+    for n in range(num_runs):
+        stage(shape, reading, keys, values, run_of(runs, n), scratch)
+    size = group * padded(keys.head_dim)
+    for column in range(0, rows, group):
+        used = min(group, rows - column)
+        oldest, newest = positions[column], positions[column + used - 1]
+        if newest < first or oldest - masks.reach >= end:
+            continue
+        seen = num_runs
+        while runs[seen - 1, RUN_KEY] > newest:
+            seen -= 1
+        last = runs[seen - 1, RUN_TOKENS]
+        runs[seen - 1, RUN_TOKENS] = min(last, newest + 1 - runs[seen - 1, RUN_KEY])
+        known = np.int64(oldest) if masks.seen_by_all >= 0 else np.int64(-1)
+        start = column // group * size
+        part = Scratch(
+            state[:, column : column + group],
+            positions[column : column + group],
+            query[start : start + size],
+            scratch.total[column : column + group],
+            scratch.sums[:group],
+            scratch.scores,
+            scratch.tile,
+            scratch.tile_halves,
+            scratch.tile_bytes,
+        )
+        phases.attend_phase(
+            shape, reading, storage, runs, seen, used, Masks(masks.reach, known, masks.soft_cap), part
+        )
+        runs[seen - 1, RUN_TOKENS] = last
+
+
+@plain
+def stage(shape, reading, keys, values, run, scratch):
+    """Bring the rows of a run that are not read in place to the formats of the products."""
+    token, value = run.scores // shape.columns, first_value(scratch.tile, values.head_dim)
+    if not reading.k_direct:
+        if reading.k_format == BFLOAT16:
+            decode_rows(keys, run.row, run.num_tokens, scratch.tile_halves, token * keys.head_dim)
+        else:
+            decode_rows(keys, run.row, run.num_tokens, scratch.tile, token * keys.head_dim)
+    if reading.v_format == BFLOAT16:
+        stage_pairs(values, run, scratch.tile_halves, (2 * value + token) * values.head_dim)
+    elif not reading.v_direct:
+        decode_rows(values, run.row, run.num_tokens, scratch.tile, (value + token) * values.head_dim)
+
+
+@plain
+def stage_pairs(rows, run, tile_halves, to):
+    """The rows of a run as bfloat16 into tile_halves[to:], two tokens side by side.
 
     The partner of an odd last token is itself: its weight is 0.
     """
@@ -118,37 +195,30 @@ def stage_pairs(rows, run, tile_halves):
         partner = min(t + 1, run.num_tokens - 1)
         if rows.fmt == BFLOAT16:
             first, second = (run.row + t) * row_bytes, (run.row + partner) * row_bytes
-            interleave_rows(rows.codes, first, second, head_dim, tile_halves, t * row_bytes)
+            interleave_rows(rows.codes, first, second, head_dim, tile_halves, 2 * to + t * row_bytes)
         else:
             decode_row(rows, run.row + t, tile_halves, spare)
             decode_row(rows, run.row + partner, tile_halves, spare + head_dim)
-            interleave_rows(
-                tile_halves, 2 * spare, 2 * spare + row_bytes, head_dim, tile_halves, t * row_bytes
-            )
+            target = 2 * to + t * row_bytes
+            interleave_rows(tile_halves, 2 * spare, 2 * spare + row_bytes, head_dim, tile_halves, target)
 
 
 @each_run
 def score_run(shape, reading, keys, run, following, masks, scratch):
-    codes, head_dim = keys.codes, keys.head_dim
-    row_bytes = codes.shape[1]
+    codes, row_bytes, row = keys.codes, keys.codes.shape[1], run.row
     if not reading.k_direct:
-        prefetch_rows(codes, following, run.num_tokens)
-        if reading.k_format == BFLOAT16:
-            decode_rows(keys, run.row, run.num_tokens, scratch.tile_halves, 0)
-        else:
-            decode_rows(keys, run.row, run.num_tokens, scratch.tile, 0)
-        row_bytes = 2 * head_dim if reading.k_format == BFLOAT16 else 4 * head_dim
-        codes, following = scratch.tile_bytes, 0
-        run = Run(0, run.num_tokens, run.scores, run.key)
-    ahead = min(AHEAD, run.num_tokens)
-    score(shape, reading.k_format, codes, row_bytes, run, following, ahead, head_dim, masks, scratch)
+        codes, row = scratch.tile_bytes, run.scores // shape.columns
+        row_bytes = 2 * keys.head_dim if reading.k_format == BFLOAT16 else 4 * keys.head_dim
+    score(
+        shape, reading.k_format, codes, row_bytes, row, run, keys.codes, following, keys.head_dim, masks, scratch
+    )  # fmt: skip
 
 
 @intrinsic
-def score(typing, shape, fmt, codes, row_bytes, run, following, ahead, head_dim, masks, scratch):
-    """Scores of rows in one of ARITHMETICS."""
+def score(typing, shape, fmt, codes, row_bytes, row, run, stored, following, head_dim, masks, scratch):
+    """Scores of the rows of a run, which are in one of ARITHMETICS from `row` of codes on."""
     signature = types.void(
-        shape, types.intp, codes, types.intp, run, types.intp, types.intp, types.intp, masks, scratch
+        shape, types.intp, codes, types.intp, types.intp, run, stored, types.intp, types.intp, masks, scratch
     )
     static = shape.static
 
@@ -167,19 +237,24 @@ def _score(
     pairs: bool,
     codes: Any,
     row_bytes: Int,
+    row: Int,
     run: Any,
+    stored: Any,
     following: Int,
-    ahead: Int,
     head_dim: Int,
     masks: Any,
     scratch: Any,
 ) -> None:
     b = e.builder
-    start, later_start = (codes.start + row * row_bytes for row in (run.row, following))
+    start = codes.start + row * row_bytes
     target = scratch.scores.start + run.scores * 4
     units = head_dim // 2 if pairs else head_dim
     multiply = _PAIRS.multiply if pairs else _FLOATS.multiply
     parts = range(shape.vectors)
+    # of the following rows, as they are stored, those of a tile are prefetched with each tile
+    later = stored.start + following * stored.extent(1)
+    tile_bytes = stored.extent(1) * shape.tokens
+    step = tile_bytes * STRETCH // (units * LINES)
 
     def tile(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
         token = i * shape.tokens
@@ -187,7 +262,7 @@ def _score(
         tokens = [base + t * row_bytes for t in range(shape.tokens)]
 
         def unit(d: Int, sums: list[ir.Value]) -> list[ir.Value]:
-            line = scratch.query.start + d * (4 * shape.columns)
+            line = scratch.query.start + d * (4 * shape.group)
             queries = [e.load(line + 4 * part * LANES, vector(F32)) for part in parts]
             results = []
             for t in range(shape.tokens):
@@ -197,13 +272,14 @@ def _score(
             return results
 
         zeros = [constant(0.0)] * (shape.tokens * shape.vectors)
-        later = row_ahead(e, token, ahead, run.num_tokens, start, later_start, row_bytes)
 
         def stretch(n: Int, totals: list[ir.Value]) -> list[ir.Value]:
             first = n * STRETCH
             size = (units - first).at_most(STRETCH)
-            for line in range(0, 4 * STRETCH * shape.tokens, 64):
-                e.prefetch(later + (first * (4 * shape.tokens) + line))
+            line = later + (i * tile_bytes + n * (LINES * step))
+            for _ in range(LINES):
+                e.prefetch(line)
+                line = line + step
             sums = e.loop(size, zeros, lambda d, sums: unit(first + d, sums))
             return [e.add(x, y) for x, y in zip(totals, sums, strict=True)]
 
@@ -224,7 +300,7 @@ def _score(
         sums = e.when(unknown, sums, finished)
         carried = list(carried)
         for at, score in enumerate(sums):
-            e.store(score, target + (token * (4 * shape.columns) + 4 * at * LANES))
+            e.store(score, target + (token * (4 * shape.group) + 4 * at * LANES))
             carried[at % shape.vectors] = e.max(score, carried[at % shape.vectors])
         return carried
 
@@ -243,50 +319,50 @@ def weigh_run(shape, reading, values, run, following, rows, scratch):
     if pairs:
         round_weights(shape, run, scratch)
     if not reading.v_direct:
-        prefetch_rows(codes, following, count)
+        token = run.scores // shape.columns
         if pairs:
-            stage_pairs(values, run, scratch.tile_halves)
-            count = (count + 1) // 2
-        else:
-            decode_rows(values, run.row, run.num_tokens, scratch.tile, 0)
-        codes, row, following, row_bytes = scratch.tile_bytes, 0, 0, 4 * head_dim
-    ahead = min(AHEAD, count)
+            count, token = (count + 1) // 2, token // 2
+        row = first_value(scratch.tile, head_dim) + token
+        codes, row_bytes = scratch.tile_bytes, 4 * head_dim
     weigh(
-        shape, reading.v_format, codes, row_bytes, row, count, following, ahead, run.scores, rows, head_dim,
+        shape, reading.v_format, codes, row_bytes, row, count, values.codes, following, run.scores, rows, head_dim,
         scratch,
     )  # fmt: skip
 
 
 @intrinsic
 def weigh(
-    typing, shape, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch
+    typing, shape, fmt, codes, row_bytes, row, count, stored, following, weights, rows, head_dim, scratch
 ):
     """Add weighted rows, or pairs of them, to the sums."""
-    signature = types.void(shape, types.intp, codes, *[types.intp] * 8, scratch)
+    signature = types.void(
+        shape, types.intp, codes, types.intp, types.intp, types.intp, stored, *[types.intp] * 4, scratch
+    )
     static = shape.static
 
     def generate(context, builder, signature, args):
         e = Emitter(context, builder)
-        _, fmt, codes, row_bytes, row, count, following, ahead, weights, rows, head_dim, scratch = (
+        _, fmt, codes, row_bytes, row, count, stored, following, weights, rows, head_dim, scratch = (
             e.arguments(signature, args)
         )
 
         def case(fmt: int) -> None:
             weigh_rows(
                 e,
-                static,
+                static.group,
                 _PAIRS if fmt == BFLOAT16 else _FLOATS,
                 ROWS_TOGETHER,
                 count + 1,  # all of them in one strip: tiles come from the cache
                 start=codes.start + row * row_bytes,
-                following=codes.start + following * row_bytes,
+                following=stored.start + following * stored.extent(1),
                 row_bytes=row_bytes,
                 count=count,
-                ahead=ahead,
+                ahead=count,
                 weights=scratch.scores.start + weights * 4,
                 sums=scratch.sums,
                 rows_used=rows,
                 width=head_dim,
+                line_bytes=stored.extent(1) * (128 if fmt == BFLOAT16 else 64) // row_bytes,
             )
 
         e.switch(fmt, ARITHMETICS, case)
@@ -305,7 +381,7 @@ def round_weights(typing, shape, run, scratch):
         e, b = Emitter(context, builder), builder
         _, run, scratch = e.arguments(signature, args)
         memory = scratch.scores.start + run.scores * 4
-        row_bytes = 4 * static.columns
+        row_bytes = 4 * static.group
 
         def two_tokens(i: Int, _: list[ir.Value]) -> list[ir.Value]:
             source, target = (memory + i * size for size in (2 * row_bytes, row_bytes))

@@ -17,8 +17,15 @@ def scratch_floats(shape, head_dim, value_dim):
     return (
         STATE_ROWS * shape.width
         + shape.columns * (query + 2 * value)
-        + (shape.phase + max(shape.tokens, 2)) * (shape.columns + max(head_dim, value_dim))
+        + (shape.phase + max(shape.tokens, 2)) * shape.columns
+        + shape.tile_floats.py_func(shape, head_dim, value_dim)
     )
+
+
+@plain
+def tile_floats(shape, head_dim, value_dim):
+    """Floats of scratch for the rows that are staged: keys, and then values."""
+    return (shape.phase + shape.tokens) * max(head_dim, value_dim)
 
 
 @inlined
@@ -38,7 +45,7 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     size = (shape.phase + max(shape.tokens, 2)) * columns
     scores = floats[used : used + size]
     used += size
-    size = (shape.phase + shape.tokens) * max(head_dim, value_dim)
+    size = shape.tile_floats(shape, head_dim, value_dim)
     tile = floats[used : used + size]
     tile_bytes = tile.view(np.uint8).reshape(1, -1)
     return Scratch(

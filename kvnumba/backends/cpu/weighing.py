@@ -6,13 +6,13 @@ from typing import Any
 
 from llvmlite import ir
 
-from kvnumba.backends.cpu.shapes import Shape, row_ahead
+from kvnumba.backends.cpu.shapes import row_ahead
 from kvnumba.backends.cpu.simd import I16, LANES, Emitter, Int, Pointer, vector
 
 
 def weigh_rows(
     e: Emitter,
-    shape: Shape,
+    stride: int,
     codec: Any,
     rows: int,
     strip: Int | int,
@@ -26,12 +26,15 @@ def weigh_rows(
     sums: Any,
     rows_used: Int,
     width: Int,
+    line_bytes: Int | None = None,
 ) -> None:
     """Write the loops that add the weighted values of `count` rows of storage to `sums`, (columns, padded width).
 
     Sums of `rows` rows of queries are held in registers at once, over as many chunks of a value as there is room for.
     Strips of `strip` tokens are read whole before the next, though their sums fill the registers several times: memory
-    is read in its own order. Weights of codes are 16-bit integers, those of two tokens side by side.
+    is read in its own order. For each 64 bytes that are read, the 64 or `line_bytes` next ones of the rows ahead are
+    prefetched. Weights of tokens lie `stride` columns apart; those of codes are 16-bit integers, of two tokens side by
+    side.
     """
     b = e.builder
     vectors = codec.vectors * codec.tokens  # of sums, for a chunk
@@ -54,12 +57,12 @@ def weigh_rows(
         held = [
             first + (r * sums_bytes + 4 * n * LANES) for r in range(rows) for n in range(several * vectors)
         ]
-        first_weight = begin // codec.tokens * shape.columns + first_row
+        first_weight = begin // codec.tokens * stride + first_row
 
         def some(i: Int, totals: list[ir.Value]) -> list[ir.Value]:
             row = values + i * (row_bytes * codec.tokens)
             loaded = [x for c in range(several) for x in codec.load(e, row + c * chunk_bytes, row_bytes)]
-            weight = first_weight + i * shape.columns
+            weight = first_weight + i * stride
             results = []
             for r in range(rows):
                 w = load_weight(weights + (weight + r) * 4)
@@ -68,9 +71,11 @@ def weigh_rows(
                 ]
             # the bytes ahead in their own order, a share of them with each turn
             share = codec.tokens * several * chunk_bytes
-            behind = (step * turns + i) * share
-            for line in range(0, share, 64):
-                e.prefetch(later + (behind + line))
+            lines = -(-share // 64)
+            line = later + (step * turns + i) * (share if line_bytes is None else line_bytes * lines)
+            for _ in range(lines):
+                e.prefetch(line)
+                line = line + (64 if line_bytes is None else line_bytes)
             return results
 
         turns = (tokens + (codec.tokens - 1)) // codec.tokens
