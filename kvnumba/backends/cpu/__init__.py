@@ -161,7 +161,7 @@ class CpuBackend:
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
                 for rows, pieces in planned.pieces:
-                    shape = shape_of(rows, buffers.static.scale_dtype)
+                    shape = shape_of(rows, buffers.layout, score.exact)
                     self._counter[0] = 0
                     work = attention.Work(
                         self._counter,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cpu import few, many
+from kvnumba.backends.cpu import few, few_tiles, many, tiles
 from kvnumba.backends.cpu.attend import (
     MERGE_BEGIN,
     MERGE_COLUMNS,
@@ -22,12 +22,13 @@ from kvnumba.backends.cpu.attend import (
 )
 from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
 from kvnumba.backends.cpu.shapes import Piece, Shape
-from kvnumba.storage import Batch, Part
+from kvnumba.storage import Batch, Layout, Part
 
 MIN_SPLIT = 512  # keys that are worth a piece of their own
 SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
 
 FEW_ROWS, SOME_ROWS, MOST_ROWS = few.MOST_ROWS, many.ROWS[0], many.ROWS[-1]
+TILE_ROWS = min(few_tiles.MOST_ROWS, MOST_ROWS)
 
 PIECE_COLUMNS = len(Piece._fields)
 (
@@ -40,9 +41,15 @@ _ALL = np.empty(
 )  # tokens of a part that has all of them, in order; begins of sequences seen from 0 on
 
 
-def shape_of(rows: int, scale_dtype: str) -> Shape:
+def shape_of(rows: int, layout: Layout, exact: bool) -> Shape:
     """The shape of kernel for a number of rows, one that `rows_of` returns."""
-    return (few if rows <= FEW_ROWS else many).shape(rows, scale_dtype)
+    scale_dtype = layout.keys.scale_dtype.name
+    instructions = tiles.instructions()
+    if instructions and not exact and rows <= TILE_ROWS and few_tiles.fits(layout.keys, layout.values):
+        return few_tiles.shape(rows, scale_dtype, instructions)
+    if rows <= FEW_ROWS:
+        return few.shape(rows, scale_dtype)
+    return many.shape(next(size for size in many.ROWS if rows <= size), scale_dtype)
 
 
 class PlannedPart(NamedTuple):
@@ -234,7 +241,9 @@ def rows_of(rows, count):
     """
     if rows <= FEW_ROWS:
         return rows if count == 1 else FEW_ROWS
-    return SOME_ROWS if rows <= SOME_ROWS else MOST_ROWS
+    if rows <= SOME_ROWS:
+        return SOME_ROWS
+    return TILE_ROWS if rows <= TILE_ROWS else MOST_ROWS
 
 
 @plain

@@ -39,8 +39,8 @@ class Shape(Static):
         past the run, and those of keys that a row does not see, are -inf. Rows past the run are read.
     ``weigh_run(shape, reading, values, run, following, rows, scratch)``
         The weighted values of a run, added to `scratch.sums`.
-    ``add_phase(reading, rows, scratch)``
-        The sums of a phase, added to `scratch.total`.
+    ``add_phase(shape, reading, last, rows, scratch)``
+        The sums of a phase, of which `last` is the last run, added to `scratch.total`.
 
     `following` is the first row of the run that is read `AHEAD` tokens later, to be prefetched.
 
@@ -63,6 +63,8 @@ class Shape(Static):
         Tokens whose scores are computed before their values are read.
     takes_codes : bool
         Whether codes are multiplied as the integers they are, their scales folded into the weights.
+    instructions : str
+        What writes tiles, see `tiles.py`; empty where there are none.
     """
 
     kernels: str = ""
@@ -73,6 +75,7 @@ class Shape(Static):
     line: int = 0
     phase: int = 0
     takes_codes: bool = False
+    instructions: str = ""
 
     @property
     def width(self) -> int:

@@ -111,23 +111,32 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
         def fold() -> None:
             pattern = [lane // static.columns for lane in range(LANES)]
 
-            def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
-                pointers, found, totals = weights(i, sums[:1])
-                at = run.row + i * static.line
-                step, low = (load_scales(e, array, at, static.line) for array in (values.scale, values.zero))
-                # a token past the run has weight 0, but its stale scale may be NaN
-                none = b.fcmp_ordered("==", found[0], constant(0.0))
-                step = b.select(none, constant(0.0), e.pick(step, pattern))
-                low = b.select(none, constant(0.0), e.pick(low, pattern))
-                weight = e.mul(found[0], step)
-                e.store(weight, pointers[0])
-                offset = e.fma(step, e.splat(reading.code_bias), low)
-                return [totals[0], e.fma(found[0], offset, sums[1]), e.max(weight, sums[2])]
+            count = static.vectors
 
-            sums = e.loop(lines, [constant(0.0)] * 2 + load(WEIGHT_MAX), line)
-            keep(ROW_SUM, sums[:1])
-            keep(ZERO_SUM, sums[1:2])
-            e.store(sums[2], state_at(scratch.state, WEIGHT_MAX, static))
+            def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
+                pointers, found, totals = weights(i, sums[:count])
+                offsets, tops = sums[count : 2 * count], sums[2 * count :]
+                at = run.row + i * static.line
+                step, low = (
+                    e.pick(load_scales(e, array, at, static.line), pattern)
+                    for array in (values.scale, values.zero)
+                )
+                for part in parts:
+                    # a token past the run has weight 0, but its stale scale may be NaN
+                    none = b.fcmp_ordered("==", found[part], constant(0.0))
+                    own_step, own_low = (b.select(none, constant(0.0), x) for x in (step, low))
+                    weight = e.mul(found[part], own_step)
+                    e.store(weight, pointers[part])
+                    offset = e.fma(own_step, e.splat(reading.code_bias), own_low)
+                    offsets[part] = e.fma(found[part], offset, offsets[part])
+                    tops[part] = e.max(weight, tops[part])
+                return totals + offsets + tops
+
+            sums = e.loop(lines, [constant(0.0)] * (2 * count) + load(WEIGHT_MAX), line)
+            keep(ROW_SUM, sums[:count])
+            keep(ZERO_SUM, sums[count : 2 * count])
+            for part, top in enumerate(sums[2 * count :]):
+                e.store(top, state_at(scratch.state, WEIGHT_MAX, static, part))
 
         if static.takes_codes:
             with b.if_else(b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))) as (

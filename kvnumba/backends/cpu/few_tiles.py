@@ -1,0 +1,546 @@
+"""Micro-kernels for a few rows of queries on codes, with tile instructions: decoding from int8 and int4.
+
+A tile product sums over 64 bytes of a row: of keys 64 elements, which lie like that in the storage; of values 64 tokens,
+of which four must stand side by side, so values are staged. Its sums are exact, and queries and weights are integers of
+16 bits, whose high and low bytes are columns, or rows, of their own:
+
+    scores  (16 tokens, columns)  +=  keys (16 tokens, 64 elements)  *  queries (16, columns, 4 elements)
+    sums    (columns, 16 elements)  +=  weights (columns, 64 tokens)  *  values (16, 16 elements, 4 tokens)
+
+Codes are bytes to both, those of int4 times 16, for a byte of two then takes the fewest operations.
+
+Which four tokens are a quad follows from how scores lie: those of one column in the same lane of four lines, so that
+vectors of weights become bytes side by side without moving between lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvnumba.backends.cpu.codecs import CODE_BIAS, CODECS, LARGEST_CODE, SPLIT, load_scales
+from kvnumba.backends.cpu.few import TINY, integer_step
+from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.shapes import (
+    AHEAD,
+    PHASE_MAX,
+    QUERY_STEP,
+    QUERY_SUM,
+    WEIGHT_MAX,
+    Reading,
+    Shape,
+    finish_scores,
+    is_known,
+    row_ahead,
+    state_at,
+)
+from kvnumba.backends.cpu.simd import (
+    EVEN,
+    F32,
+    I8,
+    I32,
+    LANES,
+    ODD,
+    Emitter,
+    Int,
+    Pointer,
+    constant,
+    vector,
+)
+from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
+from kvnumba.formats import FORMATS
+from kvnumba.storage import RowLayout
+
+LEAST_ROWS, MOST_ROWS = 4, 32
+WIDEST = 256  # elements of a row
+
+INT8, INT4 = (FORMATS[name].number for name in ("int8", "int4"))
+FORMATS_OF_CODES = (INT8, INT4)
+
+UNIT = np.array([256 // (largest + 1) for largest in LARGEST_CODE])
+"""What a code of 1 is as a byte, by `Format.number`."""
+
+PHASE = 128
+GROUP = 64  # tokens whose weights are a row of a tile; also those whose scores are left by tiles at once
+QUAD = 4
+
+LARGEST_QUERY = 127 * 256 + 127  # of two signed bytes, high and low
+LARGEST_WEIGHT = 255 * 256 + 255  # of two unsigned ones
+SIGN = 128  # of a byte: what is taken off codes of values, whose middle it is
+
+
+def fits(keys: RowLayout, values: RowLayout) -> bool:
+    """Whether these kernels take rows: of int8 or int4 with one scale, in whole rows of tiles."""
+    return all(
+        rows.fmt.number in FORMATS_OF_CODES
+        and rows.num_groups == 1
+        and rows.element_bytes % TILE_BYTES == 0
+        and rows.head_dim <= WIDEST
+        for rows in (keys, values)
+    )
+
+
+@functools.cache
+def shape(rows: int, scale_dtype: str, instructions: str) -> Shape:
+    """The shape for 1 to MOST_ROWS rows; several numbers of rows have the same."""
+    columns = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+    if rows < columns:
+        return shape(columns, scale_dtype, instructions)
+    line = max(1, LANES // columns)
+    vectors = max(1, columns // LANES)
+    return Shape(
+        scale_dtype, __name__, rows, columns, QUAD * line, vectors, line, PHASE, True, instructions=instructions
+    )  # fmt: skip
+
+
+# Where things lie in `scratch.tile`. What a phase has of each row, a high and a low part of each column, is counted in
+# tiles of 16: rows or columns 0 to _half(shape) are the high parts, the others the low ones.
+
+
+def _half(shape: Shape) -> int:
+    return max(TILE_ROWS // 2, shape.columns)
+
+
+def _tiles_of(shape: Shape) -> int:
+    return 2 * _half(shape) // TILE_ROWS
+
+
+def _words(shape: Shape, scratch: Any) -> Pointer:
+    """Weights, four in 32 bits, that become tiles at the beginning of the memory."""
+    return scratch.tile.start + PHASE // GROUP * _tiles_of(shape) * TILE
+
+
+def _sums(shape: Shape, scratch: Any) -> Pointer:
+    """Four tiles of sums."""
+    return scratch.tile.start + 3 * _tiles_of(shape) * TILE
+
+
+def _staged(shape: Shape, scratch: Any) -> Pointer:
+    """Bytes of keys, then of values; before it there is room for a group's products of keys, too."""
+    return scratch.tile.start + QUAD * (_tiles_of(shape) + 1) * TILE
+
+
+@plain
+def choose(keys, values, scoring):
+    """Codes are never decoded."""
+    return Reading(True, True, keys.fmt, values.fmt, CODE_BIAS[values.fmt])
+
+
+@plain
+def begin(shape):
+    """Before the first piece of a thread."""
+    configure(shape)
+
+
+@plain
+def end(shape):
+    """After the last."""
+    release(shape)
+
+
+@intrinsic
+def configure(typing, shape):
+    """Make tiles usable in this thread."""
+
+    def generate(context, builder, signature, args):
+        Tiles(Emitter(context, builder), shape.static.instructions).configure()
+        return context.get_dummy_value()
+
+    return types.void(shape), generate
+
+
+@intrinsic
+def release(typing, shape):
+    """Leave the tiles of this thread."""
+
+    def generate(context, builder, signature, args):
+        Tiles(Emitter(context, builder), shape.static.instructions).release()
+        return context.get_dummy_value()
+
+    return types.void(shape), generate
+
+
+@plain
+def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+    """A row of queries, scaled, as integers of two signed bytes: (64 bytes of a key, tile, 16, 16 columns, 4)."""
+    sm_scale, half = scoring.sm_scale, max(TILE_ROWS // 2, shape.columns)
+    step = integer_step(q, start, head_dim, sm_scale, LARGEST_QUERY)
+    if not step > np.float32(TINY):
+        return step, np.float32(0)
+    query = scratch.query.view(np.int8)
+    rate, total, split = sm_scale / step, 0, SPLIT[reading.k_format]
+    low = half // TILE_ROWS * TILE if half >= TILE_ROWS else 4 * half  # bytes from a high part to its low one
+    column = r // TILE_ROWS * TILE + r % TILE_ROWS * 4
+    strip = 2 * half // TILE_ROWS * TILE
+    for d in range(head_dim):
+        integer = np.int32(np.rint(q[start + d] * rate))
+        at = split_position(d) if split else d
+        at = at // TILE_BYTES * strip + at % TILE_BYTES // 4 * TILE_BYTES + column + at % 4
+        high = (integer + 128) >> 8
+        query[at] = high
+        query[at + low] = integer - (high << 8)
+        total += integer
+    return step / np.float32(UNIT[reading.k_format]), step * np.float32(total)
+
+
+@plain
+def split_position(d):
+    """Where element d of a key stands, where of 64 bytes the even elements come before the odd."""
+    pair = d // 2
+    return pair // TILE_BYTES * (2 * TILE_BYTES) + d % 2 * TILE_BYTES + pair % TILE_BYTES
+
+
+def _bytes_of(e: Emitter, fmt: int, stored: ir.Value) -> list[ir.Value]:
+    """Codes as bytes that count UNIT: as they are, or the even ones and the odd ones."""
+    if not CODECS[fmt].split:
+        return [stored]
+    b, count = e.builder, stored.type.count
+    high = constant(-16, I8, count)
+    return [b.and_(stored, high), b.shl(stored, constant(4, I8, count))]
+
+
+@intrinsic
+def score_run(typing, shape, reading, keys, run, following, masks, scratch):
+    """Scores of a run, and their greatest in PHASE_MAX."""
+    signature = types.void(shape, reading, keys, run, types.intp, masks, scratch)
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        _, _, keys, *rest = e.arguments(signature, args)
+        e.switch(keys.fmt, FORMATS_OF_CODES, lambda fmt: _score(e, static, fmt, keys, *rest))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _score(
+    e: Emitter, shape: Shape, fmt: int, keys: Any, run: Any, following: Int, masks: Any, scratch: Any
+) -> None:
+    b, parts, split = e.builder, range(shape.vectors), CODECS[fmt].split
+    tiles, number = Tiles(e, shape.instructions), _tiles_of(shape)
+    row_bytes = keys.codes.extent(1)
+    start, later_start = (keys.codes.start + row * row_bytes for row in (run.row, following))
+    ahead = run.num_tokens.at_most(AHEAD)
+    lines = row_bytes // TILE_BYTES  # of memory, of a row
+    strips = lines * (2 if split else 1)
+    dots, dots_bytes, low = scratch.tile.start, number * TILE_BYTES, 4 * _half(shape)
+    pattern = [lane // shape.columns for lane in range(LANES)]
+    query_steps, query_sums, greatest = (
+        [state_at(scratch.state, name, shape, part) for part in parts]
+        for name in (QUERY_STEP, QUERY_SUM, PHASE_MAX)
+    )
+
+    def group(n: Int, carried: list[ir.Value]) -> list[ir.Value]:
+        first = n * GROUP
+        left = (run.num_tokens - first).at_most(GROUP)
+        source, stride = start + first * row_bytes, row_bytes
+        if split:
+            unpack(source, (left + (TILE_ROWS - 1)) // TILE_ROWS * TILE_ROWS * lines)
+            source, stride = _staged(shape, scratch), strips * TILE_BYTES
+
+        def tile(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            rows = source + i * TILE_ROWS * stride
+            later = row_ahead(e, first + i * TILE_ROWS, ahead, run.num_tokens, start, later_start, row_bytes)
+            for t in range(number):
+                tiles.zero(t)
+
+            def strip(k: Int, _: list[ir.Value]) -> list[ir.Value]:
+                tiles.load(number, rows + k * TILE_BYTES, stride)
+                for t in range(number):
+                    where = number + 1 + t % 2
+                    tiles.load(where, scratch.query.start + (k * (number * TILE) + t * TILE), TILE_BYTES)
+                    tiles.dot_bytes("busd", t, number, where)
+                share = TILE_ROWS // (2 if split else 1)  # lines of the tile ahead, in the order of memory
+                for line in range(share):
+                    e.prefetch(later + (k * (share * 64) + line * 64))
+                return []
+
+            e.loop(strips, [], strip)
+            for t in range(number):
+                tiles.store(t, dots + (i * (TILE_ROWS * dots_bytes) + t * TILE_BYTES), dots_bytes)
+            return []
+
+        e.loop((left + (TILE_ROWS - 1)) // TILE_ROWS, [], tile)
+
+        def line(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
+            token = first + i * shape.line
+            step, lowest = (
+                e.pick(load_scales(e, array, run.row + token, shape.line), pattern)
+                for array in (keys.scale, keys.zero)
+            )
+            scores = []
+            for part in parts:
+                high, rest = (products(dots + (i * (shape.line * dots_bytes) + at), part) for at in (0, low))
+                dot = b.sitofp(b.add(b.shl(high, constant(8, I32)), rest), vector(F32))
+                scaled = e.mul(step, e.mul(dot, steps[part]))
+                scores.append(e.fma(lowest, totals[part], scaled))  # as `few` does
+            unknown = b.not_(is_known(e, shape, token, run, masks))
+
+            def finished() -> list[ir.Value]:
+                return [
+                    finish_scores(e, shape, part, x, token, run, masks, scratch)
+                    for part, x in enumerate(scores)
+                ]
+
+            scores = e.when(unknown, scores, finished)
+            target = scratch.scores.start + (run.scores + token * shape.columns) * 4
+            for part, x in enumerate(scores):
+                e.store(x, target + 4 * part * LANES)
+            return [e.max(x, top) for x, top in zip(scores, carried, strict=True)]
+
+        return e.loop((left + (shape.tokens - 1)) // shape.tokens * QUAD, carried, line)
+
+    def unpack(source: Pointer, count: Int) -> None:
+        def one(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            stored = e.load(source + i * TILE_BYTES, vector(I8, TILE_BYTES))
+            for half, codes in enumerate(_bytes_of(e, fmt, stored)):
+                e.store(codes, _staged(shape, scratch) + (i * 2 + half) * TILE_BYTES)
+            return []
+
+        e.loop(count, [], one)
+
+    def products(pointer: Pointer, part: int) -> ir.Value:
+        """High or low products of a line, or of the columns of one of its vectors."""
+        if shape.columns >= LANES:
+            return e.load(pointer + 4 * part * LANES, vector(I32))
+        found = [e.load(pointer + t * dots_bytes, vector(I32, shape.columns)) for t in range(shape.line)]
+        while len(found) > 1:
+            both = range(2 * found[0].type.count)
+            found = [e.shuffle(x, y, both) for x, y in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
+
+    steps, totals, before = (
+        [e.load(pointer, vector(F32)) for pointer in pointers]
+        for pointers in (query_steps, query_sums, greatest)
+    )
+    tops = e.loop((run.num_tokens + (GROUP - 1)) // GROUP, before, group)
+    for pointer, top in zip(greatest, tops, strict=True):
+        e.store(top, pointer)
+
+
+@intrinsic
+def weigh_run(typing, shape, reading, values, run, following, rows, scratch):
+    """Stage the values of a run, quads of tokens side by side: (group, tile of elements, 16 quads, 16 elements, 4)."""
+    signature = types.void(shape, reading, values, run, types.intp, types.intp, scratch)
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        _, _, values, run, following, _, scratch = e.arguments(signature, args)
+        e.switch(values.fmt, FORMATS_OF_CODES, lambda fmt: _stage(e, static, fmt, values, run, following, scratch))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _stage(
+    e: Emitter, shape: Shape, fmt: int, values: Any, run: Any, following: Int, scratch: Any
+) -> None:
+    b = e.builder
+    row_bytes = values.codes.extent(1)
+    start, later_start = (values.codes.start + row * row_bytes for row in (run.row, following))
+    ahead = run.num_tokens.at_most(AHEAD)
+    lines = row_bytes // TILE_BYTES
+    parts = 2 if CODECS[fmt].split else 1
+    group_bytes = lines * (QUAD * parts * TILE)
+    first = run.scores // (shape.columns * QUAD)  # quad of the phase
+    sign = constant(-SIGN, I8, TILE_BYTES)
+
+    def quads(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+        token = i * shape.tokens
+        later = row_ahead(e, token, ahead, run.num_tokens, start, later_start, row_bytes)
+
+        def quad(s: Int, _: list[ir.Value]) -> list[ir.Value]:
+            source = start + (token + s) * row_bytes
+            position = first + i * shape.line + s
+            target = _staged(shape, scratch) + position // TILE_ROWS * group_bytes
+            target = target + position % TILE_ROWS * TILE_BYTES
+
+            def line(k: Int, _: list[ir.Value]) -> list[ir.Value]:
+                x = [
+                    e.load(source + (row_bytes * (n * shape.line) + k * TILE_BYTES), vector(I8, TILE_BYTES))
+                    for n in range(QUAD)
+                ]
+                pairs = [_interleaved(e, x[n], x[n + 1], 1, half) for half in range(2) for n in (0, 2)]
+                for n in range(QUAD):
+                    both = _interleaved(e, *pairs[n // 2 * 2 :][:2], 2, n % 2)
+                    for part, codes in enumerate(_bytes_of(e, fmt, both)):
+                        tile = k * (QUAD * parts) + (n * parts + part)
+                        e.store(b.xor(codes, sign), target + tile * TILE)
+                for n in range(QUAD):
+                    e.prefetch(later + ((s * lines + k) * QUAD + n) * 64)
+                return []
+
+            e.loop(lines, [], line)
+            return []
+
+        e.loop(shape.line, [], quad)
+        return []
+
+    e.loop((run.num_tokens + (shape.tokens - 1)) // shape.tokens, [], quads)
+
+
+def _interleaved(e: Emitter, x: ir.Value, y: ir.Value, size: int, half: int) -> ir.Value:
+    """Units of `size` bytes of x and y in turns, of one half of each 16 bytes, as processors do it."""
+    lanes = [
+        source * TILE_BYTES + lane * 16 + half * 8 + unit * size + byte
+        for lane in range(TILE_BYTES // 16)
+        for unit in range(8 // size)
+        for source in range(2)
+        for byte in range(size)
+    ]
+    return e.shuffle(x, y, lanes)
+
+
+@plain
+def staged_position(fmt, d):
+    """Where element d of a value stands in sums, that is, in tiles of 16 elements."""
+    byte, parts = (d // 2, 2) if SPLIT[fmt] else (d, 1)
+    tile = byte // TILE_BYTES * QUAD + byte % 16 // 4
+    if parts == 2:
+        tile = 2 * tile + d % 2
+    return tile * 16 + byte % TILE_BYTES // 16 * 4 + byte % 4
+
+
+@plain
+def add_phase(shape, reading, last, rows, scratch):
+    """Weigh all values of a phase; tokens that its last group lacks have weight 0."""
+    end = last.scores + (last.num_tokens + shape.tokens - 1) // shape.tokens * shape.tokens * shape.columns
+    groups = (end + GROUP * shape.columns - 1) // (GROUP * shape.columns)
+    scratch.scores[end : groups * GROUP * shape.columns] = 0
+    unit = np.float32(1 / (LARGEST_WEIGHT * UNIT[reading.v_format]))
+    weigh_phase(shape, groups, rows, unit, scratch)
+    scratch.state[WEIGHT_MAX] = 0
+
+
+@intrinsic
+def weigh_phase(typing, shape, groups, rows, unit, scratch):
+    """Add the weighted values of whole groups to the totals; `unit` is what 1 stands for in sums, of WEIGHT_MAX."""
+    signature = types.void(shape, types.intp, types.intp, types.float32, scratch)
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        _, groups, rows, unit, scratch = e.arguments(signature, args)
+        _round_weights(e, static, groups, scratch)
+        _weigh(e, static, groups, rows, unit, scratch)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _round_weights(e: Emitter, shape: Shape, groups: Int, scratch: Any) -> None:
+    """Weights as integers of two bytes: tiles (group, row of a tile, 64 tokens); WEIGHT_MAX is that of each column."""
+    b, parts, nothing = e.builder, range(shape.vectors), constant(0.0)
+    columns = min(shape.columns, LANES)  # of a vector
+    count = TILE_ROWS // shape.line  # vectors of a group's words
+    words, group_bytes = _words(shape, scratch), _tiles_of(shape) * TILE
+    rates = []
+    for part in parts:
+        where = state_at(scratch.state, WEIGHT_MAX, shape, part)
+        top = e.load(where, vector(F32))
+        if shape.columns < LANES:
+            top = e.reduce(top, e.max, shape.columns)
+        e.store(top, where)
+        large = b.fcmp_ordered(">", top, constant(TINY))
+        rates.append(b.select(large, b.fdiv(constant(float(LARGEST_WEIGHT)), top), nothing))
+    low_bytes = constant(0x00FF00FF, I32)
+
+    def lines(g: Int, i: Int) -> None:
+        """Four lines of weights as words of their high bytes, and of their low ones."""
+        source = scratch.scores.start + (g * count + i) * (QUAD * shape.vectors * 4 * LANES)
+        for part in parts:
+            whole = []
+            for n in range(QUAD):
+                weight = e.load(source + (n * shape.vectors + part) * 4 * LANES, vector(F32))
+                scaled = e.max(b.fmul(weight, rates[part]), nothing)  # 0 where it is NaN, or has not been computed
+                whole.append(b.fptosi(b.fadd(scaled, constant(0.5)), vector(I32)))
+            x, y = (b.or_(whole[n], b.shl(whole[n + 2], constant(16, I32))) for n in range(2))
+            low = b.or_(b.and_(x, low_bytes), b.shl(b.and_(y, low_bytes), constant(8, I32)))
+            high = b.or_(b.and_(b.lshr(x, constant(8, I32)), low_bytes), b.and_(y, b.not_(low_bytes)))
+            for half, word in enumerate((high, low)):
+                at = (half * shape.vectors + part) * count
+                e.store(word, words + (i * (4 * LANES) + at * 4 * LANES))
+
+    def group(g: Int, _: list[ir.Value]) -> list[ir.Value]:
+        def some(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            lines(g, i)
+            return []
+
+        def transposed(n: Int, _: list[ir.Value]) -> list[ir.Value]:
+            source = words + n * (count * 4 * LANES)
+            x = [e.load(source + 4 * i * LANES, vector(I32)) for i in range(count)]
+            for _level in range(columns.bit_length() - 1):  # (quad, column) becomes (column, quad)
+                pairs = list(zip(x[::2], x[1::2], strict=True))
+                x = [e.shuffle(*pair, half) for half in (EVEN, ODD) for pair in pairs]
+            rows = _half(shape) // shape.vectors
+            target = scratch.tile.start + (g * group_bytes + n * (rows * TILE_BYTES))
+            for i, word in enumerate(x):
+                e.store(word, target + 4 * i * LANES)
+            return []
+
+        e.loop(count, [], some)
+        e.loop(2 * shape.vectors, [], transposed)
+        return []
+
+    e.loop(groups, [], group)
+
+
+def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scratch: Any) -> None:
+    b, number = e.builder, _tiles_of(shape)
+    tiles, together = Tiles(e, shape.instructions), 4 // number  # tiles of elements, for four of sums
+    elements = scratch.total.extent(1) // TILE_ROWS
+    sums, total_bytes, low = _sums(shape, scratch), scratch.total.extent(1) * 4, _half(shape) * TILE_BYTES
+    tops = state_at(scratch.state, WEIGHT_MAX, shape)
+    kind, count = vector(I32, 16), 16
+
+    def some(n: Int, _: list[ir.Value]) -> list[ir.Value]:
+        for t in range(4):
+            tiles.zero(t)
+
+        def group(g: Int, _: list[ir.Value]) -> list[ir.Value]:
+            for k in range(together):
+                value = 4 + k % 2
+                tiles.load(value, _staged(shape, scratch) + (g * elements + n * together + k) * TILE, TILE_BYTES)
+                for t in range(number):
+                    weight = 6 + t % 2
+                    if number > 1 or k == 0:
+                        tiles.load(weight, scratch.tile.start + (g * number + t) * TILE, TILE_BYTES)
+                    tiles.dot_bytes("busd", k * number + t, weight, value)
+            return []
+
+        e.loop(groups, [], group)
+        for t in range(4):
+            tiles.store(t, sums + t * TILE, TILE_BYTES)
+
+        def row(r: Int, _: list[ir.Value]) -> list[ir.Value]:
+            step = b.fmul(e.load(tops + r * 4, F32), unit)
+            for k in range(together):
+                source = sums + (r * TILE_BYTES + k * number * TILE)
+                high, rest = (e.load(source + at, kind) for at in (0, low))
+                found = b.sitofp(b.add(b.shl(high, constant(8, I32, count)), rest), vector(F32, count))
+                target = scratch.total.start + (r * total_bytes + (n * together + k) * TILE_BYTES)
+                for at in range(0, count, LANES):
+                    x = e.pick(found, range(at, at + LANES)) if LANES < count else found
+                    where = target + 4 * at
+                    e.store(e.fma(x, e.splat(step), e.load(where, vector(F32))), where)
+            return []
+
+        e.loop(rows, [], row)
+        return []
+
+    e.loop(elements // together, [], some)
+
+
+@plain
+def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
+    """The total of row r, plus `offset`, times `factor`, in the elements' own order."""
+    total = scratch.total
+    for d in range(value_dim):
+        target[d] = (total[r, staged_position(reading.v_format, d)] + offset) * factor
