@@ -16,6 +16,7 @@ vectors of weights become bytes side by side without moving between lanes.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import CODE_BIAS, CODECS, LARGEST_CODE, SPLIT, load_scales
+from kvnumba.backends.cpu.codecs import CODE_BIAS, CODECS, LARGEST_CODE, PAIRS, SPLIT, load_scales
 from kvnumba.backends.cpu.few import TINY, integer_step
 from kvnumba.backends.cpu.jit import plain
 from kvnumba.backends.cpu.shapes import (
@@ -38,25 +39,27 @@ from kvnumba.backends.cpu.shapes import (
     is_known,
     row_ahead,
     state_at,
+    tokens_of,
 )
 from kvnumba.backends.cpu.simd import (
-    EVEN,
     F32,
     I8,
     I32,
     LANES,
-    ODD,
     Emitter,
     Int,
     Pointer,
     constant,
     vector,
 )
+from kvnumba.backends.cpu.softmax import column_tops
 from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
 from kvnumba.formats import FORMATS
 from kvnumba.storage import RowLayout
 
-LEAST_ROWS, MOST_ROWS = 4, 32
+ROWS = (4, 8, 16, 20, 24, 32)
+"""Numbers of rows that kernels are compiled for."""
+
 WIDEST = 256  # elements of a row
 
 INT8, INT4 = (FORMATS[name].number for name in ("int8", "int4"))
@@ -87,27 +90,30 @@ def fits(keys: RowLayout, values: RowLayout) -> bool:
 
 @functools.cache
 def shape(rows: int, scale_dtype: str, instructions: str) -> Shape:
-    """The shape for 1 to MOST_ROWS rows; several numbers of rows have the same."""
-    columns = max(LEAST_ROWS, 1 << (rows - 1).bit_length())
-    if rows < columns:
-        return shape(columns, scale_dtype, instructions)
-    line = max(1, LANES // columns)
-    vectors = max(1, columns // LANES)
+    """The shape for a number of ROWS."""
+    line = LANES // math.gcd(rows, LANES)
+    vectors = line * rows // LANES
     return Shape(
-        scale_dtype, __name__, rows, columns, QUAD * line, vectors, line, PHASE, True, instructions=instructions
-    )  # fmt: skip
+        scale_dtype, __name__, rows, rows, QUAD * line, vectors, line, PHASE, True, instructions=instructions
+    )
 
 
 # Where things lie in `scratch.tile`. What a phase has of each row, a high and a low part of each column, is counted in
 # tiles of 16: rows or columns 0 to _half(shape) are the high parts, the others the low ones.
 
 
+@plain
+def half_of(columns):
+    """Where the low parts begin."""
+    return max(TILE_ROWS // 2, columns)
+
+
 def _half(shape: Shape) -> int:
-    return max(TILE_ROWS // 2, shape.columns)
+    return half_of.py_func(shape.columns)
 
 
 def _tiles_of(shape: Shape) -> int:
-    return 2 * _half(shape) // TILE_ROWS
+    return -(-2 * _half(shape) // TILE_ROWS)
 
 
 def _words(shape: Shape, scratch: Any) -> Pointer:
@@ -168,24 +174,29 @@ def release(typing, shape):
 @plain
 def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     """A row of queries, scaled, as integers of two signed bytes: (64 bytes of a key, tile, 16, 16 columns, 4)."""
-    sm_scale, half = scoring.sm_scale, max(TILE_ROWS // 2, shape.columns)
+    sm_scale, half = scoring.sm_scale, half_of(shape.columns)
     step = integer_step(q, start, head_dim, sm_scale, LARGEST_QUERY)
     if not step > np.float32(TINY):
         return step, np.float32(0)
     query = scratch.query.view(np.int8)
     rate, total, split = sm_scale / step, 0, SPLIT[reading.k_format]
-    low = half // TILE_ROWS * TILE if half >= TILE_ROWS else 4 * half  # bytes from a high part to its low one
-    column = r // TILE_ROWS * TILE + r % TILE_ROWS * 4
-    strip = 2 * half // TILE_ROWS * TILE
+    high_column, low_column = query_column(r), query_column(half + r)
+    strip_bytes = query_column(2 * half + TILE_ROWS - 1) // TILE * TILE
     for d in range(head_dim):
         integer = np.int32(np.rint(q[start + d] * rate))
         at = split_position(d) if split else d
-        at = at // TILE_BYTES * strip + at % TILE_BYTES // 4 * TILE_BYTES + column + at % 4
+        at = at // TILE_BYTES * strip_bytes + at % TILE_BYTES // 4 * TILE_BYTES + at % 4
         high = (integer + 128) >> 8
-        query[at] = high
-        query[at + low] = integer - (high << 8)
+        query[at + high_column] = high
+        query[at + low_column] = integer - (high << 8)
         total += integer
     return step / np.float32(UNIT[reading.k_format]), step * np.float32(total)
+
+
+@plain
+def query_column(column):
+    """Bytes from the first of some tiles to a column."""
+    return column // TILE_ROWS * TILE + column % TILE_ROWS * 4
 
 
 @plain
@@ -230,7 +241,6 @@ def _score(
     lines = row_bytes // TILE_BYTES  # of memory, of a row
     strips = lines * (2 if split else 1)
     dots, dots_bytes, low = scratch.tile.start, number * TILE_BYTES, 4 * _half(shape)
-    pattern = [lane // shape.columns for lane in range(LANES)]
     query_steps, query_sums, greatest = (
         [state_at(scratch.state, name, shape, part) for part in parts]
         for name in (QUERY_STEP, QUERY_SUM, PHASE_MAX)
@@ -270,12 +280,10 @@ def _score(
 
         def line(i: Int, carried: list[ir.Value]) -> list[ir.Value]:
             token = first + i * shape.line
-            step, lowest = (
-                e.pick(load_scales(e, array, run.row + token, shape.line), pattern)
-                for array in (keys.scale, keys.zero)
-            )
+            scales = [load_scales(e, array, run.row + token, shape.line) for array in (keys.scale, keys.zero)]
             scores = []
             for part in parts:
+                step, lowest = (e.pick(x, tokens_of(shape, part)) for x in scales)
                 high, rest = (products(dots + (i * (shape.line * dots_bytes) + at), part) for at in (0, low))
                 dot = b.sitofp(b.add(b.shl(high, constant(8, I32)), rest), vector(F32))
                 scaled = e.mul(step, e.mul(dot, steps[part]))
@@ -306,14 +314,13 @@ def _score(
         e.loop(count, [], one)
 
     def products(pointer: Pointer, part: int) -> ir.Value:
-        """High or low products of a line, or of the columns of one of its vectors."""
-        if shape.columns >= LANES:
-            return e.load(pointer + 4 * part * LANES, vector(I32))
-        found = [e.load(pointer + t * dots_bytes, vector(I32, shape.columns)) for t in range(shape.line)]
-        while len(found) > 1:
-            both = range(2 * found[0].type.count)
-            found = [e.shuffle(x, y, both) for x, y in zip(found[::2], found[1::2], strict=True)]
-        return found[0]
+        """High or low products of a line, those in one of its vectors."""
+        together = math.gcd(shape.columns, LANES)  # lanes that are surely of one token
+        found = []
+        for lane in range(part * LANES, (part + 1) * LANES, together):
+            token, column = divmod(lane, shape.columns)
+            found.append(e.load(pointer + (token * dots_bytes + 4 * column), vector(I32, together)))
+        return e.join(found)
 
     steps, totals, before = (
         [e.load(pointer, vector(F32)) for pointer in pointers]
@@ -353,34 +360,26 @@ def _stage(
     sign = constant(-SIGN, I8, TILE_BYTES)
 
     def quads(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-        token = i * shape.tokens
+        token, position = i * shape.tokens, first + i * shape.line
         later = row_ahead(e, token, ahead, run.num_tokens, start, later_start, row_bytes)
+        sources = [start + (token + n * shape.line) * row_bytes for n in range(QUAD)]
+        target = _staged(shape, scratch) + position // TILE_ROWS * group_bytes
+        target = target + position % TILE_ROWS * TILE_BYTES
 
-        def quad(s: Int, _: list[ir.Value]) -> list[ir.Value]:
-            source = start + (token + s) * row_bytes
-            position = first + i * shape.line + s
-            target = _staged(shape, scratch) + position // TILE_ROWS * group_bytes
-            target = target + position % TILE_ROWS * TILE_BYTES
-
-            def line(k: Int, _: list[ir.Value]) -> list[ir.Value]:
-                x = [
-                    e.load(source + (row_bytes * (n * shape.line) + k * TILE_BYTES), vector(I8, TILE_BYTES))
-                    for n in range(QUAD)
-                ]
-                pairs = [_interleaved(e, x[n], x[n + 1], 1, half) for half in range(2) for n in (0, 2)]
+        def line(k: Int, _: list[ir.Value]) -> list[ir.Value]:
+            for s in range(shape.line):
+                place = row_bytes * s + k * TILE_BYTES
+                x = [e.load(source + place, vector(I8, TILE_BYTES)) for source in sources]
+                pairs = [[_interleaved(e, x[n], x[n + 1], 1, half) for n in (0, 2)] for half in range(2)]
+                whole = [_interleaved(e, *pair, 2, half) for pair in pairs for half in range(2)]
+                codes = [y for quad in whole for y in _bytes_of(e, fmt, quad)]
+                for n, y in enumerate(codes):
+                    e.store(b.xor(y, sign), target + (k * (len(codes) * TILE) + n * TILE + s * TILE_BYTES))
                 for n in range(QUAD):
-                    both = _interleaved(e, *pairs[n // 2 * 2 :][:2], 2, n % 2)
-                    for part, codes in enumerate(_bytes_of(e, fmt, both)):
-                        tile = k * (QUAD * parts) + (n * parts + part)
-                        e.store(b.xor(codes, sign), target + tile * TILE)
-                for n in range(QUAD):
-                    e.prefetch(later + ((s * lines + k) * QUAD + n) * 64)
-                return []
-
-            e.loop(lines, [], line)
+                    e.prefetch(later + (k * (shape.tokens * 64) + (s * QUAD + n) * 64))
             return []
 
-        e.loop(shape.line, [], quad)
+        e.loop(lines, [], line)
         return []
 
     e.loop((run.num_tokens + (shape.tokens - 1)) // shape.tokens, [], quads)
@@ -438,16 +437,12 @@ def weigh_phase(typing, shape, groups, rows, unit, scratch):
 def _round_weights(e: Emitter, shape: Shape, groups: Int, scratch: Any) -> None:
     """Weights as integers of two bytes: tiles (group, row of a tile, 64 tokens); WEIGHT_MAX is that of each column."""
     b, parts, nothing = e.builder, range(shape.vectors), constant(0.0)
-    columns = min(shape.columns, LANES)  # of a vector
-    count = TILE_ROWS // shape.line  # vectors of a group's words
+    count = TILE_ROWS // shape.line  # of a group's words, in four lines each
+    size = count * shape.vectors  # vectors of all of them
     words, group_bytes = _words(shape, scratch), _tiles_of(shape) * TILE
     rates = []
-    for part in parts:
-        where = state_at(scratch.state, WEIGHT_MAX, shape, part)
-        top = e.load(where, vector(F32))
-        if shape.columns < LANES:
-            top = e.reduce(top, e.max, shape.columns)
-        e.store(top, where)
+    for part, top in enumerate(column_tops(e, shape, scratch, WEIGHT_MAX)):
+        e.store(top, state_at(scratch.state, WEIGHT_MAX, shape, part))
         large = b.fcmp_ordered(">", top, constant(TINY))
         rates.append(b.select(large, b.fdiv(constant(float(LARGEST_WEIGHT)), top), nothing))
     low_bytes = constant(0x00FF00FF, I32)
@@ -465,28 +460,26 @@ def _round_weights(e: Emitter, shape: Shape, groups: Int, scratch: Any) -> None:
             low = b.or_(b.and_(x, low_bytes), b.shl(b.and_(y, low_bytes), constant(8, I32)))
             high = b.or_(b.and_(b.lshr(x, constant(8, I32)), low_bytes), b.and_(y, b.not_(low_bytes)))
             for half, word in enumerate((high, low)):
-                at = (half * shape.vectors + part) * count
-                e.store(word, words + (i * (4 * LANES) + at * 4 * LANES))
+                e.store(word, words + (i * (shape.vectors * 4 * LANES) + (half * size + part) * 4 * LANES))
 
     def group(g: Int, _: list[ir.Value]) -> list[ir.Value]:
         def some(i: Int, _: list[ir.Value]) -> list[ir.Value]:
             lines(g, i)
             return []
 
-        def transposed(n: Int, _: list[ir.Value]) -> list[ir.Value]:
-            source = words + n * (count * 4 * LANES)
-            x = [e.load(source + 4 * i * LANES, vector(I32)) for i in range(count)]
-            for _level in range(columns.bit_length() - 1):  # (quad, column) becomes (column, quad)
-                pairs = list(zip(x[::2], x[1::2], strict=True))
-                x = [e.shuffle(*pair, half) for half in (EVEN, ODD) for pair in pairs]
-            rows = _half(shape) // shape.vectors
-            target = scratch.tile.start + (g * group_bytes + n * (rows * TILE_BYTES))
+        def transposed(half: Int, _: list[ir.Value]) -> list[ir.Value]:
+            source = words + half * (size * 4 * LANES)
+            x = [e.load(source + 4 * i * LANES, vector(I32)) for i in range(size)]
+            for _level in range(TILE_ROWS.bit_length() - 1):  # (quad, column) becomes (column, quad)
+                pairs = zip(x[: size // 2], x[size // 2 :], strict=True)
+                x = [e.shuffle(*pair, lanes) for pair in pairs for lanes in (PAIRS[:LANES], PAIRS[LANES:])]
+            target = scratch.tile.start + (g * group_bytes + half * (_half(shape) * TILE_BYTES))
             for i, word in enumerate(x):
                 e.store(word, target + 4 * i * LANES)
             return []
 
         e.loop(count, [], some)
-        e.loop(2 * shape.vectors, [], transposed)
+        e.loop(2, [], transposed)
         return []
 
     e.loop(groups, [], group)
@@ -501,7 +494,7 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
     kind, count = vector(I32, 16), 16
 
     def some(n: Int, _: list[ir.Value]) -> list[ir.Value]:
-        for t in range(4):
+        for t in range(number * together):
             tiles.zero(t)
 
         def group(g: Int, _: list[ir.Value]) -> list[ir.Value]:
@@ -516,7 +509,7 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
             return []
 
         e.loop(groups, [], group)
-        for t in range(4):
+        for t in range(number * together):
             tiles.store(t, sums + t * TILE, TILE_BYTES)
 
         def row(r: Int, _: list[ir.Value]) -> list[ir.Value]:

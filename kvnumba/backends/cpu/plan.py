@@ -28,7 +28,9 @@ MIN_SPLIT = 512  # keys that are worth a piece of their own
 SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
 
 FEW_ROWS, SOME_ROWS, MOST_ROWS = few.MOST_ROWS, many.ROWS[0], many.ROWS[-1]
-TILE_ROWS = min(few_tiles.MOST_ROWS, MOST_ROWS)
+SIZES = np.array(sorted({*range(1, FEW_ROWS + 1), *few_tiles.ROWS, *many.ROWS}))
+"""Numbers of rows that kernels are compiled for."""
+
 
 PIECE_COLUMNS = len(Piece._fields)
 (
@@ -45,11 +47,16 @@ def shape_of(rows: int, layout: Layout, exact: bool) -> Shape:
     """The shape of kernel for a number of rows, one that `rows_of` returns."""
     scale_dtype = layout.keys.scale_dtype.name
     instructions = tiles.instructions()
-    if instructions and not exact and rows <= TILE_ROWS and few_tiles.fits(layout.keys, layout.values):
-        return few_tiles.shape(rows, scale_dtype, instructions)
+    if instructions and not exact and rows <= few_tiles.ROWS[-1] and few_tiles.fits(layout.keys, layout.values):
+        return few_tiles.shape(_size(rows, few_tiles.ROWS), scale_dtype, instructions)
     if rows <= FEW_ROWS:
         return few.shape(rows, scale_dtype)
-    return many.shape(next(size for size in many.ROWS if rows <= size), scale_dtype)
+    return many.shape(_size(rows, many.ROWS), scale_dtype)
+
+
+def _size(rows: int, sizes: Sequence[int]) -> int:
+    """The smallest that has so many."""
+    return next(size for size in sizes if rows <= size)
 
 
 class PlannedPart(NamedTuple):
@@ -241,9 +248,10 @@ def rows_of(rows, count):
     """
     if rows <= FEW_ROWS:
         return rows if count == 1 else FEW_ROWS
-    if rows <= SOME_ROWS:
-        return SOME_ROWS
-    return TILE_ROWS if rows <= TILE_ROWS else MOST_ROWS
+    for size in SIZES:
+        if rows <= size:
+            return size
+    return MOST_ROWS
 
 
 @plain

@@ -80,7 +80,7 @@ class Shape(Static):
     @property
     def width(self) -> int:
         """Lanes of the state: those of whole vectors of columns."""
-        return max(self.columns, LANES)
+        return self.vectors * LANES
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -227,6 +227,11 @@ def state_at(state: Array, name: int, shape: Shape, part: int = 0) -> Pointer:
     return state.start + 4 * (name * shape.width + part * LANES)
 
 
+def tokens_of(shape: Shape, part: int) -> list[int]:
+    """Which token of a line each lane of a vector is of."""
+    return [lane // shape.columns for lane in range(part * LANES, (part + 1) * LANES)]
+
+
 def finish_scores(
     e: Emitter, shape: Shape, part: int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
 ) -> ir.Value:
@@ -235,7 +240,7 @@ def finish_scores(
     Its first token is `token` of the run, its columns those of the state's vector `part`.
     """
     b = e.builder
-    offsets = [lane // shape.columns for lane in range(LANES)]
+    offsets = tokens_of(shape, part)
     cap = e.splat(masks.soft_cap)
     capped = b.fcmp_ordered(">", masks.soft_cap, ir.Constant(F32, 0.0))
 
