@@ -1,16 +1,16 @@
 """Micro-kernels for a few rows of queries on codes, with tile instructions: decoding from int8 and int4.
 
-A tile product sums over 64 bytes of a row: of keys 64 elements, which lie like that in the storage; of values 64 tokens,
-of which four must stand side by side, so values are staged. Its sums are exact, and queries and weights are integers of
-16 bits, whose high and low bytes are columns, or rows, of their own:
+A product of tiles sums over 64 bytes. Of keys these are 64 elements, as they lie in the storage; of values they are 64
+tokens, four of them side by side, and so values are staged. The sums are exact integers:
 
-    scores  (16 tokens, columns)  +=  keys (16 tokens, 64 elements)  *  queries (16, columns, 4 elements)
-    sums    (columns, 16 elements)  +=  weights (columns, 64 tokens)  *  values (16, 16 elements, 4 tokens)
+    scores (16 tokens, 16 columns)   +=  keys (16 tokens, 64 elements) * queries (16, 16 columns, 4 elements)
+    sums (16 columns, 16 elements)   +=  weights (16 columns, 64 tokens) * values (16, 16 elements, 4 tokens)
 
-Codes are bytes to both, those of int4 times 16, for a byte of two then takes the fewest operations.
+Queries and weights are integers of 16 bits: each row of them has a column for its high bytes and one for its low bytes.
+Codes are bytes to both products; those of int4 count 16, because that is the fastest way to part two in a byte.
 
-Which four tokens are a quad follows from how scores lie: those of one column in the same lane of four lines, so that
-vectors of weights become bytes side by side without moving between lanes.
+The four tokens that are side by side, a quad, are those whose weights stand in the same lane of four lines of scores:
+weights need not move between lanes to become bytes of one word.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ ROWS = (4, 8, 16, 20, 24, 32)
 
 WIDEST = 256  # elements of a row
 
-INT8, INT4 = (FORMATS[name].number for name in ("int8", "int4"))
-FORMATS_OF_CODES = (INT8, INT4)
+CODE_FORMATS = [FORMATS[name].number for name in ("int8", "int4")]
 
 UNIT = np.array([256 // (largest + 1) for largest in LARGEST_CODE])
 """What a code of 1 is as a byte, by `Format.number`."""
@@ -78,9 +77,9 @@ SIGN = 128  # of a byte: what is taken off codes of values, whose middle it is
 
 
 def fits(keys: RowLayout, values: RowLayout) -> bool:
-    """Whether these kernels take rows: of int8 or int4 with one scale, in whole rows of tiles."""
+    """Whether keys and values are what these kernels take: codes with one scale a row, in whole rows of tiles."""
     return all(
-        rows.fmt.number in FORMATS_OF_CODES
+        rows.fmt.number in CODE_FORMATS
         and rows.num_groups == 1
         and rows.element_bytes % TILE_BYTES == 0
         and rows.head_dim <= WIDEST
@@ -179,17 +178,20 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     if not step > np.float32(TINY):
         return step, np.float32(0)
     query = scratch.query.view(np.int8)
-    rate, total, split = sm_scale / step, 0, SPLIT[reading.k_format]
+    rate, total = sm_scale / step, 0
     high_column, low_column = query_column(r), query_column(half + r)
     strip_bytes = query_column(2 * half + TILE_ROWS - 1) // TILE * TILE
-    for d in range(head_dim):
-        integer = np.int32(np.rint(q[start + d] * rate))
-        at = split_position(d) if split else d
-        at = at // TILE_BYTES * strip_bytes + at % TILE_BYTES // 4 * TILE_BYTES + at % 4
-        high = (integer + 128) >> 8
-        query[at + high_column] = high
-        query[at + low_column] = integer - (high << 8)
-        total += integer
+    for strip in range(head_dim // TILE_BYTES):
+        first, stride = strip * TILE_BYTES, 1
+        if SPLIT[reading.k_format]:  # the even elements of 128, then the odd
+            first, stride = strip // 2 * (2 * TILE_BYTES) + strip % 2, 2
+        for byte in range(TILE_BYTES):
+            integer = np.int32(np.rint(q[start + first + stride * byte] * rate))
+            high = (integer + 128) >> 8
+            at = strip * strip_bytes + byte // 4 * TILE_BYTES + byte % 4
+            query[at + high_column] = high
+            query[at + low_column] = integer - (high << 8)
+            total += integer
     return step / np.float32(UNIT[reading.k_format]), step * np.float32(total)
 
 
@@ -197,13 +199,6 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
 def query_column(column):
     """Bytes from the first of some tiles to a column."""
     return column // TILE_ROWS * TILE + column % TILE_ROWS * 4
-
-
-@plain
-def split_position(d):
-    """Where element d of a key stands, where of 64 bytes the even elements come before the odd."""
-    pair = d // 2
-    return pair // TILE_BYTES * (2 * TILE_BYTES) + d % 2 * TILE_BYTES + pair % TILE_BYTES
 
 
 def _bytes_of(e: Emitter, fmt: int, stored: ir.Value) -> list[ir.Value]:
@@ -224,7 +219,7 @@ def score_run(typing, shape, reading, keys, run, following, masks, scratch):
     def generate(context, builder, signature, args):
         e = Emitter(context, builder)
         _, _, keys, *rest = e.arguments(signature, args)
-        e.switch(keys.fmt, FORMATS_OF_CODES, lambda fmt: _score(e, static, fmt, keys, *rest))
+        e.switch(keys.fmt, CODE_FORMATS, lambda fmt: _score(e, static, fmt, keys, *rest))
         return context.get_dummy_value()
 
     return signature, generate
@@ -340,15 +335,14 @@ def weigh_run(typing, shape, reading, values, run, following, rows, scratch):
     def generate(context, builder, signature, args):
         e = Emitter(context, builder)
         _, _, values, run, following, _, scratch = e.arguments(signature, args)
-        e.switch(values.fmt, FORMATS_OF_CODES, lambda fmt: _stage(e, static, fmt, values, run, following, scratch))
+        rest = values, run, following, scratch
+        e.switch(values.fmt, CODE_FORMATS, lambda fmt: _stage(e, static, fmt, *rest))
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _stage(
-    e: Emitter, shape: Shape, fmt: int, values: Any, run: Any, following: Int, scratch: Any
-) -> None:
+def _stage(e: Emitter, shape: Shape, fmt: int, values: Any, run: Any, following: Int, scratch: Any) -> None:
     b = e.builder
     row_bytes = values.codes.extent(1)
     start, later_start = (values.codes.start + row * row_bytes for row in (run.row, following))
@@ -356,11 +350,11 @@ def _stage(
     lines = row_bytes // TILE_BYTES
     parts = 2 if CODECS[fmt].split else 1
     group_bytes = lines * (QUAD * parts * TILE)
-    first = run.scores // (shape.columns * QUAD)  # quad of the phase
+    first_quad = run.scores // (shape.columns * QUAD)  # of the phase
     sign = constant(-SIGN, I8, TILE_BYTES)
 
-    def quads(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-        token, position = i * shape.tokens, first + i * shape.line
+    def lines_of_tokens(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+        token, position = i * shape.tokens, first_quad + i * shape.line
         later = row_ahead(e, token, ahead, run.num_tokens, start, later_start, row_bytes)
         sources = [start + (token + n * shape.line) * row_bytes for n in range(QUAD)]
         target = _staged(shape, scratch) + position // TILE_ROWS * group_bytes
@@ -371,8 +365,8 @@ def _stage(
                 place = row_bytes * s + k * TILE_BYTES
                 x = [e.load(source + place, vector(I8, TILE_BYTES)) for source in sources]
                 pairs = [[_interleaved(e, x[n], x[n + 1], 1, half) for n in (0, 2)] for half in range(2)]
-                whole = [_interleaved(e, *pair, 2, half) for pair in pairs for half in range(2)]
-                codes = [y for quad in whole for y in _bytes_of(e, fmt, quad)]
+                quads = [_interleaved(e, first, last, 2, half) for first, last in pairs for half in range(2)]
+                codes = [y for quad in quads for y in _bytes_of(e, fmt, quad)]
                 for n, y in enumerate(codes):
                     e.store(b.xor(y, sign), target + (k * (len(codes) * TILE) + n * TILE + s * TILE_BYTES))
                 for n in range(QUAD):
@@ -382,7 +376,7 @@ def _stage(
         e.loop(lines, [], line)
         return []
 
-    e.loop((run.num_tokens + (shape.tokens - 1)) // shape.tokens, [], quads)
+    e.loop((run.num_tokens + (shape.tokens - 1)) // shape.tokens, [], lines_of_tokens)
 
 
 def _interleaved(e: Emitter, x: ir.Value, y: ir.Value, size: int, half: int) -> ir.Value:
@@ -395,16 +389,6 @@ def _interleaved(e: Emitter, x: ir.Value, y: ir.Value, size: int, half: int) -> 
         for byte in range(size)
     ]
     return e.shuffle(x, y, lanes)
-
-
-@plain
-def staged_position(fmt, d):
-    """Where element d of a value stands in sums, that is, in tiles of 16 elements."""
-    byte, parts = (d // 2, 2) if SPLIT[fmt] else (d, 1)
-    tile = byte // TILE_BYTES * QUAD + byte % 16 // 4
-    if parts == 2:
-        tile = 2 * tile + d % 2
-    return tile * 16 + byte % TILE_BYTES // 16 * 4 + byte % 4
 
 
 @plain
@@ -454,7 +438,9 @@ def _round_weights(e: Emitter, shape: Shape, groups: Int, scratch: Any) -> None:
             whole = []
             for n in range(QUAD):
                 weight = e.load(source + (n * shape.vectors + part) * 4 * LANES, vector(F32))
-                scaled = e.max(b.fmul(weight, rates[part]), nothing)  # 0 where it is NaN, or has not been computed
+                scaled = e.max(
+                    b.fmul(weight, rates[part]), nothing
+                )  # NaN is 0, and so is what was not computed
                 whole.append(b.fptosi(b.fadd(scaled, constant(0.5)), vector(I32)))
             x, y = (b.or_(whole[n], b.shl(whole[n + 2], constant(16, I32))) for n in range(2))
             low = b.or_(b.and_(x, low_bytes), b.shl(b.and_(y, low_bytes), constant(8, I32)))
@@ -490,8 +476,8 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
     tiles, together = Tiles(e, shape.instructions), 4 // number  # tiles of elements, for four of sums
     elements = scratch.total.extent(1) // TILE_ROWS
     sums, total_bytes, low = _sums(shape, scratch), scratch.total.extent(1) * 4, _half(shape) * TILE_BYTES
-    tops = state_at(scratch.state, WEIGHT_MAX, shape)
-    kind, count = vector(I32, 16), 16
+    tops, values = state_at(scratch.state, WEIGHT_MAX, shape), _staged(shape, scratch)
+    count = TILE_ROWS
 
     def some(n: Int, _: list[ir.Value]) -> list[ir.Value]:
         for t in range(number * together):
@@ -500,7 +486,7 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
         def group(g: Int, _: list[ir.Value]) -> list[ir.Value]:
             for k in range(together):
                 value = 4 + k % 2
-                tiles.load(value, _staged(shape, scratch) + (g * elements + n * together + k) * TILE, TILE_BYTES)
+                tiles.load(value, values + (g * elements + n * together + k) * TILE, TILE_BYTES)
                 for t in range(number):
                     weight = 6 + t % 2
                     if number > 1 or k == 0:
@@ -516,7 +502,7 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
             step = b.fmul(e.load(tops + r * 4, F32), unit)
             for k in range(together):
                 source = sums + (r * TILE_BYTES + k * number * TILE)
-                high, rest = (e.load(source + at, kind) for at in (0, low))
+                high, rest = (e.load(source + at, vector(I32, count)) for at in (0, low))
                 found = b.sitofp(b.add(b.shl(high, constant(8, I32, count)), rest), vector(F32, count))
                 target = scratch.total.start + (r * total_bytes + (n * together + k) * TILE_BYTES)
                 for at in range(0, count, LANES):
@@ -534,6 +520,10 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
 @plain
 def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
     """The total of row r, plus `offset`, times `factor`, in the elements' own order."""
-    total = scratch.total
-    for d in range(value_dim):
-        target[d] = (total[r, staged_position(reading.v_format, d)] + offset) * factor
+    total, parts = scratch.total, 2 if SPLIT[reading.v_format] else 1
+    for tile in range(value_dim // TILE_ROWS):
+        quad, part = tile // parts, tile % parts
+        first = quad // QUAD * TILE_BYTES + quad % QUAD * 4
+        for n in range(TILE_ROWS):  # four neighbours of each 16 bytes, see `_interleaved`
+            byte = first + n // 4 * 16 + n % 4
+            target[byte * parts + part] = (total[r, tile * TILE_ROWS + n] + offset) * factor

@@ -47,7 +47,12 @@ def shape_of(rows: int, layout: Layout, exact: bool) -> Shape:
     """The shape of kernel for a number of rows, one that `rows_of` returns."""
     scale_dtype = layout.keys.scale_dtype.name
     instructions = tiles.instructions()
-    if instructions and not exact and rows <= few_tiles.ROWS[-1] and few_tiles.fits(layout.keys, layout.values):
+    if (
+        instructions
+        and rows <= few_tiles.ROWS[-1]
+        and not exact
+        and few_tiles.fits(layout.keys, layout.values)
+    ):
         return few_tiles.shape(_size(rows, few_tiles.ROWS), scale_dtype, instructions)
     if rows <= FEW_ROWS:
         return few.shape(rows, scale_dtype)
