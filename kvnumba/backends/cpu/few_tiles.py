@@ -41,17 +41,7 @@ from kvnumba.backends.cpu.shapes import (
     state_at,
     tokens_of,
 )
-from kvnumba.backends.cpu.simd import (
-    F32,
-    I8,
-    I32,
-    LANES,
-    Emitter,
-    Int,
-    Pointer,
-    constant,
-    vector,
-)
+from kvnumba.backends.cpu.simd import F32, I8, I32, LANES, Emitter, Int, Pointer, constant, vector
 from kvnumba.backends.cpu.softmax import column_tops
 from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
 from kvnumba.formats import FORMATS
@@ -97,8 +87,8 @@ def shape(rows: int, scale_dtype: str, instructions: str) -> Shape:
     )
 
 
-# Where things lie in `scratch.tile`. What a phase has of each row, a high and a low part of each column, is counted in
-# tiles of 16: rows or columns 0 to _half(shape) are the high parts, the others the low ones.
+# Every column has a high and a low part: in products of keys, and in weights and sums, those from `half_of` on are the
+# low parts of the first. `_tiles_of` tiles hold them all. What follows says where things lie in `scratch.tile`.
 
 
 @plain
@@ -282,7 +272,7 @@ def _score(
                 high, rest = (products(dots + (i * (shape.line * dots_bytes) + at), part) for at in (0, low))
                 dot = b.sitofp(b.add(b.shl(high, constant(8, I32)), rest), vector(F32))
                 scaled = e.mul(step, e.mul(dot, steps[part]))
-                scores.append(e.fma(lowest, totals[part], scaled))  # as `few` does
+                scores.append(e.fma(lowest, totals[part], scaled))
             unknown = b.not_(is_known(e, shape, token, run, masks))
 
             def finished() -> list[ir.Value]:
@@ -438,9 +428,8 @@ def _round_weights(e: Emitter, shape: Shape, groups: Int, scratch: Any) -> None:
             whole = []
             for n in range(QUAD):
                 weight = e.load(source + (n * shape.vectors + part) * 4 * LANES, vector(F32))
-                scaled = e.max(
-                    b.fmul(weight, rates[part]), nothing
-                )  # NaN is 0, and so is what was not computed
+                # NaN becomes 0, and so does what lies between runs: it is still -inf
+                scaled = e.max(b.fmul(weight, rates[part]), nothing)
                 whole.append(b.fptosi(b.fadd(scaled, constant(0.5)), vector(I32)))
             x, y = (b.or_(whole[n], b.shl(whole[n + 2], constant(16, I32))) for n in range(2))
             low = b.or_(b.and_(x, low_bytes), b.shl(b.and_(y, low_bytes), constant(8, I32)))
