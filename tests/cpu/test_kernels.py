@@ -654,6 +654,31 @@ def test_weighing_on_tiles(rows, counts, fmt, head_dim, rng):
     assert (columns.table[shapes.WEIGHT_MAX] == 0).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("fmt", LEVELS)
+def test_largest_sums_of_tiles(fmt, sign, rng):
+    """The widest rows of the largest codes, and a phase of the largest weights, fit 32 bits."""
+    columns = Columns(4, 256, 128, tiles=True)
+    stored, _, _ = stored_rows(fmt, 128, 256, rng)
+    stored.codes[:], stored.scale[:], stored.zero[:] = 255, 1, 0
+    q = np.full((4, 256), sign, np.float32)
+    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    columns.query[:] = 0
+    for r in range(4):
+        step, _ = tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch)
+        columns.table[shapes.QUERY_STEP, r :: columns.count] = step
+    columns.positions[:] = 200
+    masks = shapes.Masks(np.int32(1 << 30), 200, np.float32(0))
+    tile_scores(columns.shape, reading_of(fmt), stored, columns.run, masks, columns.scratch)
+    np.testing.assert_allclose(columns.scores[:128], sign * SM_SCALE * 256 * LEVELS[fmt], rtol=1e-6)
+
+    stored.codes[:] = 255 if sign > 0 else 0
+    columns.scores[:128] = columns.table[shapes.WEIGHT_MAX] = 0.5
+    out, code = np.empty((4, 256), np.float32), LEVELS[fmt] if sign > 0 else 0
+    tile_sums(columns.shape, reading_of(fmt), stored, (columns.run,), 4, columns.scratch, out)
+    np.testing.assert_allclose(out, 128 * 0.5 * (code - MIDDLE[fmt]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (256, 64), (64, 256), (128, 128)])
 @pytest.mark.parametrize("rows", few_tiles.ROWS)
 def test_scratch_of_tiles(rows, dims):
