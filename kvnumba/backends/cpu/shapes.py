@@ -80,7 +80,7 @@ class Shape(Static):
     @property
     def width(self) -> int:
         """Lanes of the state: those of whole vectors of columns."""
-        return self.vectors * LANES
+        return max(self.columns, self.vectors * LANES)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
