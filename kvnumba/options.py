@@ -14,7 +14,7 @@ from kvnumba.arrays import DeviceView, device_view, float_array
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ARITHMETICS = ("float32", "bfloat16")
+ARITHMETICS = ("float32", "bfloat16", "bfloat16x3")
 
 
 class ScoringOptions(TypedDict, total=False):
@@ -32,7 +32,7 @@ class ScoringOptions(TypedDict, total=False):
         One more logit a query head, in the denominator (and in lse) only. On the backend's GPU or the host.
     alibi_slopes : (Hq,) float32
         ``slope * (j - i)`` is added to the score of key j. On the backend's GPU or the host.
-    arithmetic : {"float32", "bfloat16"}
+    arithmetic : {"float32", "bfloat16", "bfloat16x3"}
         In which queries, keys, weights and values are multiplied; sums are float32 in any case. "float32": exactly
         that. "bfloat16": several new tokens may be multiplied in it, where the processor does that faster.
         Default: what is fastest within the rounding of the storage format. For codes these are products of

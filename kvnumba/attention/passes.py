@@ -164,11 +164,11 @@ class Pass:
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
         # a shared prefix is attended without positions, so it cannot be combined with a window or ALiBi
         shared = scoring.window_left < 0 and scoring.alibi_slopes is None
-        key = (num_qo_heads, scoring.window_left, shared)
+        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared)
         plan = self._plans.get(key)
         if plan is None:
             parts = self._parts(num_qo_heads, shared)
-            plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring.window_left)
+            plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring)
         return plan
 
     def _parts(self, num_qo_heads: int, shared: bool) -> list[Part]:

@@ -141,7 +141,7 @@ class NumpyBackend:
     def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Plan:
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Plan:
         return Plan(parts)
 
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:

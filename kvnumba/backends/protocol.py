@@ -94,10 +94,11 @@ class Backend(Protocol):
         """Store what `read_blocks` returned into blocks (N,), bit for bit."""
         ...
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Any:
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Any:
         """What `attend` needs to know of the parts that new tokens attend to, the same for all layers.
 
-        The parts have the same number of KV heads and the same widths; their formats and block sizes may differ.
+        The parts have the same number of KV heads and the same widths; their formats and block sizes may differ. Of
+        `scoring` the window and the arithmetic count.
         """
         ...
 

@@ -31,7 +31,7 @@ def stored(backend, buffers, table, length):
 def attend(backend, parts, q, **options):
     scoring = Scoring.of(q.shape[1], D, **options)
     out, lse = np.full(q[None].shape, np.nan, np.float32), np.full((1, *q.shape[:2]), np.nan, np.float32)
-    plan = backend.plan(parts, q.shape[1], scoring.window_left)
+    plan = backend.plan(parts, q.shape[1], scoring)
     backend.attend(0, q[None], plan, scoring, out, lse)
     return out[0], lse[0]
 

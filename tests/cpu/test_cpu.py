@@ -281,7 +281,7 @@ def test_views_of_any_order(axes, normal):
     for order in (np.array, lie):
         buffers = backend.allocate(layout)
         backend.write(buffers, 0, order(k), order(v), batch)
-        plan = backend.plan([Part(buffers, batch)], 4, -1)
+        plan = backend.plan([Part(buffers, batch)], 4, Scoring.of(4, 6))
         out, lse = order(np.full((3, 5, 4, 4), np.nan, np.float32)), order(np.zeros((3, 5, 4), np.float32))
         backend.attend(0, order(q), plan, Scoring.of(4, 6), out, lse)
         results.append((out, lse))
@@ -325,7 +325,7 @@ def test_parts(scale_dtype, normal):
     parts = [Part(prefix, first, tokens), Part(middle, second, tokens), Part(last, third, tokens)]
     out, lse = np.full((1, 6, 4, 16), np.nan, np.float32), np.empty((1, 6, 4), np.float32)
     scoring = Scoring.of(4, 16, sinks=sinks, arithmetic="float32")
-    backend.attend(0, q, backend.plan(parts, 4, -1), scoring, out, lse)
+    backend.attend(0, q, backend.plan(parts, 4, scoring), scoring, out, lse)
     for s in range(2):
         k = np.concatenate([prefix_k[0], middle_k[s], last_k[s]], axis=1)
         v = np.concatenate([prefix_v[0], middle_v[s], last_v[s]], axis=1)

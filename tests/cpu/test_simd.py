@@ -17,6 +17,7 @@ from kvnumba.backends.cpu.codecs import CODECS, interleave_rows
 from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I16, I32, LANES, Emitter, constant, vector
 from kvnumba.caches import warmup as compilation
 from kvnumba.formats import FORMATS
+from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Buffers, Layout, Part
 
 
@@ -154,7 +155,8 @@ def planned(batches, num_kv_heads, group, head_dim, window_left, num_threads):
     """The plan of several parts, each a batch and the tokens that it is for."""
     layout = Layout.of(1, batches[0][0].block_size, num_kv_heads, head_dim)
     parts = [Part(Buffers(layout, None, None), batch, tokens) for batch, tokens in batches]
-    return plan.plan_parts(parts, num_kv_heads * group, head_dim, window_left, num_threads)
+    scoring = Scoring.of(num_kv_heads * group, head_dim, window_left=window_left)
+    return plan.plan_parts(parts, num_kv_heads * group, scoring, num_threads)
 
 
 @pytest.mark.parametrize("group", [*range(1, 17), 24, 65, 70])

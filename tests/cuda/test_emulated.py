@@ -312,7 +312,7 @@ class TestParts:
         return fill
 
     def attend(self, gpu, parts, q, kind, scoring):
-        plan = gpu.backend.plan(parts, q.shape[2], scoring.window_left)
+        plan = gpu.backend.plan(parts, q.shape[2], scoring)
         if kind == "float32":
             out, lse = (
                 np.full((*q.shape[:3], 64), np.nan, np.float32),

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend as attention
-from kvnumba.backends.cpu import copy, read, write
+from kvnumba.backends.cpu import copy, many, read, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
-from kvnumba.backends.cpu.plan import MOST_ROWS, Plan, plan_parts, shape_of
+from kvnumba.backends.cpu.plan import Plan, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
@@ -62,7 +62,7 @@ class CpuBackend:
     name = "cpu"
     simulated = False
     device: int | None = None
-    cascade = CascadeLimits(tile_rows=MOST_ROWS, min_rows=8, min_bytes=1 << 25)
+    cascade = CascadeLimits(tile_rows=many.ROWS[-1], min_rows=8, min_bytes=1 << 25)
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
@@ -131,9 +131,8 @@ class CpuBackend:
     def write_blocks(self, buffers: CpuBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> Plan:
-        head_dim = parts[0].buffers.layout.head_dim
-        return plan_parts(parts, num_qo_heads, head_dim, window_left, numba.get_num_threads())
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Plan:
+        return plan_parts(parts, num_qo_heads, scoring, numba.get_num_threads())
 
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
@@ -161,7 +160,7 @@ class CpuBackend:
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
                 for rows, pieces in planned.pieces:
-                    shape = shape_of(rows, buffers.layout, score.exact)
+                    shape = shape_of(rows, buffers.layout, planned.tile_parts)
                     self._counter[0] = 0
                     work = attention.Work(
                         self._counter,

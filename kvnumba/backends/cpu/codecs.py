@@ -499,6 +499,10 @@ def decode_row(rows, row, out, to):
 @plain
 def decode_rows(rows, first, count, out, to):
     """Read rows from number `first` on, one after the other into out[to:]."""
+    codes, scale, zero, fmt, head_dim = rows
+    if scale.shape[1] == 0:
+        decode_values(codes, first * codes.shape[1], count * head_dim, fmt, scale, zero, 0, out, to)
+        return
     for n in range(count):
         decode_row(rows, first + n, out, to + n * rows.head_dim)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cpu import few, few_tiles, many, tiles
+from kvnumba.backends.cpu import few, few_tiles, many, many_tiles, tiles
 from kvnumba.backends.cpu.attend import (
     MERGE_BEGIN,
     MERGE_COLUMNS,
@@ -22,15 +22,16 @@ from kvnumba.backends.cpu.attend import (
 )
 from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
 from kvnumba.backends.cpu.shapes import Piece, Shape
+from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Layout, Part
 
 MIN_SPLIT = 512  # keys that are worth a piece of their own
 SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
 
-FEW_ROWS, SOME_ROWS, MOST_ROWS = few.MOST_ROWS, many.ROWS[0], many.ROWS[-1]
-SIZES = np.array(sorted({*range(1, FEW_ROWS + 1), *few_tiles.ROWS, *many.ROWS}))
-"""Numbers of rows that kernels are compiled for."""
-
+FEW_ROWS = few.MOST_ROWS
+SIZES = many.ROWS[0], many.ROWS[-1]
+TILE_SIZES = many_tiles.ROWS
+CODE_SIZES = *(rows for rows in few_tiles.ROWS if rows > FEW_ROWS), *many_tiles.ROWS
 
 PIECE_COLUMNS = len(Piece._fields)
 (
@@ -43,25 +44,61 @@ _ALL = np.empty(
 )  # tokens of a part that has all of them, in order; begins of sequences seen from 0 on
 
 
-def shape_of(rows: int, layout: Layout, exact: bool) -> Shape:
-    """The shape of kernel for a number of rows, one that `rows_of` returns."""
-    scale_dtype = layout.keys.scale_dtype.name
-    instructions = tiles.instructions()
-    if (
-        instructions
-        and rows <= few_tiles.ROWS[-1]
-        and not exact
-        and few_tiles.fits(layout.keys, layout.values)
-    ):
-        return few_tiles.shape(_size(rows, few_tiles.ROWS), scale_dtype, instructions)
+class Sequences(NamedTuple):
+    """A batch as the kernels here see it: `begins`, empty where all keys are seen, and what `Batch` calls the same."""
+
+    begins: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray
+    positions: np.ndarray
+
+
+class Heads(NamedTuple):
+    """How many KV heads there are and query heads for each, the window, and rows of a piece.
+
+    Pieces of more than FEW_ROWS have kernels for `sizes` rows, (n,) int64 in order: at most the last of them.
+    """
+
+    num_kv_heads: int
+    group: int
+    window_left: int
+    sizes: np.ndarray
+
+
+def tile_parts(layout: Layout, scoring: Scoring) -> int:
+    """bfloat16 numbers for one, where many rows are multiplied on tile instructions; 0 where they are not."""
+    if tiles.instructions() is None or scoring.arithmetic == "float32":
+        return 0
+    if not all(many_tiles.fits(rows.head_dim) for rows in (layout.keys, layout.values)):
+        return 0
+    if scoring.arithmetic is not None:
+        return {"bfloat16": 1, "bfloat16x3": 2}[scoring.arithmetic]
+    codes = all(rows.fmt.kind == "code" for rows in (layout.keys, layout.values))
+    return 2 if codes else 3
+
+
+def codes_on_tiles(layout: Layout, parts: int) -> bool:
+    """Whether few rows are multiplied with codes on tile instructions; `parts` as `tile_parts` returns it."""
+    return parts > 0 and few_tiles.fits(layout.keys, layout.values)
+
+
+def sizes_of(layout: Layout, parts: int) -> np.ndarray:
+    """`Heads.sizes`."""
+    sizes = CODE_SIZES if codes_on_tiles(layout, parts) else TILE_SIZES if parts else SIZES
+    return np.array(sizes, np.int64)
+
+
+def shape_of(rows: int, layout: Layout, parts: int) -> Shape:
+    """The shape of kernel for a number of rows, one that `rows_of` returns, and `tile_parts`."""
+    scale_dtype, instructions = layout.keys.scale_dtype.name, tiles.instructions()
+    if rows <= few_tiles.ROWS[-1] and instructions and codes_on_tiles(layout, parts):
+        size = next(size for size in few_tiles.ROWS if rows <= size)
+        return few_tiles.shape(size, scale_dtype, instructions)
     if rows <= FEW_ROWS:
         return few.shape(rows, scale_dtype)
-    return many.shape(_size(rows, many.ROWS), scale_dtype)
-
-
-def _size(rows: int, sizes: Sequence[int]) -> int:
-    """The smallest that has so many."""
-    return next(size for size in sizes if rows <= size)
+    if parts and instructions:
+        return many_tiles.shape(rows, scale_dtype, parts, instructions)
+    return many.shape(rows, scale_dtype)
 
 
 class PlannedPart(NamedTuple):
@@ -72,12 +109,15 @@ class PlannedPart(NamedTuple):
     part : Part
     tokens : (T',) int32
         `Part.tokens`; empty where it is None.
+    tile_parts : int
+        Of the function of the same name.
     pieces : list of (int, (N, 12) int64)
         For each number of rows that kernels are compiled for, the pieces of that size.
     """
 
     part: Part
     tokens: np.ndarray
+    tile_parts: int
     pieces: list[tuple[int, np.ndarray]]
 
 
@@ -112,39 +152,43 @@ class Plan(NamedTuple):
 _NOTHING = np.empty((0, MERGE_COLUMNS), np.int64), np.empty(0, np.int64)
 
 
-def plan_parts(
-    parts: Sequence[Part], num_qo_heads: int, head_dim: int, window_left: int, num_threads: int
-) -> Plan:
+def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_threads: int) -> Plan:
     """Cut parts into pieces that keep `num_threads` threads equally busy."""
-    num_kv_heads = parts[0].buffers.layout.num_kv_heads
-    group = num_qo_heads // num_kv_heads
+    layouts = [part.buffers.layout for part in parts]
+    sequences = [_sequences(part.batch) for part in parts]
+    on_tiles = [tile_parts(layout, scoring) for layout in layouts]
+    num_kv_heads, head_dim = layouts[0].num_kv_heads, layouts[0].head_dim
+    heads = [
+        Heads(num_kv_heads, num_qo_heads // num_kv_heads, scoring.window_left, sizes_of(layout, n))
+        for layout, n in zip(layouts, on_tiles, strict=True)
+    ]
     if len(parts) == 1 and parts[0].tokens is None:
-        batch = parts[0].batch
-        pieces, num_partials, workers, least, most = _cut(
-            batch, num_kv_heads, group, head_dim, window_left, num_threads, 0, 0, -1
+        part, batch = parts[0], parts[0].batch
+        pieces, num_partials, workers, least, most = _call(
+            cut, sequences[0], heads[0], head_dim, num_threads, 0, 0, -1
         )
-        planned = [PlannedPart(parts[0], _ALL, sort_by_size(pieces, least, most))]
+        planned = [PlannedPart(part, _ALL, on_tiles[0], sort_by_size(pieces, least, most))]
         if not num_partials:
             return Plan(planned, 0, 0, *_NOTHING, False, True, workers)
         return _merged(planned, [pieces], _ALL, num_partials, num_qo_heads, batch.num_tokens, workers)
     keys = scores = 0
-    for part in parts:
-        more = _call(measure, *_tables(part.batch), num_kv_heads, group, window_left)
+    for of, how in zip(sequences, heads, strict=True):
+        more = _call(measure, of, how)
         keys, scores = keys + more[0], scores + more[1]
-    planned, tables, num_partials, workers = [], [], 0, 1
-    order = [np.arange(p.batch.num_tokens, dtype=np.int32) if p.tokens is None else p.tokens for p in parts]
-    first_token = 0
-    for part in parts:
-        pieces, num_partials, workers, least, most = _cut(
-            part.batch, num_kv_heads, group, head_dim, window_left, num_threads, num_partials, keys, scores
+    planned, tables, num_partials, workers, first_token = [], [], 0, 1, 0
+    for part, of, how, n in zip(parts, sequences, heads, on_tiles, strict=True):
+        pieces, num_partials, workers, least, most = _call(
+            cut, of, how, head_dim, num_threads, num_partials, keys, scores
         )
         tokens = _ALL if part.tokens is None else part.tokens
-        planned.append(PlannedPart(part, tokens, sort_by_size(pieces, least, most)))
+        planned.append(PlannedPart(part, tokens, n, sort_by_size(pieces, least, most)))
         table = pieces.copy()
         table[:, TOKEN] += first_token
         first_token += part.batch.num_tokens
         tables.append(table)
-    tokens = np.concatenate(order)
+    tokens = np.concatenate(
+        [np.arange(p.batch.num_tokens, dtype=np.int32) if p.tokens is None else p.tokens for p in parts]
+    )
     num_tokens = int(tokens.max(initial=-1)) + 1
     plan = _merged(planned, tables, tokens, num_partials, num_qo_heads, num_tokens, workers)
     return plan._replace(counts_sinks=True, complete=any(part.tokens is None for part in parts))
@@ -167,13 +211,9 @@ def _merged(
     return Plan(parts, num_partials, partial_rows, merges, sources, False, True, workers)
 
 
-def _tables(batch: Batch) -> tuple[np.ndarray, ...]:
+def _sequences(batch: Batch) -> Sequences:
     begins = _ALL if batch.begins is None else batch.begins
-    return begins, batch.seq_lens, batch.query_start_loc, batch.positions
-
-
-def _cut(batch: Batch, *rest: int) -> Any:
-    return _call(cut, *_tables(batch), *rest)
+    return Sequences(begins, batch.seq_lens, batch.query_start_loc, batch.positions)
 
 
 def _call(function: Any, *arguments: Any) -> Any:
@@ -189,16 +229,13 @@ def sort_by_size(pieces, least, most):
 
 
 @kernel
-def measure(static, begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
+def measure(static, sequences, heads):
     """Keys that all pieces see together, if none is split, and the scores that they make."""
-    return count_keys(begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left)
+    return count_keys(sequences, heads)
 
 
 @kernel
-def cut(
-    static, begins, seq_lens, query_start_loc, positions, num_kv_heads, group, head_dim, window_left, num_threads,
-    partials, keys, scores,
-):  # fmt: skip
+def cut(static, sequences, heads, head_dim, num_threads, partials, keys, scores):
     """The pieces of a part, and the threads that the work is worth.
 
     With `scores` of -1 the part is the only one. Otherwise `keys` and `scores` are those of all parts, every piece is a
@@ -209,113 +246,89 @@ def cut(
     """
     alone = scores < 0
     if alone:
-        keys, scores = count_keys(
-            begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left
-        )
+        keys, scores = count_keys(sequences, heads)
     workers = 1 if scores * head_dim <= SERIAL * 128 else num_threads
     split = max(MIN_SPLIT, (keys + 4 * workers - 1) // (4 * workers)) if workers > 1 else max(keys, 1)
     pieces = np.empty((0, PIECE_COLUMNS), np.int64)
-    num_pieces, _, _, _ = list_pieces(
-        begins,
-        seq_lens,
-        query_start_loc,
-        positions,
-        num_kv_heads,
-        group,
-        window_left,
-        split,
-        alone,
-        partials,
-        pieces,
-    )
+    num_pieces, _, _, _ = list_pieces(sequences, heads, split, alone, partials, pieces)
     pieces = np.empty((num_pieces, PIECE_COLUMNS), np.int64)
-    _, partials, least, most = list_pieces(
-        begins,
-        seq_lens,
-        query_start_loc,
-        positions,
-        num_kv_heads,
-        group,
-        window_left,
-        split,
-        alone,
-        partials,
-        pieces,
-    )
+    _, partials, least, most = list_pieces(sequences, heads, split, alone, partials, pieces)
     return pieces, partials, workers, least, most
 
 
 @plain
-def rows_of(rows, count):
+def rows_of(rows, count, heads):
     """The number of rows, of those that kernels are compiled for, that serves so many of `count` new tokens.
 
     A single token has a kernel of its own size; other sizes are few, to compile few kernels.
     """
     if rows <= FEW_ROWS:
         return rows if count == 1 else FEW_ROWS
-    for size in SIZES:
+    for size in heads.sizes:
         if rows <= size:
             return size
-    return MOST_ROWS
+    return heads.sizes[-1]
 
 
 @plain
-def tile_of(count, group):
+def tile_of(count, heads):
     """Tokens and query heads of a piece, of a sequence with `count` new tokens."""
-    return (max(1, min(count, MOST_ROWS // group)), min(group, MOST_ROWS))
+    most = heads.sizes[-1]
+    return max(1, min(count, most // heads.group)), min(heads.group, most)
 
 
 @plain
-def key_range(begins, seq_lens, s, position, tokens, window_left):
+def key_range(sequences, s, position, tokens, window_left):
     """The keys of sequence s that `tokens` new tokens from `position` on see."""
-    end = min(position + tokens, seq_lens[s])
-    begin = begins[s] if begins.shape[0] > 0 else 0
+    end = min(position + tokens, sequences.seq_lens[s])
+    begin = sequences.begins[s] if sequences.begins.shape[0] > 0 else 0
     if window_left >= 0:
         begin = max(begin, position - window_left)
     return min(begin, end), end
 
 
 @plain
-def count_keys(begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left):
+def count_keys(sequences, heads):
     """Keys that all pieces see together, if none is split, and the scores that they make."""
     keys, scores = 0, 0
-    for s in range(seq_lens.shape[0]):
-        count = query_start_loc[s + 1] - query_start_loc[s]
-        tile, _ = tile_of(count, group)
+    for s in range(sequences.seq_lens.shape[0]):
+        count = sequences.query_start_loc[s + 1] - sequences.query_start_loc[s]
+        tile, _ = tile_of(count, heads)
         for first in range(0, count, tile):
             tokens = min(tile, count - first)
-            begin, end = key_range(begins, seq_lens, s, positions[s] + first, tokens, window_left)
-            keys += (end - begin) * num_kv_heads
-            scores += (end - begin) * num_kv_heads * tokens * group
+            position = sequences.positions[s] + first
+            begin, end = key_range(sequences, s, position, tokens, heads.window_left)
+            keys += (end - begin) * heads.num_kv_heads
+            scores += (end - begin) * heads.num_kv_heads * tokens * heads.group
     return keys, scores
 
 
 @plain
-def list_pieces(
-    begins, seq_lens, query_start_loc, positions, num_kv_heads, group, window_left, split, alone, p, pieces
-):  # fmt: skip
+def list_pieces(sequences, heads, split, alone, p, pieces):
     """List pieces with ranges of `split` keys at most, where their table has room.
 
     Of a sequence the last tokens, which see most, come first. Returns how many pieces there are, the number of partial
     results, of which there were `p` before, and the least and the greatest number of rows.
     """
-    least, most = MOST_ROWS, 0
+    group = heads.group
+    least, most = heads.sizes[-1], 0
     n = 0
-    for s in range(seq_lens.shape[0]):
-        count = query_start_loc[s + 1] - query_start_loc[s]
-        tile, heads = tile_of(count, group)
-        tiles = (count + tile - 1) // tile
-        for t in range(tiles - 1, -1, -1):
+    for s in range(sequences.seq_lens.shape[0]):
+        start = sequences.query_start_loc[s]
+        count = sequences.query_start_loc[s + 1] - start
+        tile, heads_together = tile_of(count, heads)
+        for t in range((count + tile - 1) // tile - 1, -1, -1):
             first = t * tile
             tokens = min(tile, count - first)
-            begin, end = key_range(begins, seq_lens, s, positions[s] + first, tokens, window_left)
+            position = sequences.positions[s] + first
+            begin, end = key_range(sequences, s, position, tokens, heads.window_left)
             ranges = max(1, (end - begin + split - 1) // split)
             length = (end - begin + ranges - 1) // ranges
             partial = ranges > 1 or not alone
-            for kv_head in range(num_kv_heads):
-                for head in range(0, group, heads):
-                    num_heads = min(heads, group - head)
-                    rows = rows_of(tokens * num_heads, count)
+            for kv_head in range(heads.num_kv_heads):
+                for head in range(0, group, heads_together):
+                    num_heads = min(heads_together, group - head)
+                    rows = rows_of(tokens * num_heads, count, heads)
                     least, most = min(least, rows), max(most, rows)
                     for i in range(ranges):
                         if n < pieces.shape[0]:
@@ -323,9 +336,9 @@ def list_pieces(
                             pieces[n, KV_HEAD] = kv_head
                             pieces[n, FIRST_HEAD] = kv_head * group + head
                             pieces[n, NUM_HEADS] = num_heads
-                            pieces[n, TOKEN] = query_start_loc[s] + first
+                            pieces[n, TOKEN] = start + first
                             pieces[n, NUM_TOKENS] = tokens
-                            pieces[n, POSITION] = positions[s] + first
+                            pieces[n, POSITION] = position
                             pieces[n, ROWS] = rows
                             pieces[n, FIRST_KEY] = min(begin + i * length, end)
                             pieces[n, END_KEY] = min(begin + (i + 1) * length, end)

@@ -64,7 +64,11 @@ class Shape(Static):
     takes_codes : bool
         Whether codes are multiplied as the integers they are, their scales folded into the weights.
     instructions : str
-        What writes tiles, see `tiles.py`; empty where there are none.
+        Of tiles, see `tiles.py`; elsewhere "".
+    group : int
+        Columns of tiles that take a phase together.
+    parts : int
+        bfloat16 numbers that tiles multiply in place of one.
     """
 
     kernels: str = ""
@@ -76,6 +80,8 @@ class Shape(Static):
     phase: int = 0
     takes_codes: bool = False
     instructions: str = ""
+    group: int = 0
+    parts: int = 0
 
     @property
     def width(self) -> int:
@@ -227,8 +233,10 @@ def state_at(state: Array, name: int, shape: Shape, part: int = 0) -> Pointer:
     return state.start + 4 * (name * shape.width + part * LANES)
 
 
-def tokens_of(shape: Shape, part: int) -> list[int]:
-    """Which token of a line each lane of a vector is of."""
+def tokens_of(shape: Shape, part: Any) -> list[int]:
+    """Which token of a line each lane of a vector is of. `part` may be an `Int` where a line is one token."""
+    if shape.line == 1:
+        return [0] * LANES
     return [lane // shape.columns for lane in range(part * LANES, (part + 1) * LANES)]
 
 

@@ -223,8 +223,8 @@ class CudaBackend:
                 memory.upload(buffers.address(layer, block), raw[layer, n], 0)
         memory.synchronize()
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> AttentionPlan:
-        return AttentionPlan(parts, num_qo_heads, window_left)
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> AttentionPlan:
+        return AttentionPlan(parts, num_qo_heads, scoring.window_left)
 
     def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring, written: Sequence[Part]) -> None:
         memory.enter()
@@ -284,7 +284,7 @@ class CudaBackend:
         """Plan an attention like the latest one, so that its tables and those of the write are one upload."""
         latest = self._latest.get(buffers)
         if latest is not None and latest.q.shape[:2] == k.shape[:2] and Tables not in batch.kept:
-            plan = self.plan([Part(buffers, batch)], latest.q.shape[2], latest.scoring.window_left)
+            plan = self.plan([Part(buffers, batch)], latest.q.shape[2], latest.scoring)
             self._launches(latest.q, plan, latest.scoring, k.stream)
 
     def _launches(self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int) -> Launches:
