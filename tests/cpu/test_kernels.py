@@ -18,10 +18,11 @@ if "cpu" not in TESTED:
 
 from numba import njit
 
-from kvnumba.backends.cpu import attend, codecs, few, many, shapes, softmax, transforms
+from kvnumba.backends.cpu import attend, codecs, few, few_tiles, many, phases, shapes, softmax, transforms
 from kvnumba.backends.cpu.codecs import ARITHMETICS, BFLOAT16, FLOAT32
 from kvnumba.backends.cpu.simd import LANES
-from kvnumba.backends.cpu.storage import Rows
+from kvnumba.backends.cpu.storage import Rows, aligned_zeros
+from kvnumba.backends.cpu.tiles import STAND_IN
 from kvnumba.formats import FORMATS
 
 FP8, INT8, INT4 = (FORMATS[name].number for name in ("fp8_e4m3", "int8", "int4"))
@@ -29,6 +30,7 @@ ALL = range(len(FORMATS))
 
 GROUPS = tuple(sorted({min(rows, many.GROUP) for rows in many.ROWS}))
 ROWS = (1, 3, few.MOST_ROWS, *GROUPS)  # kernels for many rows take a group at a time
+TILE_ROWS = (1, 3, 8, 20)
 TOKENS = (1, 7, 16, 17)
 HEAD_DIMS = (2, 80, 128)
 BEHIND = 16  # rows of NaN behind a run, and before it
@@ -92,8 +94,28 @@ def weigh_many(shape, fmt, codes, row, count, rows, head_dim, scratch):
 
 
 @njit
-def add_phase(shape, reading, rows, scratch):
-    shape.add_phase(reading, rows, scratch)
+def add_phase(shape, reading, last, rows, scratch):
+    shape.add_phase(shape, reading, last, rows, scratch)
+
+
+@njit
+def tile_query(shape, reading, q, r, scoring, scratch):
+    return few_tiles.load_query(shape, reading, q[r], 0, r, q.shape[1], scoring, scratch)
+
+
+@njit
+def tile_scores(shape, reading, keys, run, masks, scratch):
+    few_tiles.score_run(shape, reading, keys, run, 0, masks, scratch)
+
+
+@njit
+def tile_sums(shape, reading, values, runs, rows, scratch, out):
+    """The weighted values of runs, in the elements' own order."""
+    for run in runs:
+        few_tiles.weigh_run(shape, reading, values, run, 0, rows, scratch)
+    few_tiles.add_phase(shape, reading, runs[-1], rows, scratch)
+    for r in range(rows):
+        few_tiles.store_row(shape, reading, r, np.float32(0), np.float32(1), scratch, out[r], out.shape[1])
 
 
 @njit
@@ -104,6 +126,11 @@ def stage(rows, run, tile):
 @njit
 def stage_pairs(rows, run, tile):
     many.stage_pairs(rows, run, tile, 0)
+
+
+@njit
+def cut_scratch(shape, head_dim, value_dim, floats, positions):
+    return phases.cut_scratch(shape, head_dim, value_dim, floats, positions)
 
 
 @njit
@@ -183,9 +210,13 @@ def even_before_odd(x):
 class Columns:
     """The memory that kernels of a shape share."""
 
-    def __init__(self, rows, head_dim=2, tokens=1):
+    def __init__(self, rows, head_dim=2, tokens=1, tiles=False):
         self.rows = rows
-        self.shape = (few if rows <= few.MOST_ROWS else many).shape(rows, "float32")
+        if tiles:
+            columns = next(size for size in few_tiles.ROWS if rows <= size)
+            self.shape = few_tiles.shape(columns, "float32", STAND_IN)
+        else:
+            self.shape = (few if rows <= few.MOST_ROWS else many).shape(rows, "float32")
         self.count, self.width = self.shape.columns, self.shape.width
         self.table = np.zeros((shapes.STATE_ROWS, self.width), np.float32)
         self.positions = np.zeros(self.width, np.int32)
@@ -197,10 +228,14 @@ class Columns:
         lines = tokens + max(self.shape.tokens, 2) + 2 * LANES  # kernels write behind the run
         self.scores = np.full((lines, self.count), np.nan, np.float32)
         self.run = shapes.Run(FIRST, tokens, 0, 0)
+        self.tile = np.zeros(1, np.float32)
+        if tiles:
+            size = (self.shape.phase + self.shape.tokens) * head_dim
+            self.tile = np.full(size, np.nan, np.float32)
 
     @property
     def scratch(self):
-        tile = np.zeros(1, np.float32)
+        tile = self.tile
         return shapes.Scratch(
             self.table, self.positions, self.query.reshape(-1), self.total, self.sums, self.scores.reshape(-1),
             tile, tile.view(np.uint16), tile.view(np.uint8).reshape(1, -1),
@@ -349,10 +384,12 @@ def test_scores(rows, count, head_dim, rng):
 
 
 @pytest.mark.parametrize("count", TOKENS)
-@pytest.mark.parametrize("rows", ROWS)
-def test_softmax(rows, count, rng):
+@pytest.mark.parametrize(
+    ("rows", "tiles"), [*((rows, False) for rows in ROWS), (8, True), (20, True), (32, True)]
+)
+def test_softmax(rows, tiles, count, rng):
     """A phase after another: the maximum moves for some rows; a row that sees nothing stays as it was."""
-    columns = Columns(rows, tokens=count)
+    columns = Columns(rows, 64, tokens=count, tiles=tiles)
     lines = -(-count // columns.shape.line) * columns.shape.line
     out, table = columns.scores, columns.table
     out[:count] = 5 * rng.normal(size=(count, columns.count))
@@ -386,7 +423,7 @@ def test_softmax(rows, count, rng):
     np.testing.assert_allclose(out[:count, :rows], weights, rtol=5e-6, atol=1e-30)
     total = sums * rescale + weights.sum(axis=0)
     np.testing.assert_allclose(columns.sum_of(shapes.ROW_SUM), total, rtol=5e-6)
-    if rows > few.MOST_ROWS:
+    if not columns.shape.takes_codes:
         return
 
     for fmt, bias in MIDDLE.items():  # scales and zeros go into the weights
@@ -486,13 +523,183 @@ def test_weighing(rows, count, head_dim, rng):
         columns.table[shapes.WEIGHT_SUM, :rows] = rounded.sum(axis=0)
         total = columns.total
         total[:] = 1
-        add_phase(columns.shape, reading_of(fmt, MIDDLE[fmt]), rows, columns.scratch)
+        add_phase(columns.shape, reading_of(fmt, MIDDLE[fmt]), columns.run, rows, columns.scratch)
         want = 1 + (rounded * top / LARGEST).T @ (integers - MIDDLE[fmt])
         if fmt == INT4:
             want = even_before_odd(want)
         used = want != 0
         np.testing.assert_allclose(total[:rows, : want.shape[1]][used], want[used], rtol=1e-5, atol=1e-3)
         assert (columns.table[shapes.WEIGHT_SUM] == 0).all()
+
+
+# On tiles: a query's and a weight's 16 bits are two bytes.
+
+tile_formats = pytest.mark.parametrize(
+    ("fmt", "head_dim"), [(INT8, 64), (INT8, 192), (INT8, 256), (INT4, 128), (INT4, 256)]
+)
+UNITS = {INT8: 1, INT4: 16}  # what a code of 1 is as a byte
+
+
+def keys_order(fmt, head_dim):
+    """Elements in the order of a key's bytes: of 64 bytes of int4 the even before the odd."""
+    order = np.arange(head_dim)
+    return order if fmt == INT8 else order.reshape(-1, 64, 2).swapaxes(1, 2).reshape(-1)
+
+
+def high_and_low(columns, fmt, head_dim):
+    """The memory of a query as its high and its low bytes, (2, rows, D), a view whose elements are in order."""
+    half = max(8, columns.count)
+    tiles = -(-2 * half // 16)
+    memory = columns.query.view(np.int8)[: head_dim * 16 * tiles]
+    parts = memory.reshape(head_dim // 64, tiles, 16, 16, 4).transpose(1, 3, 0, 2, 4)
+    parts = parts.reshape(16 * tiles, head_dim)
+    found = np.empty((2, columns.rows, head_dim), np.int64)
+    for part in range(2):
+        found[part][:, keys_order(fmt, head_dim)] = parts[part * half : part * half + columns.rows]
+    return found
+
+
+@tile_formats
+@pytest.mark.parametrize("rows", TILE_ROWS)
+def test_queries_of_tiles(rows, fmt, head_dim, rng):
+    columns = Columns(rows, head_dim, tiles=True)
+    q = rng.normal(size=(rows, head_dim)).astype(np.float32)
+    q[0, 0], q[0, 1] = 7, -7  # the largest and the smallest integer
+    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    columns.query[:] = 0
+    found = [tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch) for r in range(rows)]
+    high, low = high_and_low(columns, fmt, head_dim)
+    step = np.abs(q * SM_SCALE).max(axis=1) / (127 * 256 + 127)
+    assert np.abs(256 * high + low - q * SM_SCALE / step[:, None]).max() < 0.51
+    steps, totals = np.array(found).T
+    np.testing.assert_allclose(steps, step / UNITS[fmt], rtol=1e-6)
+    np.testing.assert_allclose(totals, step * (256 * high + low).sum(axis=1), rtol=1e-4, atol=1e-5)
+    q[-1, 3] = np.inf
+    assert np.isnan(tile_query(columns.shape, reading_of(fmt), q, rows - 1, scoring, columns.scratch)[0])
+
+
+@tile_formats
+@pytest.mark.parametrize("count", [*TOKENS, 128])
+@pytest.mark.parametrize("rows", TILE_ROWS)
+def test_scores_of_tiles(rows, count, fmt, head_dim, rng):
+    columns = Columns(rows, head_dim, count, tiles=True)
+    q = rng.normal(size=(rows, head_dim)).astype(np.float32)
+    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    columns.query[:] = 0
+    for r in range(rows):
+        tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch)
+    high, low = high_and_low(columns, fmt, head_dim)
+    integers = 256 * high + low
+    step = np.abs(q * SM_SCALE).max(axis=1) / (127 * 256 + 127)
+    columns.table[shapes.QUERY_STEP] = columns.spread(step / UNITS[fmt])
+    columns.table[shapes.QUERY_SUM] = columns.spread(step * integers.sum(axis=1))
+    slopes = rng.uniform(0, 0.1, rows).astype(np.float32)
+    own = 100 + count - 5 + np.arange(rows) % 20
+    columns.positions[:] = columns.spread(own)
+    stored, codes, _ = stored_rows(fmt, count, head_dim, rng)
+    run = slice(FIRST, FIRST + count)
+    want = (codes @ integers.T) * step * stored.scale[run] + step * integers.sum(axis=1) * stored.zero[run]
+    for masked in (False, True):
+        columns.table[shapes.PHASE_MAX] = shapes.LEAST
+        columns.table[shapes.SLOPE] = columns.spread(slopes) if masked else 0
+        columns.scores[:] = np.nan
+        cap, reach = (np.float32(2.0), 9) if masked else (np.float32(0), 1 << 30)
+        first_key = 100 if masked else 0
+        tile_scores(
+            columns.shape, reading_of(fmt), stored, shapes.Run(FIRST, count, 0, first_key),
+            shapes.Masks(np.int32(reach), -1 if masked else 90, cap), columns.scratch,
+        )  # fmt: skip
+        expected, out = want, columns.scores
+        distance = own - (first_key + np.arange(count))[:, None]
+        if masked:
+            expected = np.where(distance <= 9, 2 * np.tanh(want / 2) - slopes * distance, -np.inf)
+        expected = np.where(distance >= 0, expected, -np.inf)
+        largest = max(1, np.abs(want).max())
+        np.testing.assert_allclose(out[:count, :rows], expected, rtol=2e-5, atol=4e-5 * largest)
+        last = -(-count // columns.shape.tokens) * columns.shape.tokens
+        assert (out[count:last, :rows] == -np.inf).all()
+        assert np.isnan(out[last:]).all()
+        top = columns.table[shapes.PHASE_MAX].reshape(-1, columns.count).max(axis=0)[:rows]
+        greatest = np.maximum(out[:count, :rows].max(axis=0), np.float32(shapes.LEAST))
+        np.testing.assert_array_equal(top, greatest)
+
+
+@tile_formats
+@pytest.mark.parametrize("counts", [(1,), (7,), (16,), (17,), (40, 1, 16, 20), (128,)])
+@pytest.mark.parametrize("rows", TILE_ROWS)
+def test_weighing_on_tiles(rows, counts, fmt, head_dim, rng):
+    """Runs of a phase: weights of 16 bits, codes counted from the middle one; neither NaN nor infinity counts."""
+    columns = Columns(rows, head_dim, 128, tiles=True)
+    tokens = columns.shape.tokens
+    stored, codes, _ = stored_rows(fmt, sum(counts), head_dim, rng)
+    weights = rng.uniform(0, 1, (sum(counts), rows)).astype(np.float32)
+    weights[:, -1] *= 1e-33 if rows > 1 else 1  # nothing that can be told from 0
+    columns.scores[:] = -np.inf
+    runs, done, used = [], 0, 0
+    for count in counts:
+        runs.append(shapes.Run(FIRST + done, count, used * columns.count, 0))
+        columns.scores[used : used + count, :rows] = weights[done : done + count]
+        done, used = done + count, used + -(-count // tokens) * tokens
+    if rows > 1:
+        weights[0, 0] = 0
+        columns.scores[0, 0] = np.nan
+    columns.scores[used:] = 1  # of an earlier phase
+    top = weights.max(axis=0)
+    columns.table[shapes.WEIGHT_MAX] = 0
+    lanes = columns.table[shapes.WEIGHT_MAX].reshape(-1, columns.count)
+    lanes[-1, :rows] = top  # in any lane of a column
+    total = columns.total
+    total[:] = 1
+    out = np.empty((rows, head_dim), np.float32)
+    tile_sums(columns.shape, reading_of(fmt, MIDDLE[fmt]), stored, tuple(runs), rows, columns.scratch, out)
+    scaled = weights.astype(np.float64) * 65535 / np.maximum(top, 1e-30)
+    integers = np.where(top > 1e-30, np.floor(scaled + 0.5), 0)
+    want = 1 + (integers * top / 65535).T @ (codes - MIDDLE[fmt])
+    # of a float32 near 65,535 one in 256 is so near a tie that it may fall to either side
+    ties = 1 + sum(counts) / 32
+    slack = 1e-6 * np.abs(want).max() + ties * (top / 65535 * MIDDLE[fmt])[:, None]
+    assert (np.abs(out - want) <= slack).all()
+    assert (columns.table[shapes.WEIGHT_MAX] == 0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("fmt", LEVELS)
+def test_largest_sums_of_tiles(fmt, sign, rng):
+    """The widest rows of the largest codes, and a phase of the largest weights, fit 32 bits."""
+    columns = Columns(4, 256, 128, tiles=True)
+    stored, _, _ = stored_rows(fmt, 128, 256, rng)
+    stored.codes[:], stored.scale[:], stored.zero[:] = 255, 1, 0
+    q = np.full((4, 256), sign, np.float32)
+    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    columns.query[:] = 0
+    for r in range(4):
+        step, _ = tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch)
+        columns.table[shapes.QUERY_STEP, r :: columns.count] = step
+    columns.positions[:] = 200
+    masks = shapes.Masks(np.int32(1 << 30), 200, np.float32(0))
+    tile_scores(columns.shape, reading_of(fmt), stored, columns.run, masks, columns.scratch)
+    np.testing.assert_allclose(columns.scores[:128], sign * SM_SCALE * 256 * LEVELS[fmt], rtol=1e-6)
+
+    stored.codes[:] = 255 if sign > 0 else 0
+    columns.scores[:128] = columns.table[shapes.WEIGHT_MAX] = 0.5
+    out, code = np.empty((4, 256), np.float32), LEVELS[fmt] if sign > 0 else 0
+    tile_sums(columns.shape, reading_of(fmt), stored, (columns.run,), 4, columns.scratch, out)
+    np.testing.assert_allclose(out, 128 * 0.5 * (code - MIDDLE[fmt]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (256, 64), (64, 256), (128, 128)])
+@pytest.mark.parametrize("rows", few_tiles.ROWS)
+def test_scratch_of_tiles(rows, dims):
+    """What tiles read and write begins at a cache line, and lies within its memory."""
+    shape = few_tiles.shape(rows, "float32", STAND_IN)
+    floats, _ = attend.scratch_sizes(shape, *dims)
+    memory = aligned_zeros((2, floats), np.dtype(np.float32))[1]
+    scratch = cut_scratch(shape, *dims, memory, np.zeros(shape.width, np.int32))
+    assert LANES == 8 or all(x.ctypes.data % 64 == 0 for x in (scratch.query, scratch.tile, scratch.total))
+    tiles = few_tiles._tiles_of(shape)
+    assert scratch.query.nbytes >= dims[0] // 64 * tiles * 1024
+    assert scratch.tile.nbytes >= 4096 * (tiles + 1) + max(64 * dims[0], 128 * dims[1])
+    assert scratch.scores.size >= shape.phase * shape.columns
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -1,8 +1,17 @@
-"""Tile instructions: their stand-in, and real ones where there are some, against formulas in NumPy."""
+"""Tile instructions: their stand-in, and real ones where there are some, against formulas in NumPy; what uses them."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
 
 import numpy as np
+import oracle
 import pytest
 from conftest import TESTED
+
+import kvnumba
 
 if "cpu" not in TESTED:
     pytest.skip("another backend is chosen", allow_module_level=True)
@@ -11,9 +20,13 @@ from numba import njit, types
 from numba.extending import intrinsic
 from oracle import bfloat16
 
-from kvnumba.backends.cpu import tiles
+from kvnumba.attention import cascade
+from kvnumba.backends import cpu
+from kvnumba.backends.cpu import few_tiles, tiles
 from kvnumba.backends.cpu.simd import Emitter
 from kvnumba.backends.cpu.tiles import AMX, STAND_IN, Tiles
+from kvnumba.formats import FORMATS
+from kvnumba.storage import RowLayout
 
 INSTRUCTIONS = [
     STAND_IN,
@@ -89,6 +102,181 @@ def test_products_of_bfloat16(instructions, rng):
         second += x[:, 2 * k + 1, None] * pairs[:, 1]
     product(instructions, "bfloat16")(memory)
     np.testing.assert_array_equal(memory[0].view(np.float32), start + (first + second))
+
+
+CASES = [  # formats, widths, block size, query heads of a KV head, new tokens, options
+    ("int8", "int8", 128, 128, 128, 4, 1, {}),
+    ("int8", "int8", 64, 192, 1, 3, 1, {"window_left": 50}),
+    ("int8", "int4", 192, 128, 16, 4, 5, {"logits_soft_cap": 4.0}),
+    ("int4", "int8", 128, 64, 16, 1, 7, {"window_left": 20, "logits_soft_cap": 4.0}),
+    ("int4", "int4", 256, 256, 128, 2, 9, {"alibi_slopes": True, "sinks": True}),
+    ("int4", "int4", 128, 128, 48, 4, 1, {"sinks": True, "scale_dtype": "float16"}),
+]
+
+
+@pytest.fixture
+def tiled(monkeypatch):
+    """The stand-in is what there is; lists the files of the kernels that attend."""
+    monkeypatch.setattr(tiles, "instructions", lambda: STAND_IN)
+    used, launch = [], cpu.launch
+
+    def launched(function, static, *rest):
+        used.append(getattr(static, "kernels", ""))
+        launch(function, static, *rest)
+
+    monkeypatch.setattr(cpu, "launch", launched)
+    return used
+
+
+def grow(cache, normal, ids, new):
+    """A step of new tokens, written."""
+    step = cache.step(ids, new)
+    shape = sum(new), cache.num_kv_heads
+    step.write(normal(*shape, cache.head_dim), normal(*shape, cache.value_head_dim))
+    return step
+
+
+def check(cache, step, ids, new, q, **options):
+    out, lse = step.attend(q, return_lse=True, **options)
+    ends = np.cumsum(new)
+    for seq_id, begin, end in zip(ids, ends - new, ends, strict=True):
+        actual = out[begin:end], lse[begin:end]
+        kept = cache.get_kv(seq_id)
+        oracle.assert_as_exact(actual, q[begin:end], *kept, rounded=oracle.sixteen_bits, **options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "head_dim", "value_dim", "block", "group", "new", "options"), CASES
+)
+def test_few_tiles(keys, values, head_dim, value_dim, block, group, new, options, tiled, normal):
+    """Sequences of several lengths, in blocks out of order, whose rest is NaN."""
+    options = {name: normal(2 * group) if value is True else value for name, value in options.items()}
+    scale_dtype = options.pop("scale_dtype", "float32")
+    lengths = [300, 64, 17]
+    cache = kvnumba.PagedKVCache(
+        sum(-(-(length + new) // block) for length in lengths), block, 2, head_dim, len(lengths), key_format=keys,
+        value_format=values, value_head_dim=value_dim, scale_dtype=scale_dtype, backend="cpu",
+    )  # fmt: skip
+    cache.k_pool[:] = cache.v_pool[:] = 255
+    for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
+        part[:] = np.nan
+    ids = [cache.add_sequence() for _ in lengths]
+    for part in range(4):
+        counts = [length * (part + 1) // 4 - length * part // 4 for length in lengths]
+        grow(cache, normal, ids, counts)
+    step = grow(cache, normal, ids, [new] * len(ids))
+    check(cache, step, ids, [new] * len(ids), normal(new * len(ids), 2 * group, head_dim), **options)
+    assert few_tiles.__name__ in tiled
+
+
+def test_few_tiles_of_a_prefix(tiled, monkeypatch, normal):
+    monkeypatch.setattr(cascade, "worthwhile", lambda *args: True)
+    cache = kvnumba.PagedKVCache(40, 16, 2, 128, 3, "int8", backend="cpu")
+    first = cache.add_sequence()
+    grow(cache, normal, [first], [200])
+    ids = [first, cache.fork(first), cache.fork(first)]
+    grow(cache, normal, ids, [3, 0, 21])
+    step = grow(cache, normal, ids, [1, 1, 1])
+    check(cache, step, ids, [1, 1, 1], normal(3, 8, 128), sinks=normal(8))
+    assert tiled.count(few_tiles.__name__) == 2  # 12 rows of the prefix, and 4 of each sequence
+
+
+def test_a_query_that_is_not_finite(tiled, normal):
+    """It shows in its own results only."""
+    cache = kvnumba.PagedKVCache(8, 16, 2, 128, 1, "int4", backend="cpu")
+    seq_id = cache.add_sequence()
+    step = grow(cache, normal, [seq_id], [100])
+    q = normal(100, 8, 128)[-1:]
+    step = grow(cache, normal, [seq_id], [1])
+    want = step.attend(q).copy()
+    q[0, 2, 5] = np.inf
+    have = step.attend(q)
+    assert np.isnan(have[0, 2]).all()
+    others = np.arange(8) != 2
+    np.testing.assert_array_equal(have[0, others], want[0, others])
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "takes"),
+    [
+        (("int8", 64, None), ("int4", 256, None), True),
+        (("int8", 80, None), ("int8", 64, None), False),
+        (("int4", 64, None), ("int8", 64, None), False),
+        (("int8", 64, None), ("int4", 192, None), False),
+        (("int8", 320, None), ("int8", 64, None), False),
+        (("int8", 128, 64), ("int8", 128, None), False),
+        (("fp8_e4m3", 128, None), ("int8", 128, None), False),
+    ],
+)
+def test_what_few_tiles_take(keys, values, takes):
+    rows = (RowLayout.of("head_dim", FORMATS[fmt], *rest, "float32") for fmt, *rest in (keys, values))
+    assert few_tiles.fits(*rows) == takes
+
+
+COMPILE = """
+import numpy as np
+from numba import njit, typeof
+from kvnumba.backends.cpu import few_tiles, shapes
+from kvnumba.backends.cpu.storage import Rows
+
+floats, halves = np.zeros(1, np.float32), np.zeros(1, np.uint16)
+table, codes = np.zeros((1, 1), np.float32), np.zeros((1, 64), np.uint8)
+reading = shapes.Reading(True, True, 4, 4, np.float32(128))
+rows, run = Rows(codes, table, table, 4, 64), shapes.Run(0, 1, 0, 0)
+masks = shapes.Masks(np.int32(1), 0, np.float32(0))
+scratch = shapes.Scratch(table, np.zeros(1, np.int32), floats, table, table, floats, floats, halves, codes)
+
+@njit(error_model="numpy")
+def score(shape, reading, rows, run, masks, scratch):
+    few_tiles.score_run(shape, reading, rows, run, 0, masks, scratch)
+
+@njit(error_model="numpy")
+def stage(shape, reading, rows, run, masks, scratch):
+    few_tiles.weigh_run(shape, reading, rows, run, 0, 1, scratch)
+
+@njit(error_model="numpy")
+def weigh(shape, reading, rows, run, masks, scratch):
+    few_tiles.weigh_phase(shape, 2, 1, np.float32(1), scratch)
+
+shape = few_tiles.shape({rows}, "float32", "amx")
+for function in (score, stage, weigh):
+    kinds = tuple(typeof(x) for x in (shape, reading, rows, run, masks, scratch))
+    function.compile(kinds)
+    print(function.inspect_asm(kinds).split("_ZN7cpython")[0])
+    print("END")
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another kind of processor")
+@pytest.mark.parametrize("rows", [4, 20])
+def test_few_tiles_compile(rows, tmp_path):
+    """To real instructions: no calls beside them, and what is inside of loops stays in registers."""
+    features = (
+        "amx-tile amx-int8 amx-bf16 avx512f avx512bw avx512vl avx512dq avx512vnni avx2 fma f16c avx sse4.2"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.replace("{rows}", str(rows))],
+        env={
+            **os.environ,
+            "NUMBA_CPU_NAME": "sapphirerapids",
+            "NUMBA_CPU_FEATURES": ",".join("+" + name for name in features.split()),
+            "NUMBA_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    score, stage, weigh, _ = done.stdout.split("END\n")
+    assert "vpunpcklbw" in stage
+    for code in (score, weigh):
+        assert "tileloadd" in code
+        within = code[code.index("tilezero") : code.rindex("tilestored")]
+        assert "tdpbusd" in within
+        assert "call" not in within
+    for block in re.split(r"^\.L\w+:", score + stage + weigh, flags=re.MULTILINE):
+        if re.search("tdpbusd|vpunpcklbw|vcvttps2dq|vcvtdq2ps", block):
+            assert not re.search(r"vmov\w+\s+%[xyz]mm\d+, \d*\(%rsp\)", block), block
 
 
 def test_why_there_are_no_tiles():

@@ -245,9 +245,8 @@ def _as_multiplied(stored: int, multiplied: int) -> str:
 
 def _shapes(planned: PlannedPart) -> Iterator[tuple[Shape, np.ndarray]]:
     """The pieces of a part by the kernel that takes them."""
-    scale_dtype = cast(CpuBuffers, planned.part.buffers).static.scale_dtype
     for rows, pieces in planned.pieces:
-        yield shape_of(rows, scale_dtype, planned.tile_parts), pieces
+        yield shape_of(rows, planned.part.buffers.layout, planned.tile_parts), pieces
 
 
 def _workers(num_values: int) -> int:

@@ -76,6 +76,17 @@ def choose(keys, values, scoring):
 
 
 @plain
+def integer_step(q, start, head_dim, sm_scale, most):
+    """What 1 stands for where the greatest element of a scaled query becomes `most`; NaN if one is not finite."""
+    top, finite = np.float32(0), np.float32(0)
+    for d in range(head_dim):
+        value = q[start + d] * sm_scale
+        finite += value * 0
+        top = max(top, abs(value))
+    return top / np.float32(most) if finite == 0 else np.float32(np.nan)
+
+
+@plain
 def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     """A row of queries, scaled; for codes as integers, so large that the sum of products just fits 32 bits."""
     sm_scale, query = scoring.sm_scale, scratch.query.reshape(shape.columns, -1)
@@ -83,15 +94,9 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
         for d in range(head_dim):
             query[r, d] = q[start + d] * sm_scale
         return np.float32(0), np.float32(0)
-    step, finite = np.float32(0), np.float32(0)
-    for d in range(head_dim):
-        value = q[start + d] * sm_scale
-        finite += value * 0
-        step = max(step, abs(value))
-    step /= np.float32(min(LARGEST_INTEGER, MOST_SUM // (LARGEST_CODE[reading.k_format] * head_dim)))
-    if finite != 0:  # NaN: an element is not finite
-        return np.float32(np.nan), np.float32(0)
-    if step <= np.float32(TINY):
+    most = min(LARGEST_INTEGER, MOST_SUM // (LARGEST_CODE[reading.k_format] * head_dim))
+    step = integer_step(q, start, head_dim, sm_scale, most)
+    if not step > np.float32(TINY):
         return step, np.float32(0)
     integers = query[r].view(np.int16)
     rate, total, split = sm_scale / step, 0, SPLIT[reading.k_format]
@@ -339,7 +344,7 @@ def _round_weights(e: Emitter, shape: Shape, run: Any, scratch: Any) -> None:
 
 
 @plain
-def add_phase(reading, rows, scratch):
+def add_phase(shape, reading, last, rows, scratch):
     """Add a phase's sums to those of all; of codes they are 32-bit integers, counted from `code_bias`."""
     state, total, sums = scratch.state, scratch.total, scratch.sums
     width = sums.shape[1]

@@ -400,7 +400,7 @@ def round_weights(typing, shape, run, scratch):
 
 
 @plain
-def add_phase(reading, rows, scratch):
+def add_phase(shape, reading, last, rows, scratch):
     """Add a phase's sums to those of all."""
     total, sums = scratch.total, scratch.sums
     for r in range(rows):

@@ -87,7 +87,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         exponentiate_run(shape, run_of(runs, n), reading, values, scratch)
     for n in range(num_runs):
         shape.weigh_run(shape, reading, values, run_of(runs, n), runs[n + later, RUN_ROW], rows, scratch)
-    shape.add_phase(reading, rows, scratch)
+    shape.add_phase(shape, reading, run_of(runs, num_runs - 1), rows, scratch)
 
 
 @plain

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvnumba.backends.cpu import few, many, many_tiles, tiles
+from kvnumba.backends.cpu import few, few_tiles, many, many_tiles, tiles
 from kvnumba.backends.cpu.attend import (
     MERGE_BEGIN,
     MERGE_COLUMNS,
@@ -31,6 +31,7 @@ SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before a
 FEW_ROWS = few.MOST_ROWS
 SIZES = many.ROWS[0], many.ROWS[-1]
 TILE_SIZES = many_tiles.ROWS
+CODE_SIZES = *(rows for rows in few_tiles.ROWS if rows > FEW_ROWS), *many_tiles.ROWS
 
 PIECE_COLUMNS = len(Piece._fields)
 (
@@ -53,16 +54,15 @@ class Sequences(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """How many KV heads there are and query heads for each, the window, and rows of a piece: some, or at most.
+    """How many KV heads there are and query heads for each, the window, and rows of a piece.
 
-    Pieces have at most `most_rows` rows; those of no more than `some_rows`, but more than FEW_ROWS, have a smaller kernel.
+    Pieces of more than FEW_ROWS have kernels for `sizes` rows, (n,) int64 in order: at most the last of them.
     """
 
     num_kv_heads: int
     group: int
     window_left: int
-    some_rows: int
-    most_rows: int
+    sizes: np.ndarray
 
 
 def tile_parts(layout: Layout, scoring: Scoring) -> int:
@@ -77,11 +77,25 @@ def tile_parts(layout: Layout, scoring: Scoring) -> int:
     return 2 if codes else 3
 
 
-def shape_of(rows: int, scale_dtype: str, parts: int) -> Shape:
+def codes_on_tiles(layout: Layout, parts: int) -> bool:
+    """Whether few rows are multiplied with codes on tile instructions; `parts` as `tile_parts` returns it."""
+    return parts > 0 and few_tiles.fits(layout.keys, layout.values)
+
+
+def sizes_of(layout: Layout, parts: int) -> np.ndarray:
+    """`Heads.sizes`."""
+    sizes = CODE_SIZES if codes_on_tiles(layout, parts) else TILE_SIZES if parts else SIZES
+    return np.array(sizes, np.int64)
+
+
+def shape_of(rows: int, layout: Layout, parts: int) -> Shape:
     """The shape of kernel for a number of rows, one that `rows_of` returns, and `tile_parts`."""
+    scale_dtype, instructions = layout.keys.scale_dtype.name, tiles.instructions()
+    if rows <= few_tiles.ROWS[-1] and instructions and codes_on_tiles(layout, parts):
+        size = next(size for size in few_tiles.ROWS if rows <= size)
+        return few_tiles.shape(size, scale_dtype, instructions)
     if rows <= FEW_ROWS:
         return few.shape(rows, scale_dtype)
-    instructions = tiles.instructions()
     if parts and instructions:
         return many_tiles.shape(rows, scale_dtype, parts, instructions)
     return many.shape(rows, scale_dtype)
@@ -145,8 +159,8 @@ def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_t
     on_tiles = [tile_parts(layout, scoring) for layout in layouts]
     num_kv_heads, head_dim = layouts[0].num_kv_heads, layouts[0].head_dim
     heads = [
-        Heads(num_kv_heads, num_qo_heads // num_kv_heads, scoring.window_left, *(TILE_SIZES if n else SIZES))
-        for n in on_tiles
+        Heads(num_kv_heads, num_qo_heads // num_kv_heads, scoring.window_left, sizes_of(layout, n))
+        for layout, n in zip(layouts, on_tiles, strict=True)
     ]
     if len(parts) == 1 and parts[0].tokens is None:
         part, batch = parts[0], parts[0].batch
@@ -250,13 +264,17 @@ def rows_of(rows, count, heads):
     """
     if rows <= FEW_ROWS:
         return rows if count == 1 else FEW_ROWS
-    return heads.some_rows if rows <= heads.some_rows else heads.most_rows
+    for size in heads.sizes:
+        if rows <= size:
+            return size
+    return heads.sizes[-1]
 
 
 @plain
 def tile_of(count, heads):
     """Tokens and query heads of a piece, of a sequence with `count` new tokens."""
-    return max(1, min(count, heads.most_rows // heads.group)), min(heads.group, heads.most_rows)
+    most = heads.sizes[-1]
+    return max(1, min(count, most // heads.group)), min(heads.group, most)
 
 
 @plain
@@ -293,7 +311,7 @@ def list_pieces(sequences, heads, split, alone, p, pieces):
     results, of which there were `p` before, and the least and the greatest number of rows.
     """
     group = heads.group
-    least, most = heads.most_rows, 0
+    least, most = heads.sizes[-1], 0
     n = 0
     for s in range(sequences.seq_lens.shape[0]):
         start = sequences.query_start_loc[s]

@@ -39,8 +39,8 @@ class Shape(Static):
         past the run, and those of keys that a row does not see, are -inf. Rows past the run are read.
     ``weigh_run(shape, reading, values, run, following, rows, scratch)``
         The weighted values of a run, added to `scratch.sums`.
-    ``add_phase(reading, rows, scratch)``
-        The sums of a phase, added to `scratch.total`.
+    ``add_phase(shape, reading, last, rows, scratch)``
+        The sums of a phase, of which `last` is the last run, added to `scratch.total`.
 
     `following` is the first row of the run that is read `AHEAD` tokens later, to be prefetched.
 
@@ -86,7 +86,7 @@ class Shape(Static):
     @property
     def width(self) -> int:
         """Lanes of the state: those of whole vectors of columns."""
-        return max(self.columns, LANES)
+        return max(self.columns, self.vectors * LANES)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -233,6 +233,13 @@ def state_at(state: Array, name: int, shape: Shape, part: int = 0) -> Pointer:
     return state.start + 4 * (name * shape.width + part * LANES)
 
 
+def tokens_of(shape: Shape, part: Any) -> list[int]:
+    """Which token of a line each lane of a vector is of. `part` may be an `Int` where a line is one token."""
+    if shape.line == 1:
+        return [0] * LANES
+    return [lane // shape.columns for lane in range(part * LANES, (part + 1) * LANES)]
+
+
 def finish_scores(
     e: Emitter, shape: Shape, part: int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
 ) -> ir.Value:
@@ -241,7 +248,7 @@ def finish_scores(
     Its first token is `token` of the run, its columns those of the state's vector `part`.
     """
     b = e.builder
-    offsets = [lane // shape.columns for lane in range(LANES)]
+    offsets = tokens_of(shape, part)
     cap = e.splat(masks.soft_cap)
     capped = b.fcmp_ordered(">", masks.soft_cap, ir.Constant(F32, 0.0))
 

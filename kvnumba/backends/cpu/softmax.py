@@ -20,9 +20,24 @@ from kvnumba.backends.cpu.shapes import (
     ROW_SUM,
     WEIGHT_MAX,
     ZERO_SUM,
+    Shape,
     state_at,
+    tokens_of,
 )
 from kvnumba.backends.cpu.simd import F32, I1, LANES, Emitter, Int, Pointer, constant, vector
+
+
+def column_tops(e: Emitter, shape: Shape, scratch: Any, name: int) -> list[ir.Value]:
+    """A row of the state, each lane the greatest of those of its column."""
+    tops = [e.load(state_at(scratch.state, name, shape, part), vector(F32)) for part in range(shape.vectors)]
+    together, results = e.join(tops), []
+    for part, top in enumerate(tops):
+        for token in range(1, shape.line):
+            first = part * LANES + token * shape.columns
+            lanes = [(first + lane) % shape.width for lane in range(LANES)]
+            top = e.max(e.pick(together, lanes), top)
+        results.append(top)
+    return results
 
 
 @intrinsic
@@ -40,14 +55,11 @@ def settle(typing, shape, scratch):
         e, b = Emitter(context, builder), builder
         _, scratch = e.arguments(signature, args)
         moved = ir.Constant(I1, 0)
-        for part in range(static.vectors):
+        for part, top in enumerate(column_tops(e, static, scratch, PHASE_MAX)):
 
             def at(name: int, part: int = part) -> Pointer:
                 return state_at(scratch.state, name, static, part)
 
-            top = e.load(at(PHASE_MAX), vector(F32))
-            if static.columns < LANES:
-                top = e.reduce(top, e.max, static.columns)
             before = e.load(at(ROW_MAX), vector(F32))
             now = e.max(top, before)
             rescale = e.exp(b.fsub(before, now))
@@ -109,25 +121,30 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
             keep(ROW_SUM, e.loop(lines, [constant(0.0)] * static.vectors, line))
 
         def fold() -> None:
-            pattern = [lane // static.columns for lane in range(LANES)]
+            patterns = [tokens_of(static, part) for part in parts]
+            count = static.vectors
 
             def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
-                pointers, found, totals = weights(i, sums[:1])
+                pointers, found, totals = weights(i, sums[:count])
+                offsets, tops = sums[count : 2 * count], sums[2 * count :]
                 at = run.row + i * static.line
-                step, low = (load_scales(e, array, at, static.line) for array in (values.scale, values.zero))
-                # a token past the run has weight 0, but its stale scale may be NaN
-                none = b.fcmp_ordered("==", found[0], constant(0.0))
-                step = b.select(none, constant(0.0), e.pick(step, pattern))
-                low = b.select(none, constant(0.0), e.pick(low, pattern))
-                weight = e.mul(found[0], step)
-                e.store(weight, pointers[0])
-                offset = e.fma(step, e.splat(reading.code_bias), low)
-                return [totals[0], e.fma(found[0], offset, sums[1]), e.max(weight, sums[2])]
+                scales = [load_scales(e, array, at, static.line) for array in (values.scale, values.zero)]
+                for part in parts:
+                    # a token past the run has weight 0, but its stale scale may be NaN
+                    none = b.fcmp_ordered("==", found[part], constant(0.0))
+                    step, low = (b.select(none, constant(0.0), e.pick(x, patterns[part])) for x in scales)
+                    weight = e.mul(found[part], step)
+                    e.store(weight, pointers[part])
+                    offset = e.fma(step, e.splat(reading.code_bias), low)
+                    offsets[part] = e.fma(found[part], offset, offsets[part])
+                    tops[part] = e.max(weight, tops[part])
+                return totals + offsets + tops
 
-            sums = e.loop(lines, [constant(0.0)] * 2 + load(WEIGHT_MAX), line)
-            keep(ROW_SUM, sums[:1])
-            keep(ZERO_SUM, sums[1:2])
-            e.store(sums[2], state_at(scratch.state, WEIGHT_MAX, static))
+            sums = e.loop(lines, [constant(0.0)] * (2 * count) + load(WEIGHT_MAX), line)
+            keep(ROW_SUM, sums[:count])
+            keep(ZERO_SUM, sums[count : 2 * count])
+            for part, top in enumerate(sums[2 * count :]):
+                e.store(top, state_at(scratch.state, WEIGHT_MAX, static, part))
 
         if static.takes_codes:
             with b.if_else(b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))) as (
