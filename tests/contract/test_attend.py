@@ -135,7 +135,8 @@ def test_float32_arithmetic_of_bfloat16_queries(backend, normal):
     cache.update(normal(1, 1, 200, 64), normal(1, 1, 200, 64))
     q = oracle.bfloat16(normal(1, 4, 60, 64))
     bits = (q.view(np.uint32) >> 16).astype(np.uint16)
-    exact = (oracle.bfloat16(cache.attend(q)).view(np.uint32) >> 16).astype(np.uint16)
+    exact = cache.attend(q, arithmetic="float32")
+    exact = (oracle.bfloat16(exact).view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(cache.attend(bits, arithmetic="float32"), exact)
 
 

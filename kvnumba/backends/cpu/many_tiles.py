@@ -7,9 +7,9 @@ Everything is transposed, with a column for each row of queries:
                                   weights of two keys side by side are what the next product wants
     values   O^T += V^T P^T       16 elements of values by 32 keys, times 32 keys by 16 columns
 
-The keys and values of a phase are staged once for all columns: brought to bfloat16, values transposed. Then some columns
-at a time (a group) take the whole phase. Their softmax is optimistic: weights are computed against the maximum known
-before, which only has to come within HEADROOM of the truth; it is compared after the phase, and where it was too
+The keys and values of a phase are staged once for all columns: brought to bfloat16, values transposed. Then some
+columns at a time (a group) take the whole phase. Their softmax is optimistic: weights are computed against the maximum
+known before, which only has to come within HEADROOM of the truth; it is compared after the phase, and where it was too
 low, mostly the first time, what was summed is rescaled and the phase repeated. So no score is read twice, and the
 exponentials of some keys are computed between the tile instructions of the next.
 
@@ -29,13 +29,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvnumba.backends.cpu.codecs import (
-    FLOAT32,
-    decode_rows,
-    nearest_bfloat16,
-)
+from kvnumba.backends.cpu.codecs import FLOAT32
 from kvnumba.backends.cpu.jit import inlined, plain
-from kvnumba.backends.cpu.runs import RUN_KEY, RUN_ROW, run_of, runs_ahead
+from kvnumba.backends.cpu.runs import RUN_KEY, runs_ahead
 from kvnumba.backends.cpu.shapes import (
     LEAST,
     PHASE_MAX,
@@ -48,22 +44,28 @@ from kvnumba.backends.cpu.shapes import (
     Run,
     Shape,
     finish_scores,
-    prefetch_rows,
     state_at,
 )
-from kvnumba.backends.cpu.simd import F32, I16, I32, I64, LANES, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.simd import F32, I32, I64, LANES, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.tile_layout import (
+    ELEMENTS,
+    PAIRS,
+    PHASE,
+    SECTIONS,
+    lay_query,
+    padded_key,
+    padded_value,
+    stage,
+    turn_tiles,
+)
 from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
 from kvnumba.formats import FORMATS
 
 ROWS = (64, 1024)
 """Numbers of rows that kernels are compiled for."""
 
-PHASE = 256  # keys that are staged together
 WIDEST = 256  # elements of head_dim
 
-ELEMENTS = 32  # bfloat16 numbers of a row of a tile, and keys of a section
-SECTIONS = PHASE // ELEMENTS
-PAIRS = ELEMENTS // 2
 SCORES = 2 * ELEMENTS  # of a column: those of a section of 32 keys, and of the one before
 
 HEADROOM = 5.5  # the logarithm of the greatest weight before a phase is repeated
@@ -75,13 +77,13 @@ PARTS = np.array([{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for 
 FACTORS = {2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}
 """Tiles for the left and the right factors of four sums, which are in tiles 0 to 3: 2 by 2, or 1 by 4."""
 
-# Of 2**r for 0 <= r < 1, relative error at most 1e-4. Weights are cut to bfloat16, not rounded: in the mean it takes
-# 0.28 % off, which these coefficients have on top.
-EXP2 = (1.00275335, 0.69774317, 0.22687247, 0.07812731)
+EXP2 = (1.0, 0.693044, 0.24128269, 0.0522409, 0.01342655)
+"""Coefficients of 2**r for r from 0 to 1, whose relative error is at most 3e-6."""
 HIDDEN = -1e30  # a masked score: -inf less -inf would be NaN
 SEEN = -1e29  # what scores are greater than
 LOG2_E = 1.4426950408889634
 UPPER = -65536  # the bits that a bfloat16 has of a float32
+HALF_BIT = 1 << 15  # of the last of them: added, it rounds
 
 
 @functools.cache
@@ -133,18 +135,6 @@ class TileScratch(NamedTuple):
     total: Any
     tile: Any
     halves: Any
-
-
-@plain
-def padded_key(head_dim):
-    """Elements of a key in scratch: whole rows of tiles."""
-    return (head_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
-
-
-@plain
-def padded_value(value_dim):
-    """Elements of a value in scratch: those of two tiles together."""
-    return (value_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
 
 
 def scratch_floats(shape, head_dim, value_dim):
@@ -260,58 +250,6 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         add_values(shape, v_parts, column, sections, value_dim, scratch)
 
 
-@inlined
-def stage(shape, keys, values, runs, num_runs, later, scratch):
-    """Bring the keys and values of some runs to bfloat16, in parts, and transpose the values. Returns how many.
-
-    The rows of the run that is `later` runs on are prefetched meanwhile.
-    """
-    key_dim, value_dim = padded_key(keys.head_dim), values.head_dim
-    n = 0
-    for i in range(num_runs):
-        run, following = run_of(runs, i), runs[i + later, RUN_ROW]
-        done = 0
-        while done < run.num_tokens:
-            row, count = run.row + done, min(run.num_tokens - done, ELEMENTS - n % ELEMENTS)
-            prefetch_rows(keys.codes, following + done, count)
-            prefetch_rows(values.codes, following + done, count)
-            lay_rows(shape, keys, row, count, scratch.tile, scratch.keys, n * key_dim, key_dim, PHASE)
-            at = n % ELEMENTS * value_dim
-            lay_rows(shape, values, row, count, scratch.tile, scratch.halves, at, value_dim, ELEMENTS)
-            done += count
-            n += count
-            if n % ELEMENTS == 0:
-                lay_values(shape, scratch.halves, n // ELEMENTS - 1, value_dim, scratch.values)
-    if n % ELEMENTS != 0:  # weights of 0 follow, and 0 times NaN would be NaN
-        for part in range(shape.parts):
-            first = (part * ELEMENTS + n % ELEMENTS) * value_dim
-            scratch.halves[first : (part + 1) * ELEMENTS * value_dim] = 0
-        lay_values(shape, scratch.halves, n // ELEMENTS, value_dim, scratch.values)
-    return n
-
-
-@plain
-def lay_rows(shape, rows, first, count, decoded, out, to, width, most):
-    """Rows of the storage as bfloat16 into out[to:], each in `width` elements; parts are `most` rows apart."""
-    head_dim, parts = rows.head_dim, shape.parts
-    if parts > 1:
-        decode_rows(rows, first, count, decoded, 0)
-    if width == head_dim:
-        if parts == 1:
-            decode_rows(rows, first, count, out, to)
-        else:
-            lay_parts(shape, decoded, 0, count * head_dim, out, to, most * width)
-        return
-    for n in range(count):
-        at = to + n * width
-        if parts == 1:
-            decode_rows(rows, first + n, 1, out, at)
-        else:
-            lay_parts(shape, decoded, n * head_dim, head_dim, out, at, most * width)
-        for part in range(parts):
-            out[at + part * most * width + head_dim : at + part * most * width + width] = 0
-
-
 @plain
 def finish_phases(shape, rows, value_dim, scratch):
     """Turn the totals, so that the elements of a row lie side by side."""
@@ -329,141 +267,6 @@ def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
         for d in range(TILE_ROWS):
             target[first + d] = (total[at + d] + offset) * factor
         at += group * TILE_ROWS
-
-
-def _parts_of(e: Emitter, x: ir.Value, parts: int) -> list[ir.Value]:
-    """x as bfloat16 bits: the nearest, then the nearest of what is left. Nothing is left of infinity."""
-    b, found = e.builder, []
-    for part in range(parts):
-        bits = nearest_bfloat16(e, x)
-        found.append(bits)
-        if part < parts - 1:
-            rest = b.fsub(x, b.bitcast(b.shl(b.zext(bits, vector(I32)), constant(16, I32)), vector(F32)))
-            x = b.select(b.fcmp_ordered("ord", rest, rest), rest, constant(0.0))
-    return found
-
-
-@intrinsic
-def lay_query(typing, shape, q, start, r, head_dim, query):
-    """A row of queries, as parts, into its column: each pair of elements has a row of a tile."""
-    signature = types.void(shape, q, types.intp, types.intp, types.intp, query)
-    static = shape.static
-
-    def generate(context, builder, signature, args):
-        e, b = Emitter(context, builder), builder
-        _, q, start, r, head_dim, query = e.arguments(signature, args)
-        source = q.start + start * 4
-        steps = (head_dim + (ELEMENTS - 1)) // ELEMENTS
-        column = query.start + (r // TILE_ROWS * steps * TILE + r % TILE_ROWS * 4)
-        plane = steps * (static.columns // TILE_ROWS * TILE)
-
-        def chunk(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-            x = e.load(source + i * (4 * LANES), vector(F32))
-            for part, bits in enumerate(_parts_of(e, x, static.parts)):
-                pairs = b.bitcast(bits, vector(I32, LANES // 2))
-                target = column + (plane * part + i * (LANES // 2 * TILE_BYTES))
-                for n in range(LANES // 2):
-                    e.store(b.extract_element(pairs, I32(n)), target + n * TILE_BYTES)
-            return []
-
-        e.loop(head_dim // LANES, [], chunk)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def lay_parts(typing, shape, x, start, count, out, to, plane):
-    """x[start : start + count] as parts into out[to:], `plane` elements apart."""
-    signature = types.void(shape, x, types.intp, types.intp, out, types.intp, types.intp)
-    static = shape.static
-
-    def generate(context, builder, signature, args):
-        e = Emitter(context, builder)
-        _, x, start, count, out, to, plane = e.arguments(signature, args)
-        source, target = x.start + start * 4, out.start + to * 2
-
-        def chunk(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-            loaded = e.load(source + i * (4 * LANES), vector(F32))
-            for part, bits in enumerate(_parts_of(e, loaded, static.parts)):
-                e.store(bits, target + (plane * (2 * part) + i * (2 * LANES)))
-            return []
-
-        e.loop(count // LANES, [], chunk)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def lay_values(typing, shape, halves, section, value_dim, values):
-    """32 rows of bfloat16, of each part, transposed as a section of the phase's values."""
-    signature = types.void(shape, halves, types.intp, types.intp, values)
-    static = shape.static
-
-    def generate(context, builder, signature, args):
-        e, b = Emitter(context, builder), builder
-        _, halves, section, value_dim, values = e.arguments(signature, args)
-        row_bytes = value_dim * 2
-        plane = (value_dim + (ELEMENTS - 1)) // ELEMENTS * (ELEMENTS * PHASE * 2)
-        neighbours = [element + token * TILE_ROWS for element in range(TILE_ROWS) for token in range(2)]
-
-        def elements(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-            for part in range(static.parts):
-                source = halves.start + (row_bytes * (part * ELEMENTS) + i * (2 * TILE_ROWS))
-                pairs = []
-                for pair in range(PAIRS):
-                    rows = (source + row_bytes * (2 * pair + token) for token in range(2))
-                    two = (e.load(row, vector(I16, TILE_ROWS)) for row in rows)
-                    pairs.append(b.bitcast(e.shuffle(*two, neighbours), vector(I32, TILE_ROWS)))
-                target = values.start + (plane * part + (i * SECTIONS + section) * TILE)
-                for d, row in enumerate(transposed(e, pairs)):
-                    e.store(row, target + d * TILE_BYTES)
-            return []
-
-        e.loop(value_dim // TILE_ROWS, [], elements)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-def transposed(e: Emitter, rows: list[ir.Value]) -> list[ir.Value]:
-    """Lane i of vector j becomes lane j of vector i, of as many vectors as they have lanes."""
-    count = len(rows)
-    distance = count // 2
-    while distance:
-        turned = list(rows)
-        for i in range(count):
-            if not i & distance:
-                x, y = rows[i], rows[i | distance]
-                low = [lane if not lane & distance else count + (lane ^ distance) for lane in range(count)]
-                high = [lane | distance if not lane & distance else count + lane for lane in range(count)]
-                turned[i], turned[i | distance] = e.shuffle(x, y, low), e.shuffle(x, y, high)
-        rows = turned
-        distance //= 2
-    return rows
-
-
-@intrinsic
-def turn_tiles(typing, x, count):
-    """Transpose each of the first `count` tiles of x, in place."""
-    signature = types.void(x, types.intp)
-
-    def generate(context, builder, signature, args):
-        e = Emitter(context, builder)
-        x, count = e.arguments(signature, args)
-
-        def tile(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-            where = x.start + i * TILE
-            rows = [e.load(where + r * TILE_BYTES, vector(F32, TILE_ROWS)) for r in range(TILE_ROWS)]
-            for r, row in enumerate(transposed(e, rows)):
-                e.store(row, where + r * TILE_BYTES)
-            return []
-
-        e.loop(count, [], tile)
-        return context.get_dummy_value()
-
-    return signature, generate
 
 
 class _Group:
@@ -557,8 +360,9 @@ def _weigh(
         for known_top, top in zip(settled, tops, strict=True)
     ]
     steps_of_scores = group.load(QUERY_STEP)
+    factors: list[ir.Value] = []
 
-    def half(i: Int) -> Pointer:
+    def half(i: Int | int) -> Pointer:
         """Where the scores of a section lie."""
         return scratch.scores.start + i % 2 * (2 * wide * TILE)
 
@@ -619,14 +423,13 @@ def _weigh(
 
     def finish(section: Int) -> None:
         """Before a section's weights: see to what is masked, capped or biased; then scores are scaled already."""
-        nonlocal factors
         key = section * ELEMENTS
         last = key + (ELEMENTS - 1)
         unknown = b.not_(b.and_(last < phase.num_tokens, phase.key + last <= known))
         with b.if_then(unknown):
             _finish(e, shape, group, half(section), key, phase, masks, scratch, steps_of_scores)
         unmasked = e.splat(b.not_(unknown))
-        factors = [
+        factors[:] = [
             b.select(unmasked, b.fmul(step, constant(rate)), constant(rate)) for step in steps_of_scores
         ]
 
@@ -644,7 +447,6 @@ def _weigh(
 
         return scores(n + 1, [I64(0), *carried], between)[1:]
 
-    factors: list[ir.Value] = []
     carried = [nothing, constant(float("-inf"))] * len(group.vectors)
     scores(0, [], lambda dot, carried: carried)
     carried = e.loop(sections - 1, carried, both)
@@ -699,10 +501,9 @@ def _weights_of(e: Emitter, two: list[ir.Value], parts: int) -> tuple[list[ir.Va
     b = e.builder
     upper = constant(UPPER, I32)
     if parts == 1:
-        bits = [b.and_(b.bitcast(_exp2(e, x), vector(I32)), upper) for x in two]
-        # what is multiplied is what is summed: the rounding of weights cancels
-        total = e.add(*(b.bitcast(x, vector(F32)) for x in bits))
-        return [b.or_(b.lshr(bits[0], constant(16, I32)), bits[1])], total
+        rest = [_exp2(e, x) for x in two]
+        bits = [b.add(b.bitcast(x, vector(I32)), constant(HALF_BIT, I32)) for x in rest]
+        return [b.or_(b.lshr(bits[0], constant(16, I32)), b.and_(bits[1], upper))], e.add(*rest)
     rest = [e.exp(x) for x in two]
     total = e.add(*rest)
     words = []
@@ -714,7 +515,7 @@ def _weights_of(e: Emitter, two: list[ir.Value], parts: int) -> tuple[list[ir.Va
 
 
 def _exp2(e: Emitter, x: ir.Value) -> ir.Value:
-    """2**x, a little more, see EXP2; where x is HIDDEN bfloat16 has no bits of it."""
+    """2**x; 0 where x is HIDDEN."""
     fraction, whole = e.split(x)
     p = constant(EXP2[-1])
     for coefficient in EXP2[-2::-1]:
@@ -817,7 +618,7 @@ def _add_values(
             else:  # one running sum over a long sequence would round its tail away
                 tiles.zero(tile)
 
-        def product(i: Int | int, j: Int | int, section: Int, _: list[ir.Value]) -> list[ir.Value]:
+        def product(i: Int | int, j: Int | int, section: Int, none: list[ir.Value]) -> list[ir.Value]:
             values = scratch.values.start + (value_plane * i + (d * (high * SECTIONS) + section) * TILE)
             weights = scratch.weights.start + (section * (wide * TILE) + j * weight_plane)
             products = _outer(
@@ -828,7 +629,7 @@ def _add_values(
             )
             for _ in products:
                 pass
-            return []
+            return none
 
         _each_product(e, parts, v_parts, sections, [], product)
         for tile in range(4):

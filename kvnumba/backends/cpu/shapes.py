@@ -228,7 +228,7 @@ def padded(head_dim):
     return -(-head_dim // (4 * LANES)) * 4 * LANES
 
 
-def state_at(state: Array, name: int, shape: Shape, part: int = 0) -> Pointer:
+def state_at(state: Array, name: int, shape: Shape, part: Int | int = 0) -> Pointer:
     """Where a vector of a row of the state lies."""
     return state.start + 4 * (name * shape.width + part * LANES)
 
@@ -241,7 +241,7 @@ def tokens_of(shape: Shape, part: Any) -> list[int]:
 
 
 def finish_scores(
-    e: Emitter, shape: Shape, part: int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
+    e: Emitter, shape: Shape, part: Int | int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
 ) -> ir.Value:
     """Offset and soft cap, ALiBi and masks, in the order of the NumPy backend's `score`, on a vector of scores.
 
