@@ -35,9 +35,10 @@ class ScoringOptions(TypedDict, total=False):
     arithmetic : {"float32", "bfloat16", "bfloat16x3"}
         In which queries, keys, weights and values are multiplied; sums are float32 in any case. "float32": exactly
         that. "bfloat16": several new tokens may be multiplied in it, where the processor does that faster.
-        Default: what is fastest within the rounding of the storage format. For codes these are products of
-        16-bit integers, for queries in bfloat16 as "bfloat16", for queries in float16 or bfloat16 on a GPU its
-        matrix instructions.
+        "bfloat16x3": the same with two bfloat16 numbers for each float32, so that products keep 16 bits, on
+        processors with tile instructions. Default: what is fastest within the rounding of the storage format.
+        For codes these are products of 16-bit integers, for queries in bfloat16 as "bfloat16", for queries in
+        float16 or bfloat16 on a GPU its matrix instructions, and for floats on tiles three bfloat16 numbers each.
     """
 
     sm_scale: float | None

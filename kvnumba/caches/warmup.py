@@ -24,20 +24,27 @@ def warmup(
     num_qo_heads: int = 32,
     num_kv_heads: int = 8,
     *,
+    key_format: str = "float32",
     scale_dtype: Any = "float32",
+    arithmetic: str | None = None,
     backend: str | None = None,
 ) -> None:
     """Compile, or load from disk, the kernels that a model's caches will run.
 
-    On the `cpu` backend they depend on the query heads of a KV head and on the dtype of scales, not on formats, widths
-    or lengths. Without this call each compiles at its first use: about 25 s in all, once for an installation.
+    On the `cpu` backend they depend on the query heads of a KV head and on the dtype of scales, not on widths or
+    lengths; on processors with tile instructions also on the arithmetic, and on whether keys and values are codes.
+    Without this call each compiles at its first use: about 25 s in all, once for an installation.
 
     Parameters
     ----------
     num_qo_heads, num_kv_heads : int
         Of the model; the first is a multiple of the second.
+    key_format : str
+        Of the keys and values of the caches to come.
     scale_dtype : {"float32", "float16"}
-        Of the caches to come: float16 for int4 as models keep it.
+        Of their scales: float16 for int4 as models keep it.
+    arithmetic : str, optional
+        Of the calls to come, see `ScoringOptions`: "bfloat16" also for queries in bfloat16.
     backend : str, optional
         Default: the one that is chosen.
     """
@@ -57,10 +64,11 @@ def warmup(
         cache.update(new, new)
     cache.attend(np.zeros((1, group, 1, head_dim), np.float32))
     # every number of new tokens up to a whole tile and what may be left of a prompt
-    short = KVCache(1, TILE, 1, 8, **kept)
-    short.update(k[:, :, :TILE, :8], k[:, :, :TILE, :8])
+    width = 128  # of which every kernel may be
+    short = KVCache(1, TILE, 1, width, key_format, **kept)
+    short.update(k[:, :, :TILE, :width], k[:, :, :TILE, :width])
     for count in tile_counts(group):
-        short.attend(np.zeros((1, group, count, 8), np.float32))
+        short.attend(np.zeros((1, group, count, width), np.float32), arithmetic=arithmetic)
     shared = PagedKVCache(2, 16, 1, 2048, 2, **kept)
     seq_id = shared.add_sequence()
     shared.update(seq_id, k[0, :, :1], k[0, :, :1])

@@ -254,7 +254,7 @@ def test_warmup_compiles_all(tmp_path, options):
     scale_dtype = options.get("scale_dtype", "float32")
     script = f"""
         from kvnumba.backends.cpu import jit
-        kvnumba.warmup(8, 2, scale_dtype="{scale_dtype}", backend="cpu")
+        kvnumba.warmup(8, 2, key_format="int4", scale_dtype="{scale_dtype}", backend="cpu")
         before = set(jit._compiled)
         x = np.ones((2, 700, 64), np.float32)
         cache = kvnumba.PagedKVCache(80, 16, 2, 64, 2, "int4", backend="cpu", **{options})

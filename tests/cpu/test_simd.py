@@ -183,6 +183,24 @@ def test_arm_converts_float16_by_instructions(convert, given, result, instructio
     assert {operation.removesuffix("2") for operation in operations} - {"mov", "ret"} == {instruction}
 
 
+def test_powers_of_two():
+    """Split into a fraction and a whole number, the fraction put back as if its power were 1 + fraction."""
+    x = np.concatenate(
+        [np.linspace(-125.9, 100, 6 * LANES), [0.0, -3.0, 5.0, -0.0], np.full(LANES - 4, -1e30)]
+    )
+    x = x.astype(np.float32)
+
+    def linear(e, v):
+        fraction, whole = e.split(v)
+        return e.scale(e.add(fraction, constant(1.0)), whole)
+
+    have, exact = mapped(linear, x), x.astype(np.float64)
+    floor = np.floor(exact)
+    want = (1 + exact - floor) * 2.0**floor
+    np.testing.assert_allclose(have[: 6 * LANES + 4], want[: 6 * LANES + 4], rtol=1e-6)
+    assert (have[6 * LANES + 4 :] == 0).all()
+
+
 def test_broadcast_lanes():
     x = np.arange(LANES, dtype=np.float32)
     assert (mapped(lambda e, v: e.splat(e.builder.extract_element(v, I32(3))), x) == 3).all()

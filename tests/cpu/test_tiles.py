@@ -22,7 +22,7 @@ from oracle import bfloat16
 
 from kvnumba.attention import cascade
 from kvnumba.backends import cpu
-from kvnumba.backends.cpu import few_tiles, tiles
+from kvnumba.backends.cpu import few_tiles, many_tiles, tiles
 from kvnumba.backends.cpu.simd import Emitter
 from kvnumba.backends.cpu.tiles import AMX, STAND_IN, Tiles
 from kvnumba.formats import FORMATS
@@ -169,6 +169,75 @@ def test_few_tiles(keys, values, head_dim, value_dim, block, group, new, options
     assert few_tiles.__name__ in tiled
 
 
+MANY = [  # formats, arithmetic, widths, block size, query heads of a KV head, new tokens, options
+    ("float32", None, 64, 64, 16, 4, 100, {}),
+    ("float32", "bfloat16x3", 80, 48, 1, 2, 30, {"window_left": 30}),
+    ("float16", None, 32, 128, 128, 7, 60, {"logits_soft_cap": 5.0, "alibi_slopes": True}),
+    ("bfloat16", "bfloat16", 256, 16, 48, 3, 40, {"sinks": True}),
+    ("int8", None, 80, 80, 16, 4, 13, {"window_left": 100}),
+    ("int4", "bfloat16", 128, 112, 7, 64, 5, {"sinks": True, "scale_dtype": "float16"}),
+]
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    ("fmt", "arithmetic", "head_dim", "value_dim", "block", "group", "new", "options"), MANY
+)
+def test_many_tiles(
+    fmt, arithmetic, head_dim, value_dim, block, group, new, options, instructions, tiled, monkeypatch, normal
+):
+    """Sequences of several lengths, more than a phase and less, in blocks out of order, whose rest is NaN."""
+    monkeypatch.setattr(tiles, "instructions", lambda: instructions)
+    options = {name: normal(2 * group) if value is True else value for name, value in options.items()}
+    scale_dtype = options.pop("scale_dtype", "float32")
+    lengths = [330, 64, 3]
+    cache = kvnumba.PagedKVCache(
+        sum(-(-(length + new) // block) for length in lengths), block, 2, head_dim, len(lengths), key_format=fmt,
+        value_format=fmt, value_head_dim=value_dim, scale_dtype=scale_dtype, backend="cpu",
+    )  # fmt: skip
+    nan = {"float32": np.nan, "float16": np.nan, "bfloat16": 0xFFFF}.get(fmt, 255)
+    cache.k_pool[:] = cache.v_pool[:] = nan
+    for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
+        part[:] = np.nan
+    ids = [cache.add_sequence() for _ in lengths]
+    for part in range(3):
+        grow(cache, normal, ids, [length * (part + 1) // 3 - length * part // 3 for length in lengths])
+    step = grow(cache, normal, ids, [new] * len(ids))
+    q = normal(new * len(ids), 2 * group, head_dim)
+    if arithmetic == "bfloat16":
+        q = oracle.bfloat16(q)
+    out, lse = step.attend(q, return_lse=True, arithmetic=arithmetic, **options)
+    assert many_tiles.__name__ in tiled
+    for n, seq_id in enumerate(ids):
+        mine = slice(n * new, (n + 1) * new)
+        k, v = cache.get_kv(seq_id)
+        if arithmetic == "bfloat16":
+            want, want_lse = oracle.attention(q[mine], oracle.bfloat16(k), oracle.bfloat16(v), **options)
+            assert np.abs(out[mine] - want).max() <= 2 * 2.0**-9 * np.abs(v).max()
+            assert np.abs(lse[mine] - want_lse).max() <= 2e-5
+        else:
+            rounded = None if arithmetic is None and fmt != "int8" else oracle.sixteen_bits
+            oracle.assert_as_exact((out[mine], lse[mine]), q[mine], k, v, rounded=rounded, **options)
+
+
+@pytest.mark.parametrize("arithmetic", [None, "bfloat16"])
+def test_maxima_that_rise(arithmetic, tiled, normal):
+    """Far beyond the room that weights have, in each phase and within it; and scores too large to tell apart."""
+    cache = kvnumba.KVCache(1, 900, 1, 16, backend="cpu")
+    k = np.zeros((1, 1, 900, 16), np.float32)
+    k[..., 0] = np.arange(900) // 4 * 4  # exact in bfloat16
+    v = oracle.bfloat16(normal(1, 1, 900, 16))
+    cache.update(k, v)
+    for size in (1.0, -1.0, 2.0**30):
+        q = np.full((1, 1, 20, 16), size, np.float32)
+        out, lse = cache.attend(q, return_lse=True, sm_scale=1.0, arithmetic=arithmetic)
+        if abs(size) == 1:
+            want, want_lse = oracle.attention(q[0].swapaxes(0, 1), k[0], v[0], sm_scale=1.0)
+            np.testing.assert_allclose(out[0].swapaxes(0, 1), want, atol=0.02 if arithmetic else 1e-5)
+            np.testing.assert_allclose(lse[0].swapaxes(0, 1), want_lse, rtol=1e-6, atol=1e-5)
+    assert many_tiles.__name__ in tiled
+
+
 def test_few_tiles_of_a_prefix(tiled, monkeypatch, normal):
     monkeypatch.setattr(cascade, "worthwhile", lambda *args: True)
     cache = kvnumba.PagedKVCache(40, 16, 2, 128, 3, "int8", backend="cpu")
@@ -213,6 +282,34 @@ def test_what_few_tiles_take(keys, values, takes):
     assert few_tiles.fits(*rows) == takes
 
 
+COMPILE_MANY = """
+import numpy as np
+from numba import njit, typeof
+from kvnumba.backends.cpu import many_tiles, shapes
+
+floats, halves = np.zeros(1, np.float32), np.zeros(1, np.uint16)
+table, positions = np.zeros((1, 1), np.float32), np.zeros(1, np.int32)
+run, masks = shapes.Run(0, 1, 0, 0), shapes.Masks(np.int32(1), 0, np.float32(0))
+scratch = many_tiles.TileScratch(
+    table, positions, halves, halves, halves, halves, floats, floats, floats, halves
+)
+
+@njit(error_model="numpy")
+def weigh(shape, run, masks, scratch):
+    return many_tiles.weigh(shape, 1, 0, 1, 0, run, 64, masks, scratch)
+
+@njit(error_model="numpy")
+def add(shape, run, masks, scratch):
+    many_tiles.add_values(shape, 1, 0, 1, 64, scratch)
+
+shape = many_tiles.shape(64, "float32", {parts}, "amx")
+for function in (weigh, add):
+    kinds = tuple(typeof(x) for x in (shape, run, masks, scratch))
+    function.compile(kinds)
+    print(function.inspect_asm(kinds).split("_ZN7cpython")[0])
+    print("END")
+"""
+
 COMPILE = """
 import numpy as np
 from numba import njit, typeof
@@ -247,15 +344,11 @@ for function in (score, stage, weigh):
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another kind of processor")
-@pytest.mark.parametrize("rows", [4, 20])
-def test_few_tiles_compile(rows, tmp_path):
-    """To real instructions: no calls beside them, and what is inside of loops stays in registers."""
-    features = (
-        "amx-tile amx-int8 amx-bf16 avx512f avx512bw avx512vl avx512dq avx512vnni avx2 fma f16c avx sse4.2"
-    )
+def compiled(script, tmp_path):
+    """The assembly that a script prints, functions apart, of a processor with tiles."""
+    features = "amx-tile amx-int8 amx-bf16 avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 avx2 fma f16c avx sse4.2"
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE.replace("{rows}", str(rows))],
+        [sys.executable, "-c", script],
         env={
             **os.environ,
             "NUMBA_CPU_NAME": "sapphirerapids",
@@ -267,7 +360,17 @@ def test_few_tiles_compile(rows, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    score, stage, weigh, _ = done.stdout.split("END\n")
+    return done.stdout.split("END\n")[:-1]
+
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another kind of processor")
+
+
+@x86
+@pytest.mark.parametrize("rows", [4, 20])
+def test_few_tiles_compile(rows, tmp_path):
+    """To real instructions: no calls beside them, and what is inside of loops stays in registers."""
+    score, stage, weigh = compiled(COMPILE.replace("{rows}", str(rows)), tmp_path)
     assert "vpunpcklbw" in stage
     for code in (score, weigh):
         assert "tileloadd" in code
@@ -277,6 +380,16 @@ def test_few_tiles_compile(rows, tmp_path):
     for block in re.split(r"^\.L\w+:", score + stage + weigh, flags=re.MULTILINE):
         if re.search("tdpbusd|vpunpcklbw|vcvttps2dq|vcvtdq2ps", block):
             assert not re.search(r"vmov\w+\s+%[xyz]mm\d+, \d*\(%rsp\)", block), block
+
+
+@x86
+@pytest.mark.parametrize("parts", [1, 3])
+def test_many_tiles_compile(parts, tmp_path):
+    """To real instructions, with no calls beside them."""
+    for code in compiled(COMPILE_MANY.replace("{parts}", str(parts)), tmp_path):
+        within = code[code.index("tileloadd") : code.rindex("tilestored")]
+        assert "tdpbf16ps" in within
+        assert "call" not in within
 
 
 def test_why_there_are_no_tiles():

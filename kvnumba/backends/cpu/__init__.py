@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from kvnumba.backends.cpu import attend as attention
-from kvnumba.backends.cpu import ceilings, copy, many, read, write
+from kvnumba.backends.cpu import ceilings, copy, many, read, tiles, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.plan import Plan, PlannedPart, plan_parts, shape_of
 from kvnumba.backends.cpu.shapes import Score, Shape
@@ -212,11 +212,14 @@ def describe() -> list[tuple[str, str]]:
             "processor",
             f"{llvmlite.binding.get_host_cpu_name()}: {' '.join(vectors) or 'no vector extensions known'}",
         ),
+        ("tiles", tiles.unavailable_reason() or "yes: prompts, and decoding from int8 and int4"),
         ("bfloat16 products", _bfloat16_products()),
     ]
 
 
 def _bfloat16_products() -> str:
+    if tiles.instructions():
+        return "of prompts, where asked for: on tiles"
     if ceilings.bfloat16_is_faster():
         return "of prompts, where asked for: faster than float32 here"
     return "none: slower than float32 here" if HAS_BFLOAT16_DOT else "none: no instruction"

@@ -47,7 +47,7 @@ from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
 from kvnumba.formats import FORMATS
 from kvnumba.storage import RowLayout
 
-ROWS = (4, 8, 16, 20, 24, 32)
+ROWS = (4, 8, 20, 32)
 """Numbers of rows that kernels are compiled for."""
 
 WIDEST = 256  # elements of a row

@@ -49,15 +49,15 @@ def unavailable_reason() -> str | None:
     features = target_features()
     missing = [name for name in _FEATURES if not features.get(name)]
     if missing:
-        return f"no {' '.join(missing)}"
+        return f"no: the processor has no {' '.join(missing)}"
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"not asked for on {sys.platform}"
+        return f"no: not asked for on {sys.platform}"
     libc = ctypes.CDLL(None, use_errno=True)
     granted = ctypes.c_ulong()
     if libc.syscall(_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA) != 0:
-        return f"the system refused them (errno {ctypes.get_errno()})"
+        return f"no: the system refused them (errno {ctypes.get_errno()})"
     libc.syscall(_ARCH_PRCTL, _GET_PERMISSION, ctypes.byref(granted))
-    return None if granted.value >> _TILE_DATA & 1 else "the system did not grant them"
+    return None if granted.value >> _TILE_DATA & 1 else "no: the system did not grant them"
 
 
 class Tiles:
