@@ -136,10 +136,16 @@ def ceilings_of_the_machine() -> str:
     """What it reads from memory and computes at most."""
     (read, num_bytes), (compute, operations) = ceilings.reading(), ceilings.computing()
     best = in_turns({"read": read, "compute": compute}, 5)
-    return (
+    found = (
         f"read {num_bytes / best['read'].median / 1e9:.1f} GB/s, "
         f"{operations / best['compute'].median / 1e9:.0f} GFLOP/s"
     )
+    tiles = ceilings.computing_on_tiles()
+    if tiles is None:
+        return found
+    multiply, operations = tiles
+    seconds = in_turns({"tiles": multiply}, 5)["tiles"].median
+    return f"{found}, on tiles {operations / seconds / 1e9:.0f} GFLOP/s"
 
 
 if __name__ == "__main__":

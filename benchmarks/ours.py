@@ -12,6 +12,7 @@ import kvnumba
 from kvnumba.backends import cpu
 from kvnumba.caches.step import Step
 from kvnumba.commands.bench import shuffle
+from kvnumba.formats import FORMATS
 
 
 class Paged(NamedTuple):
@@ -46,8 +47,9 @@ def paged(problem: Problem, fmt: str, backend: str) -> Paged:
 
 
 def arithmetic(fmt: str) -> str | None:
-    """What is stored in bfloat16 is also multiplied in bfloat16, as peers do; otherwise the backend chooses."""
-    return "bfloat16" if fmt == "bfloat16" else None
+    """bfloat16 where peers multiply in it: what is stored so, and on tiles also codes. Else the backend chooses."""
+    on_tiles = cpu.tiles.instructions() is not None
+    return "bfloat16" if fmt == "bfloat16" or (on_tiles and FORMATS[fmt].bits <= 8) else None
 
 
 def kernels(problem: Problem, fmt: str, step: Step) -> str:

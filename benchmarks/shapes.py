@@ -15,6 +15,7 @@ from kvnumba.commands.shapes import SHAPES
 DECODE = {
     **{f"llama-3-8b 1 x {length}": ("llama-3-8b", 1, length, 1, 128) for length in (64, 1024, 8192, 32768, 131072)},
     "llama-3-8b 16 x 4096": ("llama-3-8b", 16, 4096, 1, 128),
+    "llama-3-8b 1 x 32768, 5 new": ("llama-3-8b", 1, 32768, 5, 128),
     "llama-3-8b 1 x 32768, blocks of 16": ("llama-3-8b", 1, 32768, 1, 16),
     "llama-2-7b 1 x 8192": ("llama-2-7b", 1, 8192, 1, 128),
     "qwen3-32b 1 x 32768": ("qwen3-32b", 1, 32768, 1, 128),

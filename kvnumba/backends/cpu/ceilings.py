@@ -17,8 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvnumba.backends.cpu import many_tiles, tiles
 from kvnumba.backends.cpu.jit import COMMON, kernel, launch
 from kvnumba.backends.cpu.simd import F32, HAS_BFLOAT16_DOT, I32, LANES, Emitter, Int, constant, vector
+from kvnumba.backends.cpu.tiles import Tiles
 
 BYTES = 1 << 29
 AHEAD = 4096  # bytes between what is read and what is prefetched
@@ -92,6 +94,35 @@ def _compute_pairs(static, worker, workers, job):
     out[worker] = _pairs(count, x)
 
 
+@intrinsic
+def _multiply_tiles(typing, shape, count):
+    """Six sums of products of the same two tiles, over and over."""
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        tile, (_, count) = Tiles(e, static.instructions), e.arguments(signature, args)
+        for n in range(8):
+            tile.zero(n)
+
+        def products(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            for total in range(6):
+                tile.dot_bfloat16(total, 6, 7)
+            return []
+
+        e.loop(count, [], products)
+        return context.get_dummy_value()
+
+    return types.void(shape, types.intp), generate
+
+
+@kernel
+def _compute_tiles(shape, worker, workers, job):
+    shape.begin(shape)
+    _multiply_tiles(shape, job[0])
+    shape.end(shape)
+
+
 def reading() -> tuple[Callable[[], None], int]:
     """A call that reads an array much larger than the caches in all threads, and the bytes that it reads."""
     x = np.ones(BYTES // 4, np.float32)
@@ -104,6 +135,17 @@ def computing() -> tuple[Callable[[], None], int]:
     count, threads = 2_000_000, numba.get_num_threads()
     job = (count, np.float32(0.5), np.zeros(threads, np.float32))
     return lambda: launch(_compute, COMMON, threads, job), 2 * 16 * LANES * count * threads
+
+
+def computing_on_tiles() -> tuple[Callable[[], None], int] | None:
+    """The same of tile instructions, on bfloat16; None where there are none."""
+    instructions = tiles.instructions()
+    if instructions is None:
+        return None
+    count, threads = 100_000, numba.get_num_threads()
+    shape = many_tiles.shape(many_tiles.ROWS[0], "float32", 1, instructions)
+    operations = 2 * 6 * tiles.TILE_ROWS**2 * (tiles.TILE_BYTES // 2) * count * threads
+    return lambda: launch(_compute_tiles, shape, threads, (count,)), operations
 
 
 @functools.cache
