@@ -29,9 +29,17 @@ MIN_SPLIT = 512  # keys that are worth a piece of their own
 SERIAL = 16_384  # scores of a head_dim of 128 that one thread computes before another has woken up
 
 FEW_ROWS = few.MOST_ROWS
-SIZES = many.ROWS[0], many.ROWS[-1]
-TILE_SIZES = many_tiles.ROWS
-CODE_SIZES = *(rows for rows in few_tiles.ROWS if rows > FEW_ROWS), *many_tiles.ROWS
+SIZES, TILE_SIZES, EXACT_SIZES, CODE_SIZES = (
+    np.array(sizes, np.int64)
+    for sizes in (
+        many.ROWS,
+        many_tiles.ROWS,
+        (*(rows for rows in many.ROWS if rows < many_tiles.ROWS[0]), *many_tiles.ROWS),
+        (*(rows for rows in few_tiles.ROWS if rows > FEW_ROWS), *many_tiles.ROWS),
+    )
+)
+"""Numbers of rows of pieces with more than FEW_ROWS: of float32 arithmetic, and what tiles take."""
+EXACT_PARTS = 3  # bfloat16 numbers that hold a float32: to stage so many pays for prompts only
 
 PIECE_COLUMNS = len(Piece._fields)
 (
@@ -74,7 +82,7 @@ def tile_parts(layout: Layout, scoring: Scoring) -> int:
     if scoring.arithmetic is not None:
         return {"bfloat16": 1, "bfloat16x3": 2}[scoring.arithmetic]
     codes = all(rows.fmt.kind == "code" for rows in (layout.keys, layout.values))
-    return 2 if codes else 3
+    return 2 if codes else EXACT_PARTS
 
 
 def codes_on_tiles(layout: Layout, parts: int) -> bool:
@@ -84,8 +92,9 @@ def codes_on_tiles(layout: Layout, parts: int) -> bool:
 
 def sizes_of(layout: Layout, parts: int) -> np.ndarray:
     """`Heads.sizes`."""
-    sizes = CODE_SIZES if codes_on_tiles(layout, parts) else TILE_SIZES if parts else SIZES
-    return np.array(sizes, np.int64)
+    if codes_on_tiles(layout, parts):
+        return CODE_SIZES
+    return EXACT_SIZES if parts == EXACT_PARTS else TILE_SIZES if parts else SIZES
 
 
 def shape_of(rows: int, layout: Layout, parts: int) -> Shape:
@@ -96,9 +105,9 @@ def shape_of(rows: int, layout: Layout, parts: int) -> Shape:
         return few_tiles.shape(size, scale_dtype, instructions)
     if rows <= FEW_ROWS:
         return few.shape(rows, scale_dtype)
-    if parts and instructions:
+    if instructions and parts and (parts < EXACT_PARTS or rows > many_tiles.ROWS[0]):
         return many_tiles.shape(rows, scale_dtype, parts, instructions)
-    return many.shape(rows, scale_dtype)
+    return many.shape(next(size for size in many.ROWS if rows <= size), scale_dtype)
 
 
 class PlannedPart(NamedTuple):
