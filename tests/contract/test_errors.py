@@ -132,7 +132,7 @@ BAD_QUERIES = {
         ones((2, 1, 8)),
         {"arithmetic": "float16"},
         ValueError,
-        "arithmetic: expected one of float32, bfloat16; got 'float16'",
+        "arithmetic: expected one of float32, bfloat16, bfloat16x3; got 'float16'",
     ),
     "soft cap": (ones((2, 1, 8)), {"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap: expected 0"),
     "sinks": (ones((2, 1, 8)), {"sinks": ones(3)}, ValueError, r"sinks: expected shape \(Hq=2\); got \(3,\)"),
