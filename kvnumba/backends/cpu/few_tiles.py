@@ -127,40 +127,6 @@ def choose(keys, values, scoring):
 
 
 @plain
-def begin(shape):
-    """Before the first piece of a thread."""
-    configure(shape)
-
-
-@plain
-def end(shape):
-    """After the last."""
-    release(shape)
-
-
-@intrinsic
-def configure(typing, shape):
-    """Make tiles usable in this thread."""
-
-    def generate(context, builder, signature, args):
-        Tiles(Emitter(context, builder), shape.static.instructions).configure()
-        return context.get_dummy_value()
-
-    return types.void(shape), generate
-
-
-@intrinsic
-def release(typing, shape):
-    """Leave the tiles of this thread."""
-
-    def generate(context, builder, signature, args):
-        Tiles(Emitter(context, builder), shape.static.instructions).release()
-        return context.get_dummy_value()
-
-    return types.void(shape), generate
-
-
-@plain
 def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     """A row of queries, scaled, as integers of two signed bytes: (64 bytes of a key, tile, 16, 16 columns, 4)."""
     sm_scale, half = scoring.sm_scale, half_of(shape.columns)

@@ -182,30 +182,6 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     )
 
 
-@intrinsic
-def begin(typing, shape):
-    """Before a thread's first tile."""
-    static = shape.static
-
-    def generate(context, builder, signature, args):
-        Tiles(Emitter(context, builder), static.instructions).configure()
-        return context.get_dummy_value()
-
-    return types.void(shape), generate
-
-
-@intrinsic
-def end(typing, shape):
-    """After its last."""
-    static = shape.static
-
-    def generate(context, builder, signature, args):
-        Tiles(Emitter(context, builder), static.instructions).release()
-        return context.get_dummy_value()
-
-    return types.void(shape), generate
-
-
 @plain
 def choose(keys, values, scoring):
     """All rows are staged."""

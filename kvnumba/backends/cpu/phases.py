@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import inlined, plain
 from kvnumba.backends.cpu.runs import RUN_ROW, run_of, runs_ahead
 from kvnumba.backends.cpu.shapes import RESCALE, STATE_ROWS, Scratch, padded, prefetch_rows
+from kvnumba.backends.cpu.simd import Emitter
 from kvnumba.backends.cpu.softmax import exponentiate_run, settle
+from kvnumba.backends.cpu.tiles import Tiles
 
 
 def scratch_floats(shape, head_dim, value_dim):
@@ -53,14 +57,30 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     )
 
 
-@plain
-def begin(shape):
-    """Nothing before the first piece of a thread."""
+@intrinsic
+def begin(typing, shape):
+    """Before a thread's first piece: make tiles usable, where the shape has instructions for them."""
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        if static.instructions:
+            Tiles(Emitter(context, builder), static.instructions).configure()
+        return context.get_dummy_value()
+
+    return types.void(shape), generate
 
 
-@plain
-def end(shape):
-    """Nothing after the last."""
+@intrinsic
+def end(typing, shape):
+    """After its last: leave them."""
+    static = shape.static
+
+    def generate(context, builder, signature, args):
+        if static.instructions:
+            Tiles(Emitter(context, builder), static.instructions).release()
+        return context.get_dummy_value()
+
+    return types.void(shape), generate
 
 
 @inlined
