@@ -238,6 +238,22 @@ def test_maxima_that_rise(arithmetic, tiled, normal):
     assert many_tiles.__name__ in tiled
 
 
+@pytest.mark.parametrize("arithmetic", [None, "bfloat16"])
+def test_sinks_that_stand_for_none(arithmetic, tiled, normal):
+    """As in a model some of whose heads have no sink."""
+    cache = kvnumba.KVCache(1, 100, 1, 64, backend="cpu")
+    k, v, q = (oracle.bfloat16(normal(1, n, size, 64)) for n, size in ((1, 100), (1, 100), (64, 4)))
+    cache.update(k, v)
+    want = cache.attend(q, return_lse=True, arithmetic=arithmetic)
+    for power in (9, 12, 30):
+        sinks = -(10.0**power) * np.linspace(1, 2, 64, dtype=np.float32)
+        sinks[::16] = np.finfo(np.float32).min
+        have = cache.attend(q, return_lse=True, arithmetic=arithmetic, sinks=sinks)
+        for x, y in zip(have, want, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-2 if arithmetic else 1e-5)
+    assert many_tiles.__name__ in tiled
+
+
 def test_few_tiles_of_a_prefix(tiled, monkeypatch, normal):
     monkeypatch.setattr(cascade, "worthwhile", lambda *args: True)
     cache = kvnumba.PagedKVCache(40, 16, 2, 128, 3, "int8", backend="cpu")

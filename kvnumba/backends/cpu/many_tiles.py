@@ -70,6 +70,7 @@ SCORES = 2 * ELEMENTS  # of a column: those of a section of 32 keys, and of the 
 
 HEADROOM = 5.5  # the logarithm of the greatest weight before a phase is repeated
 MOST_TURNS = 4  # of a phase: maxima beyond 1e7 are rounded by more than HEADROOM
+FAR = 1e6  # a maximum that rises by more, as from a sink that stands for none, is found anew: the sum would be rounded
 
 PARTS = np.array([{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for name in FORMATS])
 """bfloat16 numbers that hold a number of each format exactly."""
@@ -542,8 +543,9 @@ def raise_maxima(typing, shape, column, value_dim, scratch):
             found = b.fmul(top, constant(1 / _rate(static.parts)))
             seen = b.fcmp_ordered(">", top, b.select(settled, constant(0.0), constant(SEEN)))
             now = b.select(seen, b.select(settled, b.fadd(before, found), found), before)
-            maxima.append(now)
-            rescale.append(b.select(settled, e.exp(b.fsub(before, now)), constant(1.0)))
+            far = b.and_(settled, b.fcmp_ordered(">", found, constant(FAR)))
+            maxima.append(b.select(far, constant(LEAST), now))
+            rescale.append(e.exp(b.fsub(before, now)))
         group.store(ROW_MAX, maxima)
         group.store(ROW_SUM, [e.mul(x, r) for x, r in zip(group.load(ROW_SUM), rescale, strict=True)])
         total = scratch.total.start + column * value_dim * 4
