@@ -100,7 +100,7 @@ def add_phase(shape, reading, last, rows, scratch):
 
 @njit
 def tile_query(shape, reading, q, r, scoring, scratch):
-    return few_tiles.load_query(shape, reading, q[r], 0, r, q.shape[1], scoring, scratch)
+    return few_tiles.load_query(shape, reading, q[r], 0, r, q.shape[1], scoring.sm_scale, scratch.query)
 
 
 @njit
@@ -115,7 +115,9 @@ def tile_sums(shape, reading, values, runs, rows, scratch, out):
         few_tiles.weigh_run(shape, reading, values, run, 0, rows, scratch)
     few_tiles.add_phase(shape, reading, runs[-1], rows, scratch)
     for r in range(rows):
-        few_tiles.store_row(shape, reading, r, np.float32(0), np.float32(1), scratch, out[r], out.shape[1])
+        few_tiles.store_row(
+            shape, reading, r, np.float32(0), np.float32(1), scratch.total, out[r], out.shape[1]
+        )
 
 
 @njit

@@ -222,10 +222,10 @@ def test_warmup_meets_every_size(group):
         lengths = np.full(1, 600, np.int32)
         batches = [Batch.of(np.zeros((1, 1), np.int32), lengths, np.array([count]), 600) for count in counts]
         return {
-            rows
+            shape
             for batch in batches
             for part in planned([(batch, None)], 1, group, 8, -1, 2).parts
-            for rows, _ in part.pieces
+            for shape, _ in part.pieces
         }
 
     assert sizes(range(1, 300)) == sizes(compilation.tile_counts(group))
@@ -253,10 +253,10 @@ def test_a_plan_covers_everything_once(window_left, group, num_threads, several)
     rows_of_partials = {}
     for number, (part, (keys, order)) in enumerate(zip(made.parts, batches, strict=True)):
         order = np.arange(new.sum()) if order is None else order
-        for rows, pieces in part.pieces:
+        for shape, pieces in part.pieces:
             for values in pieces.tolist():
                 piece = shapes.Piece(*values)
-                assert piece.num_tokens * piece.num_heads <= rows == piece.rows
+                assert piece.num_tokens * piece.num_heads <= piece.rows <= shape.rows
                 assert piece.first_head // group == piece.kv_head
                 first = piece.token - keys.query_start_loc[piece.sequence]
                 assert piece.position == keys.positions[piece.sequence] + first

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import llvmlite.binding
@@ -16,7 +16,7 @@ import numpy as np
 from kvnumba.backends.cpu import attend as attention
 from kvnumba.backends.cpu import ceilings, copy, many, read, tiles, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
-from kvnumba.backends.cpu.plan import Plan, PlannedPart, plan_parts, shape_of
+from kvnumba.backends.cpu.plan import Plan, plan_parts
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
@@ -160,7 +160,7 @@ class CpuBackend:
                 )
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
-                for shape, pieces in _shapes(planned):
+                for shape, pieces in planned.pieces:
                     self._counter[0] = 0
                     work = attention.Work(
                         self._counter,
@@ -231,7 +231,7 @@ def describe_plan(plan: Plan, scoring: Scoring) -> str:
     found = []
     for planned in plan.parts:
         layer = cast(CpuBuffers, planned.part.buffers).layers[0]
-        for shape, _ in _shapes(planned):
+        for shape, _ in planned.pieces:
             reading = shape.choose.py_func(layer.keys, layer.values, score)
             keys = _as_multiplied(layer.keys.fmt, reading.k_format)
             values = _as_multiplied(layer.values.fmt, reading.v_format)
@@ -244,12 +244,6 @@ def describe_plan(plan: Plan, scoring: Scoring) -> str:
 def _as_multiplied(stored: int, multiplied: int) -> str:
     names = [fmt.name for fmt in FORMATS.values()]
     return names[stored] if stored == multiplied else f"{names[stored]} staged to {names[multiplied]}"
-
-
-def _shapes(planned: PlannedPart) -> Iterator[tuple[Shape, np.ndarray]]:
-    """The pieces of a part by the kernel that takes them."""
-    for rows, pieces in planned.pieces:
-        yield shape_of(rows, planned.part.buffers.layout, planned.tile_parts), pieces
 
 
 def _workers(num_values: int) -> int:

@@ -148,6 +148,7 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
     rows, heads = piece.num_tokens * piece.num_heads, piece.num_heads
     columns, width = shape.columns, shape.width
     state, positions, slopes = scratch.state, scratch.positions, scoring.slopes
+    query, sm_scale = scratch.query, scoring.sm_scale  # passing whole tuples on would count all their arrays
     # a sink is a key that every query sees, whose value is 0; one piece of each token counts it
     counts_sink = scoring.sinks.shape[0] > 0 and piece.counts_sink != 0
     state[:] = 0
@@ -167,7 +168,7 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
             offset = scoring.sm_scale * product_with_shift(memory, start, transform, piece.kv_head, head_dim)
             transform_row(memory, start, transform, QUERIES, piece.kv_head, head_dim, scratch.tile, 0)
             source, start = scratch.tile, 0
-        step, total = shape.load_query(shape, reading, source, start, r, head_dim, scoring, scratch)
+        step, total = shape.load_query(shape, reading, source, start, r, head_dim, sm_scale, query)
         for column in range(r, width, columns):
             positions[column] = piece.position + r // heads
             state[QUERY_STEP, column] = step
@@ -186,7 +187,7 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
 def store_result(shape, reading, piece, work, value_dim, transform, scoring, scratch, views):
     """Divide a piece's sums by their weights, into the output or a partial result with its lse."""
     heads, partial = piece.num_heads, piece.partial
-    state, partials = scratch.state, work.partials
+    state, total, partials = scratch.state, scratch.total, work.partials
     out, lse = memory_of(views.out), memory_of(views.lse)
     for r in range(piece.num_tokens * heads):
         row_sum, zero_sum = np.float32(0), np.float32(0)
@@ -206,7 +207,7 @@ def store_result(shape, reading, piece, work, value_dim, transform, scoring, scr
             row = partial * work.partial_rows + r
             target = partials[row, :value_dim]
             partials[row, value_dim] = row_lse
-        shape.store_row(shape, reading, r, zero_sum, inverse, scratch, target, value_dim)
+        shape.store_row(shape, reading, r, zero_sum, inverse, total, target, value_dim)
         if is_transformed(transform):
             transform_row(target, 0, transform, VALUES, piece.kv_head, value_dim, target, 0)
 
@@ -231,7 +232,7 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     while key < end:
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
         shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
-    shape.finish_phases(shape, rows, values.head_dim, scratch)
+    shape.finish_phases(shape, rows, values.head_dim, scratch.total)
     store_result(shape, reading, piece, work, values.head_dim, transform, scoring, scratch, views)
 
 

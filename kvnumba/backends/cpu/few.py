@@ -87,9 +87,9 @@ def integer_step(q, start, head_dim, sm_scale, most):
 
 
 @plain
-def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
     """A row of queries, scaled; for codes as integers, so large that the sum of products just fits 32 bits."""
-    sm_scale, query = scoring.sm_scale, scratch.query.reshape(shape.columns, -1)
+    query = query.reshape(shape.columns, -1)
     if not AS_CODES[reading.k_format]:
         for d in range(head_dim):
             query[r, d] = q[start + d] * sm_scale

@@ -127,13 +127,13 @@ def choose(keys, values, scoring):
 
 
 @plain
-def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
     """A row of queries, scaled, as integers of two signed bytes: (64 bytes of a key, tile, 16, 16 columns, 4)."""
-    sm_scale, half = scoring.sm_scale, half_of(shape.columns)
+    half = half_of(shape.columns)
     step = integer_step(q, start, head_dim, sm_scale, LARGEST_QUERY)
     if not step > np.float32(TINY):
         return step, np.float32(0)
-    query = scratch.query.view(np.int8)
+    query = query.view(np.int8)
     rate, total = sm_scale / step, 0
     high_column, low_column = query_column(r), query_column(half + r)
     strip_bytes = query_column(2 * half + TILE_ROWS - 1) // TILE * TILE
@@ -473,9 +473,9 @@ def _weigh(e: Emitter, shape: Shape, groups: Int, rows: Int, unit: ir.Value, scr
 
 
 @plain
-def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
+def store_row(shape, reading, r, offset, factor, total, target, value_dim):
     """The total of row r, plus `offset`, times `factor`, in the elements' own order."""
-    total, parts = scratch.total, 2 if SPLIT[reading.v_format] else 1
+    parts = 2 if SPLIT[reading.v_format] else 1
     for tile in range(value_dim // TILE_ROWS):
         quad, part = tile // parts, tile % parts
         first = quad // QUAD * TILE_BYTES + quad % QUAD * 4

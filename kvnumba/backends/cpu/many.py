@@ -99,7 +99,7 @@ def top_half(x):
 
 
 @plain
-def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
     """A row of queries, scaled.
 
     For products in bfloat16 it is not: queries that came in bfloat16 are exact as they are, and scaling would round
@@ -107,13 +107,13 @@ def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
     """
     first, column = r // shape.group * padded(head_dim), r % shape.group
     if reading.k_format == BFLOAT16:
-        pairs = scratch.query.view(np.uint16).reshape(-1, 2 * shape.group)
+        pairs = query.view(np.uint16).reshape(-1, 2 * shape.group)
         for d in range(head_dim):
             pairs[first + d // 2, 2 * column + d % 2] = top_half(q[start + d])
-        return scoring.sm_scale, np.float32(0)
-    query = scratch.query.reshape(-1, shape.group)
+        return sm_scale, np.float32(0)
+    query = query.reshape(-1, shape.group)
     for d in range(head_dim):
-        query[first + d, column] = q[start + d] * scoring.sm_scale
+        query[first + d, column] = q[start + d] * sm_scale
     return np.float32(0), np.float32(0)
 
 

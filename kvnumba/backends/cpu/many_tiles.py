@@ -190,10 +190,10 @@ def choose(keys, values, scoring):
 
 
 @plain
-def load_query(shape, reading, q, start, r, head_dim, scoring, scratch):
+def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
     """A row of queries, not scaled: those that came in bfloat16 are exact as they are. QUERY_STEP scales the scores."""
-    lay_query(shape, q, start, r, head_dim, scratch.query)
-    return scoring.sm_scale, np.float32(0)
+    lay_query(shape, q, start, r, head_dim, query)
+    return sm_scale, np.float32(0)
 
 
 @inlined
@@ -228,16 +228,16 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
 
 
 @plain
-def finish_phases(shape, rows, value_dim, scratch):
+def finish_phases(shape, rows, value_dim, total):
     """Turn the totals, so that the elements of a row lie side by side."""
     groups = (rows + shape.group - 1) // shape.group
-    turn_tiles(scratch.total, groups * shape.group * padded_value(value_dim) // (TILE // 4))
+    turn_tiles(total, groups * shape.group * padded_value(value_dim) // (TILE // 4))
 
 
 @plain
-def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
+def store_row(shape, reading, r, offset, factor, total, target, value_dim):
     """The total of row r, plus `offset`, times `factor`."""
-    total, group = scratch.total, shape.group
+    group = shape.group
     at = r // group * group * padded_value(value_dim) + r % group // TILE_ROWS * (TILE // 4)
     at += r % TILE_ROWS * TILE_ROWS
     for first in range(0, value_dim, TILE_ROWS):

@@ -111,14 +111,13 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
 
 
 @plain
-def finish_phases(shape, rows, value_dim, scratch):
+def finish_phases(shape, rows, value_dim, total):
     """Nothing: the totals are rows already."""
 
 
 @plain
-def store_row(shape, reading, r, offset, factor, scratch, target, value_dim):
+def store_row(shape, reading, r, offset, factor, total, target, value_dim):
     """The total of row r, plus `offset`, times `factor`, in the elements' own order."""
-    total = scratch.total
     if SPLIT[reading.v_format]:
         for d in range(value_dim):
             target[d] = (total[r, split_position(d)] + offset) * factor

@@ -118,16 +118,13 @@ class PlannedPart(NamedTuple):
     part : Part
     tokens : (T',) int32
         `Part.tokens`; empty where it is None.
-    tile_parts : int
-        Of the function of the same name.
-    pieces : list of (int, (N, 12) int64)
-        For each number of rows that kernels are compiled for, the pieces of that size.
+    pieces : list of (Shape, (N, 12) int64)
+        For each kernel the pieces that it takes.
     """
 
     part: Part
     tokens: np.ndarray
-    tile_parts: int
-    pieces: list[tuple[int, np.ndarray]]
+    pieces: list[tuple[Shape, np.ndarray]]
 
 
 class Plan(NamedTuple):
@@ -176,7 +173,7 @@ def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_t
         pieces, num_partials, workers, least, most = _call(
             cut, sequences[0], heads[0], head_dim, num_threads, 0, 0, -1
         )
-        planned = [PlannedPart(part, _ALL, on_tiles[0], sort_by_size(pieces, least, most))]
+        planned = [PlannedPart(part, _ALL, by_shape(pieces, least, most, layouts[0], on_tiles[0]))]
         if not num_partials:
             return Plan(planned, 0, 0, *_NOTHING, False, True, workers)
         return _merged(planned, [pieces], _ALL, num_partials, num_qo_heads, batch.num_tokens, workers)
@@ -190,7 +187,7 @@ def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_t
             cut, of, how, head_dim, num_threads, num_partials, keys, scores
         )
         tokens = _ALL if part.tokens is None else part.tokens
-        planned.append(PlannedPart(part, tokens, n, sort_by_size(pieces, least, most)))
+        planned.append(PlannedPart(part, tokens, by_shape(pieces, least, most, part.buffers.layout, n)))
         table = pieces.copy()
         table[:, TOKEN] += first_token
         first_token += part.batch.num_tokens
@@ -230,11 +227,16 @@ def _call(function: Any, *arguments: Any) -> Any:
     return call(COMMON, *arguments)
 
 
-def sort_by_size(pieces, least, most):
-    """Pieces of each number of rows."""
+def by_shape(
+    pieces: np.ndarray, least: int, most: int, layout: Layout, parts: int
+) -> list[tuple[Shape, np.ndarray]]:
+    """Pieces, of `least` to `most` rows, by the kernel that takes them; `parts` as `tile_parts` returns it."""
     if least == most:
-        return [(least, pieces)]
-    return [(int(size), pieces[pieces[:, ROWS] == size]) for size in np.unique(pieces[:, ROWS])]
+        return [(shape_of(least, layout, parts), pieces)]
+    return [
+        (shape_of(int(rows), layout, parts), pieces[pieces[:, ROWS] == rows])
+        for rows in np.unique(pieces[:, ROWS])
+    ]
 
 
 @kernel

@@ -32,8 +32,8 @@ class Shape(Static):
 
     ``choose(keys, values, scoring)``
         A `Reading`: what is read as it is stored, and what is staged (brought to one format in scratch) before.
-    ``load_query(shape, reading, q, start, r, head_dim, scoring, scratch)``
-        Row r of the queries into `scratch.query`: q[start : start + head_dim]. Returns QUERY_STEP and QUERY_SUM.
+    ``load_query(shape, reading, q, start, r, head_dim, sm_scale, query)``
+        Row r of the queries, q[start : start + head_dim], into `scratch.query`. Returns QUERY_STEP and QUERY_SUM.
     ``score_run(shape, reading, keys, run, following, masks, scratch)``
         Scores of a run into `scratch.scores`, their greatest into PHASE_MAX. Scores of whole tiles are written: those
         past the run, and those of keys that a row does not see, are -inf. Rows past the run are read.
