@@ -128,6 +128,19 @@ def tiled(monkeypatch):
     return used
 
 
+def stale_cache(lengths, new, block, head_dim, keys, values, value_dim, scale_dtype):
+    """Room for `new` tokens after each of some lengths, of two heads; what is never written is NaN."""
+    cache = kvnumba.PagedKVCache(
+        sum(-(-(length + new) // block) for length in lengths), block, 2, head_dim, len(lengths), key_format=keys,
+        value_format=values, value_head_dim=value_dim, scale_dtype=scale_dtype, backend="cpu",
+    )  # fmt: skip
+    for pool, fmt in ((cache.k_pool, keys), (cache.v_pool, values)):
+        pool[:] = {"float32": np.nan, "float16": np.nan, "bfloat16": 0xFFFF}.get(fmt, 255)
+    for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
+        part[:] = np.nan
+    return cache
+
+
 def grow(cache, normal, ids, new):
     """A step of new tokens, written."""
     step = cache.step(ids, new)
@@ -153,13 +166,7 @@ def test_few_tiles(keys, values, head_dim, value_dim, block, group, new, options
     options = {name: normal(2 * group) if value is True else value for name, value in options.items()}
     scale_dtype = options.pop("scale_dtype", "float32")
     lengths = [300, 64, 17]
-    cache = kvnumba.PagedKVCache(
-        sum(-(-(length + new) // block) for length in lengths), block, 2, head_dim, len(lengths), key_format=keys,
-        value_format=values, value_head_dim=value_dim, scale_dtype=scale_dtype, backend="cpu",
-    )  # fmt: skip
-    cache.k_pool[:] = cache.v_pool[:] = 255
-    for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
-        part[:] = np.nan
+    cache = stale_cache(lengths, new, block, head_dim, keys, values, value_dim, scale_dtype)
     ids = [cache.add_sequence() for _ in lengths]
     for part in range(4):
         counts = [length * (part + 1) // 4 - length * part // 4 for length in lengths]
@@ -191,14 +198,7 @@ def test_many_tiles(
     options = {name: normal(2 * group) if value is True else value for name, value in options.items()}
     scale_dtype = options.pop("scale_dtype", "float32")
     lengths = [330, 64, 3]
-    cache = kvnumba.PagedKVCache(
-        sum(-(-(length + new) // block) for length in lengths), block, 2, head_dim, len(lengths), key_format=fmt,
-        value_format=fmt, value_head_dim=value_dim, scale_dtype=scale_dtype, backend="cpu",
-    )  # fmt: skip
-    nan = {"float32": np.nan, "float16": np.nan, "bfloat16": 0xFFFF}.get(fmt, 255)
-    cache.k_pool[:] = cache.v_pool[:] = nan
-    for part in (cache.k_scale, cache.k_zp, cache.v_scale, cache.v_zp):
-        part[:] = np.nan
+    cache = stale_cache(lengths, new, block, head_dim, fmt, fmt, value_dim, scale_dtype)
     ids = [cache.add_sequence() for _ in lengths]
     for part in range(3):
         grow(cache, normal, ids, [length * (part + 1) // 3 - length * part // 3 for length in lengths])

@@ -43,14 +43,12 @@ from kvnumba.backends.cpu.shapes import (
 )
 from kvnumba.backends.cpu.simd import F32, I8, I32, LANES, Emitter, Int, Pointer, constant, vector
 from kvnumba.backends.cpu.softmax import column_tops
-from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
+from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, WIDEST, Tiles
 from kvnumba.formats import FORMATS
 from kvnumba.storage import RowLayout
 
 ROWS = (4, 8, 20, 32)
 """Numbers of rows that kernels are compiled for."""
-
-WIDEST = 256  # elements of a row
 
 CODE_FORMATS = [FORMATS[name].number for name in ("int8", "int4")]
 

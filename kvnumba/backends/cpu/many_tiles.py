@@ -46,7 +46,7 @@ from kvnumba.backends.cpu.shapes import (
     finish_scores,
     state_at,
 )
-from kvnumba.backends.cpu.simd import F32, I32, I64, LANES, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.simd import F32, I1, I32, I64, LANES, Emitter, Int, Pointer, constant, vector
 from kvnumba.backends.cpu.tile_layout import (
     ELEMENTS,
     PAIRS,
@@ -54,17 +54,16 @@ from kvnumba.backends.cpu.tile_layout import (
     SECTIONS,
     lay_query,
     padded_key,
-    padded_value,
     stage,
     turn_tiles,
 )
-from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, Tiles
+from kvnumba.backends.cpu.tiles import TILE, TILE_BYTES, TILE_ROWS, WIDEST, Tiles
 from kvnumba.formats import FORMATS
 
 ROWS = (64, 1024)
 """Numbers of rows that kernels are compiled for."""
 
-WIDEST = 256  # elements of head_dim
+GROUP = 64  # columns: four tiles, whose sums with a tile of values are held at once
 
 SCORES = 2 * ELEMENTS  # of a column: those of a section of 32 keys, and of the one before
 
@@ -90,9 +89,8 @@ HALF_BIT = 1 << 15  # of the last of them: added, it rounds
 @functools.cache
 def shape(rows: int, scale_dtype: str, parts: int, instructions: str) -> Shape:
     """The shape for a number of ROWS, of `parts` bfloat16 numbers for one."""
-    group = min(rows, 64)
     return Shape(
-        scale_dtype, __name__, rows, rows, 1, 1, 1, PHASE, group=group, parts=parts, instructions=instructions
+        scale_dtype, __name__, rows, rows, 1, 1, 1, PHASE, group=GROUP, parts=parts, instructions=instructions
     )
 
 
@@ -140,22 +138,22 @@ class TileScratch(NamedTuple):
 
 def scratch_floats(shape, head_dim, value_dim):
     """Floats that `cut_scratch` cuts up."""
-    key, value = padded_key.py_func(head_dim), padded_value.py_func(value_dim)
-    halves = shape.parts * (shape.columns * key + PHASE * (key + value + shape.group))
+    key = padded_key.py_func(head_dim)
+    halves = shape.parts * (shape.columns * key + PHASE * (key + value_dim + shape.group))
     return (
         STATE_ROWS * shape.width
         + halves // 2
         + SCORES * shape.group
-        + shape.columns * value
-        + ELEMENTS * max(key, value)
-        + shape.parts * ELEMENTS // 2 * value
+        + shape.columns * value_dim
+        + ELEMENTS * max(key, value_dim)
+        + shape.parts * ELEMENTS // 2 * value_dim
     )
 
 
 @inlined
 def cut_scratch(shape, head_dim, value_dim, floats, positions):
     """A worker's memory as the arrays that its phases use."""
-    key, value, parts = padded_key(head_dim), padded_value(value_dim), shape.parts
+    key, parts = padded_key(head_dim), shape.parts
     state = floats[: STATE_ROWS * shape.width].reshape(STATE_ROWS, shape.width)
     used = STATE_ROWS * shape.width
     size = parts * shape.columns * key // 2
@@ -164,7 +162,7 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     size = parts * PHASE * key // 2
     keys = floats[used : used + size].view(np.uint16)
     used += size
-    size = parts * PHASE * value // 2
+    size = parts * PHASE * value_dim // 2
     values = floats[used : used + size].view(np.uint16)
     used += size
     size = parts * PHASE * shape.group // 2
@@ -172,12 +170,12 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     used += size
     scores = floats[used : used + SCORES * shape.group]
     used += SCORES * shape.group
-    size = shape.columns * value
+    size = shape.columns * value_dim
     total = floats[used : used + size]
     used += size
-    tile = floats[used : used + ELEMENTS * max(key, value)]
-    used += ELEMENTS * max(key, value)
-    halves = floats[used : used + parts * ELEMENTS // 2 * value].view(np.uint16)
+    tile = floats[used : used + ELEMENTS * max(key, value_dim)]
+    used += ELEMENTS * max(key, value_dim)
+    halves = floats[used : used + parts * ELEMENTS // 2 * value_dim].view(np.uint16)
     return TileScratch(
         state, positions[: shape.width], query, keys, values, weights, scores, total, tile, halves
     )
@@ -203,7 +201,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
     first = runs[0, RUN_KEY]
     count = stage(shape, keys, values, runs, num_runs, runs_ahead(storage.block_size), scratch)
     k_parts, v_parts = min(shape.parts, PARTS[keys.fmt]), min(shape.parts, PARTS[values.fmt])
-    value_dim = padded_value(values.head_dim)
+    value_dim = values.head_dim
     state, positions, group = scratch.state, scratch.positions, shape.group
     phase = Run(0, count, 0, first)
     for column in range(0, rows, group):
@@ -231,14 +229,14 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
 def finish_phases(shape, rows, value_dim, total):
     """Turn the totals, so that the elements of a row lie side by side."""
     groups = (rows + shape.group - 1) // shape.group
-    turn_tiles(total, groups * shape.group * padded_value(value_dim) // (TILE // 4))
+    turn_tiles(total, groups * shape.group * value_dim // (TILE // 4))
 
 
 @plain
 def store_row(shape, reading, r, offset, factor, total, target, value_dim):
     """The total of row r, plus `offset`, times `factor`."""
     group = shape.group
-    at = r // group * group * padded_value(value_dim) + r % group // TILE_ROWS * (TILE // 4)
+    at = r // group * group * value_dim + r % group // TILE_ROWS * (TILE // 4)
     at += r % TILE_ROWS * TILE_ROWS
     for first in range(0, value_dim, TILE_ROWS):
         for d in range(TILE_ROWS):
@@ -322,9 +320,8 @@ def _weigh(
     key_bytes = steps * TILE_BYTES
     key_plane, query_plane = key_bytes * PHASE, steps * (shape.columns // TILE_ROWS * TILE)
     query = scratch.query.start + column // TILE_ROWS * steps * TILE
-    products = steps * parts * (wide // 2)
-    if parts > 1:  # of key part i with parts - i parts of the query
-        products = steps * ((2 * parts + 1 - k_parts) * k_parts // 2 * (wide // 2))
+    # of key part i with parts - i parts of the query
+    products = steps * ((2 * parts + 1 - k_parts) * k_parts // 2 * (wide // 2))
     share = (products + (PAIRS - 1)) // products
 
     group = _Group(e, shape, column, scratch)
@@ -433,7 +430,7 @@ def _weigh(
     sums, found = carried[::2], carried[1::2]
     group.store(RESCALE, sums)
     group.store(PHASE_MAX, found)
-    late = ir.Constant(ir.IntType(1), 0)
+    late = ir.Constant(I1, 0)
     for top, known_top in zip(found, settled, strict=True):
         most = b.select(known_top, constant(HEADROOM * rate), constant(SEEN))
         late = b.or_(late, e.any(b.fcmp_ordered(">", top, most)))
@@ -583,7 +580,6 @@ def _add_values(
 ) -> None:
     parts, tiles = shape.parts, Tiles(e, shape.instructions)
     wide = shape.group // TILE_ROWS
-    high = 4 // wide
     value_plane, weight_plane = value_dim * (PHASE * 2), PHASE * 2 * shape.group
     total = scratch.total.start + column * value_dim * 4
 
@@ -597,12 +593,12 @@ def _add_values(
                 tiles.zero(tile)
 
         def product(i: Int | int, j: Int | int, section: Int, none: list[ir.Value]) -> list[ir.Value]:
-            values = scratch.values.start + (value_plane * i + (d * (high * SECTIONS) + section) * TILE)
+            values = scratch.values.start + (value_plane * i + (d * SECTIONS + section) * TILE)
             weights = scratch.weights.start + (section * (wide * TILE) + j * weight_plane)
             products = _outer(
                 tiles,
                 wide,
-                lambda tile, y: tiles.load(tile, values + y * (SECTIONS * TILE), TILE_BYTES),
+                lambda tile, _: tiles.load(tile, values, TILE_BYTES),
                 lambda tile, x: tiles.load(tile, weights + x * TILE, TILE_BYTES),
             )
             for _ in products:
@@ -621,4 +617,4 @@ def _add_values(
                     e.store(e.add(e.load(where, vector(F32)), e.load(found + offset, vector(F32))), where)
         return []
 
-    e.loop(value_dim // (TILE_ROWS * high), [], elements)
+    e.loop(value_dim // TILE_ROWS, [], elements)

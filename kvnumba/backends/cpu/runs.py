@@ -8,7 +8,6 @@ from kvnumba.backends.cpu.storage import find_row
 
 # Columns of the table of runs.
 RUN_ROW, RUN_TOKENS, RUN_SCORES, RUN_KEY = range(4)
-RUN_COLUMNS = 4
 
 
 @inlined

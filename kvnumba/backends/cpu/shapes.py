@@ -66,7 +66,7 @@ class Shape(Static):
     instructions : str
         Of tiles, see `tiles.py`; elsewhere "".
     group : int
-        Columns of tiles that take a phase together.
+        Columns that take a phase together, in prompts.
     parts : int
         bfloat16 numbers that tiles multiply in place of one.
     """

@@ -28,12 +28,6 @@ def padded_key(head_dim):
     return (head_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
 
 
-@plain
-def padded_value(value_dim):
-    """Elements of a value in scratch: those of two tiles together."""
-    return (value_dim + ELEMENTS - 1) // ELEMENTS * ELEMENTS
-
-
 @inlined
 def stage(shape, keys, values, runs, num_runs, later, scratch):
     """Bring the keys and values of some runs to bfloat16, in parts, and transpose the values. Returns how many.
@@ -160,7 +154,7 @@ def lay_values(typing, shape, halves, section, value_dim, values):
         e, b = Emitter(context, builder), builder
         _, halves, section, value_dim, values = e.arguments(signature, args)
         row_bytes = value_dim * 2
-        plane = (value_dim + (ELEMENTS - 1)) // ELEMENTS * (ELEMENTS * PHASE * 2)
+        plane = value_dim * (PHASE * 2)
         neighbours = [element + token * TILE_ROWS for element in range(TILE_ROWS) for token in range(2)]
 
         def elements(i: Int, _: list[ir.Value]) -> list[ir.Value]:

@@ -25,6 +25,8 @@ AMX, STAND_IN = "amx", "stand-in"
 TILE_ROWS, TILE_BYTES = 16, 64  # rows of a tile, and bytes of a row
 TILE = TILE_ROWS * TILE_BYTES
 
+WIDEST = 256  # elements of a row that the kernels take
+
 _ARCH_PRCTL, _GET_PERMISSION, _ASK_PERMISSION, _TILE_DATA = 158, 0x1022, 0x1023, 18
 
 _FEATURES = ("amx-tile", "amx-bf16", "amx-int8")
