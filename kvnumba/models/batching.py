@@ -5,20 +5,43 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from kvnumba import arguments
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.errors import CacheFull
-from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import sample
 
 logger = logging.getLogger("kvnumba")
 
 PREEMPTIONS = ("recompute", "swap")
+
+
+class Decoder(Protocol):
+    """What the batcher asks of a model."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+    @property
+    def window_left(self) -> int:
+        """The widest `window_left` with which the model attends, -1 if it sees everything."""
+
+    def check_request(self, prompt: Any, max_new_tokens: int, temperature: float) -> tuple[np.ndarray, int]:
+        """The prompt as (n,) int64 and the number of new tokens, checked."""
+
+    def next_logits(
+        self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]
+    ) -> np.ndarray:
+        """Append tokens to sequences, and register them: (B, vocab_size) at each one's last.
+
+        Raises CacheFull, with nothing changed, where there are too few free blocks.
+        """
 
 
 @dataclass(eq=False)
@@ -74,10 +97,9 @@ class ContinuousBatcher:
 
     Parameters
     ----------
-    decoder : IncrementalDecoder
+    decoder : IncrementalDecoder, or a model of Hugging Face as `kvnumba.integrations.transformers.PackedDecoder`
     cache : PagedKVCache
-        Of the decoder's shape, as `IncrementalDecoder.make_cache` makes it. Sequences that others began in it are left
-        alone.
+        Of the decoder's shape, as its `make_cache` makes it. Sequences that others began in it are left alone.
     max_tokens_per_step : int
         Tokens of all requests that run through the model at once.
     preemption : {"recompute", "swap"}
@@ -87,7 +109,7 @@ class ContinuousBatcher:
 
     def __init__(
         self,
-        decoder: IncrementalDecoder,
+        decoder: Decoder,
         cache: PagedKVCache,
         *,
         max_tokens_per_step: int = 256,
@@ -161,7 +183,7 @@ class ContinuousBatcher:
         while True:
             batch = self._schedule()
             try:
-                logits = self.decoder.extend(
+                logits = self.decoder.next_logits(
                     self.cache,
                     [request.seq_id for request, _ in batch],
                     [request.pending(count) for request, count in batch],
@@ -171,9 +193,8 @@ class ContinuousBatcher:
                 if len(self.running) <= 1:
                     raise
                 self._preempt(self.running[-1])
-        rows = logits[np.cumsum([count for _, count in batch]) - 1]
         finished = []
-        for (request, count), row in zip(batch, rows, strict=True):
+        for (request, count), row in zip(batch, logits, strict=True):
             request.computed += count
             if request.computed == request.length and self._is_last(request, row):
                 self.running.remove(request)
@@ -246,7 +267,7 @@ class ContinuousBatcher:
     def _is_last(self, request: Request, logits: np.ndarray) -> bool:
         """Choose a request's next token. Returns whether the request is finished with it."""
         token = sample(logits, request.temperature, request.rng)
-        if token in self.decoder.config.eos_token_ids:
+        if token in self.decoder.eos_token_ids:
             return True
         request.generated.append(token)
         return len(request.generated) == request.max_new_tokens

@@ -264,6 +264,19 @@ class IncrementalDecoder:
             A token id is not in the vocabulary, the text becomes longer than the model allows, or `PagedKVCache.step`
             refuses its arguments.
         """
+        return self.logits(self._extend(cache, seq_ids, token_ids)[0])
+
+    def next_logits(
+        self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]
+    ) -> np.ndarray:
+        """`extend`, with the logits at each sequence's last new token alone: (B, vocab_size) float32."""
+        hidden, step = self._extend(cache, seq_ids, token_ids)
+        return self.logits(hidden[step.batch.query_start_loc[1:] - 1])
+
+    def _extend(
+        self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]
+    ) -> tuple[np.ndarray, Step]:
+        """What `forward` returns at every new token, and the step that appended them."""
         self._check_cache(cache, cache.num_layers)
         tokens = [self._checked_tokens(ids) for ids in token_ids]
         new = [len(ids) for ids in tokens]
@@ -271,7 +284,7 @@ class IncrementalDecoder:
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
             self._check_end(lengths.get(seq_id, 0) + count)
         step = cache.step(seq_ids, new, token_ids=tokens)
-        return self.logits(self.forward(np.concatenate(tokens), step.positions, self.attention_of(step)))
+        return self.forward(np.concatenate(tokens), step.positions, self.attention_of(step)), step
 
     def attention_of(self, step: Step) -> LayerAttention:
         """The attention of a step of a paged cache, as `forward` calls it."""
@@ -416,7 +429,7 @@ class IncrementalDecoder:
             last = logits[-1]
         while len(new) < max_new_tokens:
             token = sample(last, temperature, rng)
-            if token in self.config.eos_token_ids:
+            if token in self.eos_token_ids:
                 break
             new.append(token)
             if len(new) < max_new_tokens:
@@ -432,6 +445,11 @@ class IncrementalDecoder:
         checked_temperature(temperature)
         self._check_end(len(prompt) + max_new_tokens)
         return prompt, max_new_tokens
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self.config.eos_token_ids
 
     @property
     def window_left(self) -> int:

@@ -1,0 +1,329 @@
+"""Hugging Face models for `kvnumba.ContinuousBatcher`: many requests at once, out of one paged cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvnumba import arguments
+from kvnumba.backends.registry import get_backend
+from kvnumba.caches.paged import PagedKVCache
+from kvnumba.caches.step import Step
+from kvnumba.integrations.transformers.cache import NAME, DeferredKeys, DeferredValues
+from kvnumba.integrations.transformers.masks import CausalMask
+from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
+from kvnumba.models.sampling import checked_temperature
+from kvnumba.recipes import with_recipe
+from kvnumba.storage import LayoutOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+ALONE = "use its generate with a KVNumbaCache"
+"""What a model that is refused here can do."""
+
+
+class PackedDecoder:
+    """A model of transformers as `kvnumba.ContinuousBatcher` runs it.
+
+    A forward pass takes the new tokens of several sequences as one row, one sequence after the other and without
+    padding, each token with its position in its own sequence. Attention is computed out of the cache, where a token
+    sees its own sequence alone. So nothing else may mix tokens: a model that looks into its keys or has a mask that
+    is neither causal nor sliding is refused, by a pass of one token that the constructor runs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        After ``model.set_attn_implementation("kvnumba")``.
+
+    Raises
+    ------
+    ValueError
+        The model has another attention implementation, or cannot be run like this.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if config._attn_implementation != NAME:
+            raise ValueError(
+                f'model: expected the attention implementation "{NAME}"; got "{config._attn_implementation}". '
+                f'Call model.set_attn_implementation("{NAME}")'
+            )
+        if config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"model: expected a decoder whose forward takes position_ids; {ALONE}")
+        self.model = model
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.max_positions = _max_positions(config)
+        self._trial = _Trial(config)
+        self._forward(self._trial.layers, np.zeros(1, np.int64), np.zeros(1, np.int64), [0])
+        if len(self._trial.shapes) != 1:
+            raise ValueError(
+                f"model: expected layers of one shape (H, D, Dv); got {self._trial.shapes}; {ALONE}"
+            )
+
+    def make_cache(
+        self,
+        num_tokens: int,
+        *,
+        block_size: int = 16,
+        max_num_seqs: int = 1,
+        dtype: Any = None,
+        backend: str | None = None,
+        **options: Unpack[LayoutOptions],
+    ) -> PagedKVCache:
+        """A paged cache of this model's shape with room for `num_tokens` tokens.
+
+        Parameters
+        ----------
+        num_tokens, block_size, max_num_seqs : int
+            The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
+        dtype : str or dtype, optional
+            The format of keys and values. Default: the model's dtype. int4 means what it does in a `KVNumbaCache`.
+        backend, **options
+            As in `KVNumbaCache`.
+        """
+        num_tokens = arguments.integer("num_tokens", num_tokens, minimum=1)
+        block_size = arguments.integer("block_size", block_size, minimum=1)
+        max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
+        dtype = format_name(self.model.dtype) if dtype is None else dtype
+        ((num_kv_heads, head_dim, value_head_dim),) = self._trial.shapes
+        options = with_recipe(dtype, options)
+        options["num_layers"], options["value_head_dim"] = len(self._trial.order), value_head_dim
+        recent_tokens = options.get("recent_tokens")
+        if recent_tokens and self.window_left >= 0:
+            options["recent_tokens"] = min(recent_tokens, self.window_left + 1)
+        return PagedKVCache(
+            -(-num_tokens // block_size) + max_num_seqs - 1,
+            block_size,
+            num_kv_heads,
+            head_dim,
+            max_num_seqs,
+            dtype,
+            backend=get_backend(backend, on_host=self.model.device.type == "cpu").name,
+            **options,
+        )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, of ``model.generation_config``."""
+        ids = self.model.generation_config.eos_token_id
+        return () if ids is None else tuple(np.atleast_1d(ids).tolist())
+
+    @property
+    def window_left(self) -> int:
+        """The widest `window_left` with which the model attends, -1 if it sees everything."""
+        windows = self._trial.windows
+        return -1 if -1 in windows else max(windows)
+
+    def check_request(self, prompt: Any, max_new_tokens: int, temperature: float) -> tuple[np.ndarray, int]:
+        """The prompt as (n,) int64 and the number of new tokens, checked."""
+        tokens = arguments.tokens("prompt", prompt)
+        if not len(tokens):
+            raise ValueError("prompt: expected at least one token; got none")
+        outside = (tokens < 0) | (tokens >= self.vocab_size)
+        if outside.any():
+            raise ValueError(f"prompt: expected 0 to {self.vocab_size - 1}; got {tokens[outside][0]}")
+        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, minimum=0)
+        checked_temperature(temperature)
+        length = len(tokens) + max_new_tokens
+        if self.max_positions is not None and length > self.max_positions:
+            raise ValueError(f"prompt: the model takes {self.max_positions} positions; got {length}. {ALONE}")
+        return tokens, max_new_tokens
+
+    def next_logits(
+        self, cache: PagedKVCache, seq_ids: Sequence[int], token_ids: Sequence[Any]
+    ) -> np.ndarray:
+        """Append tokens to sequences of a paged cache: one ragged forward pass.
+
+        The tokens are registered with the cache, so that `PagedKVCache.add_sequence` finds them later.
+
+        Parameters
+        ----------
+        cache : PagedKVCache
+            Of this model's shape, as `make_cache` makes it.
+        seq_ids : sequence of B ints
+        token_ids : sequence of B sequences of int
+            Each sequence's new tokens, at least one.
+
+        Returns
+        -------
+        (B, vocab_size) float32
+            Logits at the last new token of each sequence.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks; nothing has changed.
+        ValueError
+            `PagedKVCache.step` refuses its arguments.
+        """
+        step = cache.step(seq_ids, [len(tokens) for tokens in token_ids], token_ids=token_ids)
+        layers = [
+            _PackedLayer(step, self._trial.order[i]) if i in self._trial.order else DummyLayer()
+            for i in range(len(self._trial.layers))
+        ]
+        last = step.batch.query_start_loc[1:] - 1
+        return self._forward(layers, np.concatenate(token_ids), step.positions, last)
+
+    def _forward(self, layers: list[Any], tokens: np.ndarray, positions: np.ndarray, last: Any) -> np.ndarray:
+        """Logits (B, vocab_size) at the tokens `last` of a row of tokens."""
+        model = self.model
+        rows = torch.as_tensor(last, dtype=torch.long, device=model.device)
+        keep = {"logits_to_keep": rows} if model._supports_logits_to_keep() else {}
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.as_tensor(tokens, dtype=torch.long, device=model.device)[None],
+                position_ids=torch.as_tensor(positions, dtype=torch.long, device=model.device)[None],
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+                **keep,
+            ).logits[0]
+        return (logits if keep else logits[rows]).float().cpu().numpy()
+
+
+class _PackedLayer(CacheLayerMixin):
+    """A model's layer in one step, and what the keys and values that it hands out stand for."""
+
+    is_sliding = False  # to the model: windows come with the masks
+
+    def __init__(self, step: Step, index: int) -> None:
+        super().__init__()
+        self._step, self._index = step, index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There is nothing to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens, keys (1, H, T, D) and values (1, H, T, Dv), and return what stands for all that they see."""
+        self.write(key_states, value_states)
+        return (
+            DeferredKeys(key_states.shape, key_states.dtype, key_states.device, self),
+            DeferredValues(value_states.shape, value_states.dtype, value_states.device, self),
+        )
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store keys (1, H, T, D) and values (1, H, T, Dv)."""
+        self._step.write(_by_token(key), _by_token(value), layer=self._index)
+
+    def fits(self, mask: CausalMask) -> bool:
+        """Whether `attend` shows what is meant: yes, all masks are causal and have no padding."""
+        return True
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        mask: CausalMask,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of queries (1, Hq, T, D), each in its own sequence: (1, T, Hq, Dv)."""
+        out = self._step.attend(
+            _by_token(query),
+            layer=self._index,
+            sm_scale=sm_scale,
+            window_left=mask.window_left,
+            logits_soft_cap=soft_cap,
+            sinks=None if sinks is None else to_array(sinks.float().contiguous()),
+        )
+        return to_torch(out, query)[None]
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raise: keys and values of several sequences are no one's."""
+        raise ValueError(f"model: it attends in a way that cannot take several sequences in one row; {ALONE}")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of an empty cache: masks of a row say nothing but their window."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0, as `get_mask_sizes`."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+
+class _Trial:
+    """What a forward pass shows of a model that attends to nothing.
+
+    Attributes
+    ----------
+    layers : list
+        For the pass.
+    order : dict
+        Layer -> its place among those that store keys.
+    shapes : set of (H, D, Dv)
+    windows : set of int
+        Their `window_left`.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.order: dict[int, int] = {}
+        self.shapes: set[tuple[int, int, int]] = set()
+        self.windows: set[int] = set()
+        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+        unknown = set(kinds) - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+        if unknown:
+            names = ", ".join(sorted(kind.__name__ for kind in unknown))
+            raise ValueError(f"model: it has layers that a paged cache cannot keep ({names}); {ALONE}")
+        self.layers = [
+            DummyLayer() if kind is DummyLayer else _TrialLayer(self, i) for i, kind in enumerate(kinds)
+        ]
+
+
+class _TrialLayer(_PackedLayer):
+    """A layer that stores nothing."""
+
+    def __init__(self, trial: _Trial, index: int) -> None:
+        CacheLayerMixin.__init__(self)
+        self._trial, self._index = trial, index
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Note that the layer stores keys, and their shape."""
+        self._width = value.shape[3]
+        self._trial.order[self._index] = len(self._trial.order)
+        self._trial.shapes.add((key.shape[1], key.shape[3], value.shape[3]))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        mask: CausalMask,
+        sm_scale: float | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Note the window; 0 everywhere."""
+        self._trial.windows.add(mask.window_left)
+        return query.new_zeros(1, query.shape[2], query.shape[1], self._width)
+
+
+def _by_token(x: torch.Tensor) -> Any:
+    """(1, heads, T, D) -> (T, heads, D)."""
+    return to_array(x)[0].swapaxes(0, 1)
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that the model takes; None if it does not say.
+
+    Rotary frequencies that follow the longest sequence of a pass would change one sequence for the sake of another:
+    there the length ends where they begin to.
+    """
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = (
+        [rotary] if "rope_type" in rotary else [kind for kind in rotary.values() if isinstance(kind, dict)]
+    )
+    limits = [getattr(config, "max_position_embeddings", None)]
+    for kind in kinds:
+        if kind["rope_type"] == "longrope" or "dynamic" in kind["rope_type"]:
+            limits.append(kind.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
