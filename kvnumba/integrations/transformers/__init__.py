@@ -15,10 +15,18 @@ check_versions()
 
 # ruff: noqa: E402 (what follows imports what has just been checked)
 from kvnumba.integrations.transformers.attention import attention_forward, register
+from kvnumba.integrations.transformers.batching import PackedDecoder
 from kvnumba.integrations.transformers.cache import KVNumbaCache, KVNumbaLayer
 from kvnumba.integrations.transformers.calibrating import calibrate
 from kvnumba.integrations.transformers.masks import attention_mask
 
 register()
 
-__all__ = ["KVNumbaCache", "KVNumbaLayer", "attention_forward", "attention_mask", "calibrate"]
+__all__ = [
+    "KVNumbaCache",
+    "KVNumbaLayer",
+    "PackedDecoder",
+    "attention_forward",
+    "attention_mask",
+    "calibrate",
+]

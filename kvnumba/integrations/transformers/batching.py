@@ -35,12 +35,21 @@ class PackedDecoder:
     A forward pass takes the new tokens of several sequences as one row, one sequence after the other and without
     padding, each token with its position in its own sequence. Attention is computed out of the cache, where a token
     sees its own sequence alone. So nothing else may mix tokens: a model that looks into its keys or has a mask that
-    is neither causal nor sliding is refused, by a pass of one token that the constructor runs.
+    is neither causal nor sliding is refused, by a pass of two tokens that the constructor runs.
 
     Parameters
     ----------
     model : PreTrainedModel
         After ``model.set_attn_implementation("kvnumba")``.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+    vocab_size : int
+    max_positions : int or None
+        The longest sequence; None where the model does not say.
+    window_left : int
+        The widest `window_left` with which the model attends, -1 if it sees everything.
 
     Raises
     ------
@@ -53,19 +62,26 @@ class PackedDecoder:
         if config._attn_implementation != NAME:
             raise ValueError(
                 f'model: expected the attention implementation "{NAME}"; got "{config._attn_implementation}". '
-                f'Call model.set_attn_implementation("{NAME}")'
+                f'Call model.set_attn_implementation("{NAME}"); for a model on which that has no effect, {ALONE}'
             )
         if config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"model: expected a decoder whose forward takes position_ids; {ALONE}")
         self.model = model
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.max_positions = _max_positions(config)
-        self._trial = _Trial(config)
-        self._forward(self._trial.layers, np.zeros(1, np.int64), np.zeros(1, np.int64), [0])
-        if len(self._trial.shapes) != 1:
+        layers = [_trial_layer(layer) for layer in DynamicCache(config=config).layers]
+        self._forward(layers, np.zeros(2, np.int64), np.zeros(2, np.int64), [0, 1])
+        stored = {i: layer for i, layer in enumerate(layers) if getattr(layer, "shape", None) is not None}
+        shapes: set[Any] = {layer.shape for layer in stored.values()}
+        if len(shapes) != 1:
             raise ValueError(
-                f"model: expected layers of one shape (H, D, Dv); got {self._trial.shapes}; {ALONE}"
+                f"model: expected layers of one shape (H, D, Dv); got {shapes or 'none'}; {ALONE}"
             )
+        (self._shape,) = shapes
+        self._num_layers = len(layers)
+        self._places = {i: place for place, i in enumerate(stored)}  # layer -> its place in the cache
+        windows = {layer.window_left for layer in stored.values()}
+        self.window_left = -1 if -1 in windows else max(windows)
 
     def make_cache(
         self,
@@ -92,9 +108,9 @@ class PackedDecoder:
         block_size = arguments.integer("block_size", block_size, minimum=1)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         dtype = format_name(self.model.dtype) if dtype is None else dtype
-        ((num_kv_heads, head_dim, value_head_dim),) = self._trial.shapes
+        num_kv_heads, head_dim, value_head_dim = self._shape
         options = with_recipe(dtype, options)
-        options["num_layers"], options["value_head_dim"] = len(self._trial.order), value_head_dim
+        options["num_layers"], options["value_head_dim"] = len(self._places), value_head_dim
         recent_tokens = options.get("recent_tokens")
         if recent_tokens and self.window_left >= 0:
             options["recent_tokens"] = min(recent_tokens, self.window_left + 1)
@@ -114,12 +130,6 @@ class PackedDecoder:
         """Tokens that end a text, of ``model.generation_config``."""
         ids = self.model.generation_config.eos_token_id
         return () if ids is None else tuple(np.atleast_1d(ids).tolist())
-
-    @property
-    def window_left(self) -> int:
-        """The widest `window_left` with which the model attends, -1 if it sees everything."""
-        windows = self._trial.windows
-        return -1 if -1 in windows else max(windows)
 
     def check_request(self, prompt: Any, max_new_tokens: int, temperature: float) -> tuple[np.ndarray, int]:
         """The prompt as (n,) int64 and the number of new tokens, checked."""
@@ -165,8 +175,8 @@ class PackedDecoder:
         """
         step = cache.step(seq_ids, [len(tokens) for tokens in token_ids], token_ids=token_ids)
         layers = [
-            _PackedLayer(step, self._trial.order[i]) if i in self._trial.order else DummyLayer()
-            for i in range(len(self._trial.layers))
+            _StepLayer(step, self._places[i]) if i in self._places else DummyLayer()
+            for i in range(self._num_layers)
         ]
         last = step.batch.query_start_loc[1:] - 1
         return self._forward(layers, np.concatenate(token_ids), step.positions, last)
@@ -187,22 +197,15 @@ class PackedDecoder:
         return (logits if keep else logits[rows]).float().cpu().numpy()
 
 
-class _PackedLayer(CacheLayerMixin):
-    """A model's layer in one step, and what the keys and values that it hands out stand for."""
+class _RowLayer(CacheLayerMixin):
+    """A model's layer in a pass over one row; what the keys and values that it hands out stand for."""
 
     is_sliding = False  # to the model: windows come with the masks
-
-    def __init__(self, step: Step, index: int) -> None:
-        super().__init__()
-        self._step, self._index = step, index
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to do."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append tokens, keys (1, H, T, D) and values (1, H, T, Dv), and return what stands for all that they see."""
+        """Take new keys (1, H, T, D) and values (1, H, T, Dv), and return what stands for all that they see."""
         self.write(key_states, value_states)
         return (
             DeferredKeys(key_states.shape, key_states.dtype, key_states.device, self),
@@ -210,11 +213,42 @@ class _PackedLayer(CacheLayerMixin):
         )
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store keys (1, H, T, D) and values (1, H, T, Dv)."""
+        """What `update` does."""
+        raise NotImplementedError
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raise: there are no keys that all tokens of the row see."""
+        raise ValueError(f"model: its attention cannot take several sequences in one row; {ALONE}")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There is nothing to do."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of an empty cache: of a mask only the window counts."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0, as in `get_mask_sizes`."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+
+class _StepLayer(_RowLayer):
+    """A layer whose tokens go into a step of a paged cache."""
+
+    def __init__(self, step: Step, index: int) -> None:
+        super().__init__()
+        self._step, self._index = step, index
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the new tokens."""
         self._step.write(_by_token(key), _by_token(value), layer=self._index)
 
     def fits(self, mask: CausalMask) -> bool:
-        """Whether `attend` shows what is meant: yes, all masks are causal and have no padding."""
+        """Whether `attend` shows what the mask means: the trial has shown that."""
         return True
 
     def attend(
@@ -236,75 +270,45 @@ class _PackedLayer(CacheLayerMixin):
         )
         return to_torch(out, query)[None]
 
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raise: keys and values of several sequences are no one's."""
-        raise ValueError(f"model: it attends in a way that cannot take several sequences in one row; {ALONE}")
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of an empty cache: masks of a row say nothing but their window."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """0, as `get_mask_sizes`."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-
-class _Trial:
-    """What a forward pass shows of a model that attends to nothing.
+class _TrialLayer(_RowLayer):
+    """A layer that keeps nothing but what it sees of the model, and gives back zeros.
 
     Attributes
     ----------
-    layers : list
-        For the pass.
-    order : dict
-        Layer -> its place among those that store keys.
-    shapes : set of (H, D, Dv)
-    windows : set of int
-        Their `window_left`.
+    shape : (H, D, Dv), or None
+        None: the layer has no keys of its own.
+    window_left : int
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.order: dict[int, int] = {}
-        self.shapes: set[tuple[int, int, int]] = set()
-        self.windows: set[int] = set()
-        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-        unknown = set(kinds) - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-        if unknown:
-            names = ", ".join(sorted(kind.__name__ for kind in unknown))
-            raise ValueError(f"model: it has layers that a paged cache cannot keep ({names}); {ALONE}")
-        self.layers = [
-            DummyLayer() if kind is DummyLayer else _TrialLayer(self, i) for i, kind in enumerate(kinds)
-        ]
-
-
-class _TrialLayer(_PackedLayer):
-    """A layer that stores nothing."""
-
-    def __init__(self, trial: _Trial, index: int) -> None:
-        CacheLayerMixin.__init__(self)
-        self._trial, self._index = trial, index
+    def __init__(self, sliding_window: int | None) -> None:
+        super().__init__()
+        self._sliding_window = sliding_window
+        self.shape: tuple[int, int, int] | None = None
+        self.window_left = -1
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Note that the layer stores keys, and their shape."""
-        self._width = value.shape[3]
-        self._trial.order[self._index] = len(self._trial.order)
-        self._trial.shapes.add((key.shape[1], key.shape[3], value.shape[3]))
+        """Keep the shape."""
+        self.shape = key.shape[1], key.shape[3], value.shape[3]
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        mask: CausalMask,
-        sm_scale: float | None,
-        soft_cap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Note the window; 0 everywhere."""
-        self._trial.windows.add(mask.window_left)
-        return query.new_zeros(1, query.shape[2], query.shape[1], self._width)
+    def fits(self, mask: CausalMask) -> bool:
+        """Whether the mask has the window of the layer, which is cut off nowhere else."""
+        return self._sliding_window is None or 0 <= mask.window_left < self._sliding_window
+
+    def attend(self, query: torch.Tensor, mask: CausalMask, *options: Any) -> torch.Tensor:
+        """Keep the window; 0, (1, T, Hq, Dv)."""
+        assert self.shape is not None
+        self.window_left = mask.window_left
+        return query.new_zeros(1, query.shape[2], query.shape[1], self.shape[2])
+
+
+def _trial_layer(layer: Any) -> _TrialLayer | DummyLayer:
+    """In place of a layer of DynamicCache."""
+    if type(layer) is DummyLayer:
+        return DummyLayer()
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(f"model: a paged cache has no layers like {type(layer).__name__}; {ALONE}")
+    return _TrialLayer(getattr(layer, "sliding_window", None))
 
 
 def _by_token(x: torch.Tensor) -> Any:
