@@ -224,6 +224,14 @@ def test_requests_that_cannot_be_served_are_refused(llama):
         batcher_of(decoder_of(llama), 40).submit([3] * 71, NEW)
 
 
+def test_a_cache_of_another_shape_is_refused(llama):
+    cache = decoder_of(model_of("Llama", num_hidden_layers=4)).make_cache(40, backend=BACKEND)
+    with pytest.raises(
+        ValueError, match=r"expected \(layers, H, D, Dv\) \(3, 2, 16, 16\).* got \(4, 2, 16, 16\)"
+    ):
+        decoder_of(llama).next_logits(cache, [cache.add_sequence()], [[3]])
+
+
 def test_rotary_frequencies_that_follow_the_longest_sequence_end_requests_before_they_change(prompts):
     model = model_of(
         "Llama",

@@ -77,8 +77,8 @@ class PackedDecoder:
             raise ValueError(
                 f"model: expected layers of one shape (H, D, Dv); got {shapes or 'none'}; {ALONE}"
             )
-        (self._shape,) = shapes
-        self._num_layers = len(layers)
+        self._shape = (len(stored), *shapes.pop())
+        self._num_model_layers = len(layers)
         self._places = {i: place for place, i in enumerate(stored)}  # layer -> its place in the cache
         windows = {layer.window_left for layer in stored.values()}
         self.window_left = -1 if -1 in windows else max(windows)
@@ -108,9 +108,9 @@ class PackedDecoder:
         block_size = arguments.integer("block_size", block_size, minimum=1)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         dtype = format_name(self.model.dtype) if dtype is None else dtype
-        num_kv_heads, head_dim, value_head_dim = self._shape
+        num_layers, num_kv_heads, head_dim, value_head_dim = self._shape
         options = with_recipe(dtype, options)
-        options["num_layers"], options["value_head_dim"] = len(self._places), value_head_dim
+        options["num_layers"], options["value_head_dim"] = num_layers, value_head_dim
         recent_tokens = options.get("recent_tokens")
         if recent_tokens and self.window_left >= 0:
             options["recent_tokens"] = min(recent_tokens, self.window_left + 1)
@@ -171,12 +171,15 @@ class PackedDecoder:
         CacheFull
             There are too few free blocks; nothing has changed.
         ValueError
-            `PagedKVCache.step` refuses its arguments.
+            The cache is of another shape, or `PagedKVCache.step` refuses its arguments.
         """
+        shape = cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.value_head_dim
+        if shape != self._shape:
+            raise ValueError(f"cache: expected (layers, H, D, Dv) {self._shape}, the model's; got {shape}")
         step = cache.step(seq_ids, [len(tokens) for tokens in token_ids], token_ids=token_ids)
         layers = [
             _StepLayer(step, self._places[i]) if i in self._places else DummyLayer()
-            for i in range(self._num_layers)
+            for i in range(self._num_model_layers)
         ]
         last = step.batch.query_start_loc[1:] - 1
         return self._forward(layers, np.concatenate(token_ids), step.positions, last)
