@@ -77,11 +77,11 @@ def test_a_later_request_finds_what_an_earlier_one_computed(decoder, text, backe
 
 def test_no_more_tokens_in_a_step_than_the_budget(decoder, prompts, backend, monkeypatch):
     counts = []
-    extend = decoder.extend
+    next_logits = decoder.next_logits
     monkeypatch.setattr(
         decoder,
-        "extend",
-        lambda c, ids, tokens: (counts.append(sum(map(len, tokens))), extend(c, ids, tokens))[1],
+        "next_logits",
+        lambda c, ids, tokens: (counts.append(sum(map(len, tokens))), next_logits(c, ids, tokens))[1],
     )
     batcher = ContinuousBatcher(decoder, cache_of(decoder, 60, backend), max_tokens_per_step=20)
     for prompt in prompts:
