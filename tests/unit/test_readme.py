@@ -41,7 +41,7 @@ def anchors(text):
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code, capsys, backend, monkeypatch):
     if "integrations.transformers" in code:
-        pytest.importorskip("transformers", reason="the transformers extra is not installed")
+        pytest.importorskip("torch", reason="the transformers extra is not installed")
     monkeypatch.setenv("KVNUMBA_BACKEND", backend)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
