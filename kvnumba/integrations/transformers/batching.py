@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 
 from kvnumba import arguments
 from kvnumba.backends.registry import get_backend
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 
 ALONE = "use its generate with a KVNumbaCache"
 """What a model that is refused here can do."""
+
+SERVED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+"""The layers of DynamicCache that a paged cache can stand for; not every version of transformers has the last."""
 
 
 class PackedDecoder:
@@ -71,7 +73,7 @@ class PackedDecoder:
         self.max_positions = _max_positions(config)
         layers = [_trial_layer(layer) for layer in DynamicCache(config=config).layers]
         self._forward(layers, np.zeros(2, np.int64), np.zeros(2, np.int64), [0, 1])
-        stored = {i: layer for i, layer in enumerate(layers) if getattr(layer, "shape", None) is not None}
+        stored = {i: layer for i, layer in enumerate(layers) if layer.shape is not None}
         shapes: set[Any] = {layer.shape for layer in stored.values()}
         if len(shapes) != 1:
             raise ValueError(
@@ -178,13 +180,15 @@ class PackedDecoder:
             raise ValueError(f"cache: expected (layers, H, D, Dv) {self._shape}, the model's; got {shape}")
         step = cache.step(seq_ids, [len(tokens) for tokens in token_ids], token_ids=token_ids)
         layers = [
-            _StepLayer(step, self._places[i]) if i in self._places else DummyLayer()
+            _StepLayer(step, self._places[i]) if i in self._places else _RowLayer()
             for i in range(self._num_model_layers)
         ]
         last = step.batch.query_start_loc[1:] - 1
         return self._forward(layers, np.concatenate(token_ids), step.positions, last)
 
-    def _forward(self, layers: list[Any], tokens: np.ndarray, positions: np.ndarray, last: Any) -> np.ndarray:
+    def _forward(
+        self, layers: Sequence[_RowLayer], tokens: np.ndarray, positions: np.ndarray, last: Any
+    ) -> np.ndarray:
         """Logits (B, vocab_size) at the tokens `last` of a row of tokens."""
         model = self.model
         rows = torch.as_tensor(last, dtype=torch.long, device=model.device)
@@ -193,14 +197,14 @@ class PackedDecoder:
             logits = model(
                 input_ids=torch.as_tensor(tokens, dtype=torch.long, device=model.device)[None],
                 position_ids=torch.as_tensor(positions, dtype=torch.long, device=model.device)[None],
-                past_key_values=Cache(layers=layers),
+                past_key_values=Cache(layers=list(layers)),
                 use_cache=True,
                 **keep,
             ).logits[0]
         return (logits if keep else logits[rows]).float().cpu().numpy()
 
 
-class _RowLayer(CacheLayerMixin):
+class _RowLayer(cache_utils.CacheLayerMixin):
     """A model's layer in a pass over one row; what the keys and values that it hands out stand for."""
 
     is_sliding = False  # to the model: windows come with the masks
@@ -216,8 +220,8 @@ class _RowLayer(CacheLayerMixin):
         )
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """What `update` does."""
-        raise NotImplementedError
+        """Raise: the model gave this layer nothing in the trial."""
+        raise ValueError(f"model: a layer has keys now that had none before; {ALONE}")
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Raise: there are no keys that all tokens of the row see."""
@@ -305,12 +309,11 @@ class _TrialLayer(_RowLayer):
         return query.new_zeros(1, query.shape[2], query.shape[1], self.shape[2])
 
 
-def _trial_layer(layer: Any) -> _TrialLayer | DummyLayer:
+def _trial_layer(layer: Any) -> _TrialLayer:
     """In place of a layer of DynamicCache."""
-    if type(layer) is DummyLayer:
-        return DummyLayer()
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(f"model: a paged cache has no layers like {type(layer).__name__}; {ALONE}")
+    kind = type(layer).__name__
+    if kind not in SERVED:
+        raise ValueError(f"model: a paged cache has no layers like {kind}; {ALONE}")
     return _TrialLayer(getattr(layer, "sliding_window", None))
 
 
