@@ -9,7 +9,7 @@ import numpy as np
 
 from kvnumba.arrays import DeviceView, in_precision_of, is_bfloat16
 from kvnumba.attention.cascade import split_prefixes
-from kvnumba.backends.protocol import Backend
+from kvnumba.backends.protocol import Backend, Decoding
 from kvnumba.options import AttentionOptions, Scoring, scoring_of
 from kvnumba.storage import Batch, Buffers, Part
 
@@ -139,6 +139,15 @@ class Pass:
             return
         self._backend.attend(layer, q, self._plan(q.shape[2], scoring), scoring, out, lse)
 
+    def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
+        """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""
+        parts = self._parts(q.shape[2], _may_share(scoring))
+        return self._backend.decoding(q, k, v, self._written, parts, self._checked(scoring, q.dtype))
+
+    def follow(self, decoding: Decoding, num_qo_heads: int, scoring: Scoring, stream: int) -> bool:
+        """Take over a decoding of an earlier pass; False if it cannot serve this one, nor any other any more."""
+        return decoding.follow(self._written, self._parts(num_qo_heads, _may_share(scoring)), stream)
+
     def prepare(self, q: Any, options: AttentionOptions) -> None:
         """Do what `attend` does once for all layers, and once for all passes."""
         scoring = self._scoring(q, options, q.dtype)
@@ -146,7 +155,10 @@ class Pass:
             self._backend.prepare(q, self._plan(q.shape[2], scoring), scoring, self._written)
 
     def _scoring(self, q: Any, options: AttentionOptions, dtype: Any) -> Scoring:
-        scoring = scoring_of(options, q.shape[2], q.shape[3])
+        return self._checked(scoring_of(options, q.shape[2], q.shape[3]), dtype)
+
+    def _checked(self, scoring: Scoring, dtype: Any) -> Scoring:
+        """Options that fit the pass and its backend, for queries of a dtype."""
         widest = self._widest_window
         if widest is not None and not 0 <= scoring.window_left <= widest:
             raise ValueError(
@@ -162,8 +174,7 @@ class Pass:
         return scoring.in_bfloat16 if dtype is not None and is_bfloat16(dtype) else scoring
 
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
-        # a shared prefix is attended without positions, so it cannot be combined with a window or ALiBi
-        shared = scoring.window_left < 0 and scoring.alibi_slopes is None
+        shared = _may_share(scoring)
         key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared)
         plan = self._plans.get(key)
         if plan is None:
@@ -184,6 +195,11 @@ class Pass:
         if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
             return parts + split_prefixes(self._buffers, batch, num_qo_heads, limits)
         return [*parts, Part(self._buffers, batch)]
+
+
+def _may_share(scoring: Scoring) -> bool:
+    """Whether a shared prefix may be a part of its own: that is attended without positions, so not with a window."""
+    return scoring.window_left < 0 and scoring.alibi_slopes is None
 
 
 def room_for_results(

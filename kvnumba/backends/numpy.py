@@ -7,7 +7,7 @@ and values in float32 nor the scores of a whole sequence exist at any time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -146,6 +146,11 @@ class NumpyBackend:
 
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
+
+    def decoding(
+        self, q: Any, k: Any, v: Any, written: Sequence[Part], parts: Sequence[Part], scoring: Scoring
+    ) -> None:
+        return None
 
     def attend(
         self,

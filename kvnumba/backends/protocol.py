@@ -35,6 +35,29 @@ class CascadeLimits(NamedTuple):
     min_bytes: int
 
 
+class LayerDecoding(Protocol):
+    """`write` and `attend` of a layer in one call, see `Backend.decoding`."""
+
+    def run(self, k: int, v: int, q: int, out: int, stream: int) -> None:
+        """Given are the addresses of the arrays; out (B, n, Hq, Dv) is contiguous."""
+        ...
+
+
+class Decoding(Protocol):
+    """What decode steps of the same sequences share, see `Backend.decoding`."""
+
+    def layer(self, layer: int, scoring: Scoring) -> LayerDecoding | None:
+        """That of a layer; None if its options differ in more than the sinks."""
+        ...
+
+    def follow(self, written: Sequence[Part], parts: Sequence[Part], stream: int) -> bool:
+        """Become the next step's; False if that cannot be, and it is of no use any more.
+
+        `written` is where the step's new tokens are stored, `parts` what they attend to.
+        """
+        ...
+
+
 class Backend(Protocol):
     """One instance a process; `Buffers` hold arrays of the backend's own kind."""
 
@@ -104,6 +127,15 @@ class Backend(Protocol):
 
     def prepare(self, q: Any, plan: Any, scoring: Scoring, written: Sequence[Part]) -> None:
         """Compile and upload now what `attend` with queries such as q, and `write` into some parts, would do first."""
+        ...
+
+    def decoding(
+        self, q: Any, k: Any, v: Any, written: Sequence[Part], parts: Sequence[Part], scoring: Scoring
+    ) -> Decoding | None:
+        """`write` and `attend` in one call, for a new token of each sequence and arrays that lie as these do.
+
+        None: this backend, or such a batch, has nothing faster than the two.
+        """
         ...
 
     def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:

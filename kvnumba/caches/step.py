@@ -9,10 +9,10 @@ import numpy as np
 from kvnumba import arguments, arrays
 from kvnumba.attention import passes
 from kvnumba.attention.passes import Pass, as_returned, room_for_results
-from kvnumba.backends.protocol import Backend
+from kvnumba.backends.protocol import Backend, Decoding
 from kvnumba.blocks.pool import BlockPool
 from kvnumba.caches.recent import RecentTokens
-from kvnumba.options import AttentionOptions
+from kvnumba.options import AttentionOptions, Scoring
 from kvnumba.storage import Batch, Buffers
 
 if TYPE_CHECKING:
@@ -116,11 +116,36 @@ class Step:
         self._pass.require_next(layer)
         self._require_latest()
         self._pass.write(layer, k, v)
+        self._commit()
+
+    def _commit(self) -> None:
+        """Let the sequences hold the new tokens, if all layers do."""
         if self._pass.complete:
             with self._pool.lock:
                 if self._recent is not None and self._pass.floats is not None:
                     self._recent.commit(self._pass.floats)  # first: only this can fail
                 self._pool.commit(self.seq_ids, self.batch, self._token_ids)
+
+    def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
+        """`write` and `attend` in one call, see `Backend.decoding`, for packed arrays on a GPU that lie as these do."""
+        layout = self._buffers.layout
+        shape = (self.num_tokens, layout.num_kv_heads)
+        k, v = arrays.new_tokens(("k", "v"), k, v, shape, "T H D", layout, self._backend)
+        return self._pass.decoding(self._queries(q)[None], k[None], v[None], scoring)
+
+    def follow(self, decoding: Decoding, num_qo_heads: int, scoring: Scoring, stream: int) -> bool:
+        """Let a decoding of an earlier step of these sequences be this one's; False if it is of no use any more."""
+        return self._pass.follow(decoding, num_qo_heads, scoring, stream)
+
+    def require_next(self, layer: int) -> None:
+        """Raise unless a layer is the next to be written."""
+        self._pass.require_next(layer)
+        self._require_latest()
+
+    def written(self, layer: int) -> None:
+        """Know that a decoding has written the next layer."""
+        self._pass.next_layer = layer + 1
+        self._commit()
 
     def _require_latest(self) -> None:
         if not self.is_latest():

@@ -138,6 +138,11 @@ class CpuBackend:
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
 
+    def decoding(
+        self, q: Any, k: Any, v: Any, written: Sequence[Part], parts: Sequence[Part], scoring: Scoring
+    ) -> None:
+        return None
+
     def attend(
         self, layer: int, q: np.ndarray, plan: Plan, scoring: Scoring, out: np.ndarray, lse: np.ndarray
     ) -> None:

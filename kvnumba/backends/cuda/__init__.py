@@ -12,6 +12,7 @@ from kvnumba.arrays import DeviceView, contiguous_strides
 from kvnumba.backends.cuda import memory
 from kvnumba.backends.cuda.codecs import codec_of
 from kvnumba.backends.cuda.copy import copy_kernel
+from kvnumba.backends.cuda.decoding import Decoding
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import (
     SIMULATED,
@@ -257,6 +258,26 @@ class CudaBackend:
             if host is not x:
                 x[...] = host
         del loan
+
+    def decoding(
+        self, q: Any, k: Any, v: Any, written: Sequence[Part], parts: Sequence[Part], scoring: Scoring
+    ) -> Decoding | None:
+        if not all(isinstance(x, DeviceView) for x in (q, k, v)):
+            return None
+        if any(part.tokens is not None or (np.diff(part.batch.query_start_loc) != 1).any() for part in parts):
+            return None
+        memory.enter()
+
+        def write_launch(part: Part) -> Launch:
+            buffers = part.buffers
+            assert isinstance(buffers, CudaBuffers)
+            return self._write_launch(buffers.layout, buffers.slab_bytes, k, v, part.batch)
+
+        def per_head(plan: AttentionPlan, numbers: Any) -> int:
+            return self._per_head(plan, numbers, q.stream)
+
+        made = Decoding(q, written, parts, scoring, write_launch, per_head, self._pool)
+        return made if made.useful else None
 
     def _attend(
         self,

@@ -189,19 +189,65 @@ class Launch:
         if code != 0:
             _raise("cuLaunchKernel", code)
 
+    def bind(self, addresses: tuple[int, ...]) -> BoundLaunch:
+        """The same for one call's addresses, of which the first two may differ each time."""
+        return BoundLaunch(self, self._first.pack(*addresses) + self._rest, addresses[2:])
 
-class _Packed(threading.local):
-    """Room for the arguments of a launch, which the driver copies, and how the driver is told where they are."""
 
-    def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(512)
-        self.view = memoryview(self.buffer).cast("B")
-        self.size = ctypes.c_size_t()
+class BoundLaunch:
+    """A launch with all its arguments packed in memory of its own: a call changes the first two addresses only.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, launch: Launch, packed: bytes, addresses: tuple[int, ...]) -> None:
+        self._launch = launch
+        self._addresses = addresses
+        self._arguments = _Arguments(packed)
+        self._x, self._y = launch._grid
+
+    def __call__(self, stream: int, first: int, second: int) -> None:
+        """Run blocks; returns before they have run, except in the simulator."""
+        launch = self._launch
+        if SIMULATED:
+            launch(stream, (first, second, *self._addresses))
+            return
+        kernel = launch._kernel
+        if kernel.handle is None:
+            kernel.compile()
+        _TWO.pack_into(self._arguments.buffer, 0, first, second)
+        (code,) = _driver().cuLaunchKernel(
+            kernel.handle, self._x, self._y, 1, kernel.threads, 1, 1, launch._shared_bytes, stream, 0,
+            self._arguments.extra,
+        )  # fmt: skip
+        if code != 0:
+            _raise("cuLaunchKernel", code)
+
+
+_TWO = struct.Struct("qq")
+
+
+class _Arguments:
+    """Packed arguments of a launch, which the driver copies, and how the driver is told where they are."""
+
+    def __init__(self, packed: bytes) -> None:
+        self.buffer = ctypes.create_string_buffer(packed, len(packed))
+        self.size = ctypes.c_size_t(len(packed))
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
         self._extra = (ctypes.c_void_p * 5)(
             1, ctypes.addressof(self.buffer), 2, ctypes.addressof(self.size), 0
         )
         self.extra = ctypes.addressof(self._extra)
+
+
+class _Packed(threading.local):
+    """Room for the arguments of any launch of a thread."""
+
+    def __init__(self) -> None:
+        arguments = _Arguments(bytes(512))
+        self.buffer, self.size, self.extra = arguments.buffer, arguments.size, arguments.extra
+        self.view = memoryview(self.buffer).cast("B")
+        self._kept = arguments  # what `extra` is the address of
 
 
 _packed = _Packed()

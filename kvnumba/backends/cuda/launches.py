@@ -22,7 +22,17 @@ from kvnumba.backends.cuda.jit import (
 from kvnumba.backends.cuda.memory import Loan, Pool, alignment_of, row_strides
 from kvnumba.backends.cuda.merge import merge_kernel
 from kvnumba.backends.cuda.parameters import AttendShape, MergeShape
-from kvnumba.backends.cuda.plan import TILE, AttentionPlan, Pieces, Shape, ranges_of, rows_to_merge, split
+from kvnumba.backends.cuda.plan import (
+    TILE,
+    AttentionPlan,
+    Pieces,
+    Ranges,
+    Shape,
+    ranges_of,
+    rows_to_merge,
+    split,
+    with_spare,
+)
 from kvnumba.backends.cuda.storage import CudaBuffers
 from kvnumba.backends.cuda.tables import Tables, Upload, tables_of
 from kvnumba.backends.cuda.transforms import transform_of
@@ -46,11 +56,14 @@ class Launches(NamedTuple):
         Where these leave partial results.
     memory : tuple
         What keeps the tables and the partial results where they are.
+    cuts : list of Cut
+        What the launches work on.
     """
 
     of_parts: list[tuple[Launch, list[tuple[tuple[int, ...], ...]]]]
     merge: Launch | None
     memory: tuple[Upload, Loan, Loan]
+    cuts: list[Cut]
 
     def prepare(self) -> None:
         """Compile the kernels."""
@@ -72,38 +85,84 @@ class _Share(NamedTuple):
     blocks_per_piece: int
 
 
-def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool, stream: int) -> Launches:
-    """What serves queries such as q; the memory that it takes is the stream's."""
+class Cut(NamedTuple):
+    """Shares whose pieces are merged together.
+
+    Attributes
+    ----------
+    shares : list of _Share
+    pieces : Pieces
+    places : list of int
+        Where in the upload the table of each share begins, in bytes.
+    """
+
+    shares: list[_Share]
+    pieces: Pieces
+    places: list[int]
+
+
+def seen_by(shares: list[_Share], window_left: int) -> list[Ranges]:
+    """The keys that the tokens of some shares, which blocks of one shape take, see in each."""
+    tokens = shares[0].shape.rows // shares[0].heads
+    return [ranges_of(share.part.batch, share.sequences, tokens, window_left) for share in shares]
+
+
+def pieces_of(
+    shares: list[_Share],
+    ranges: list[Ranges],
+    num_qo_heads: int,
+    first_partial: int | None = None,
+) -> Pieces:
+    """These keys in pieces, as many as the device takes at once if somebody merges them."""
+    shape = shares[0].shape
+    merged = shape.merges or first_partial is not None
+    blocks = blocks_at_once(shape) if merged else 1
+    return split(ranges, blocks, shares[0].blocks_per_piece, num_qo_heads, first_partial)
+
+
+def blocks_at_once(shape: Shape) -> int:
+    """Blocks of a kernel that the device runs at a time."""
+    return max(1, num_multiprocessors() * shape.blocks_per_sm)
+
+
+def launches_of(
+    plan: AttentionPlan,
+    q: DeviceView,
+    scoring: Scoring,
+    pool: Pool,
+    stream: int,
+    *,
+    kept: Upload | None = None,
+) -> Launches:
+    """What serves queries such as q; the memory that it takes is the stream's.
+
+    `kept`: an upload for the tables, in which there is room for as many pieces as there may be when the sequences,
+    with a new token each, have grown.
+    """
     num_tokens = q.shape[0] * q.shape[1]
     num_qo_heads, value_head_dim = q.shape[2], plan.parts[0].buffers.layout.value_head_dim
     partial_bytes = 4 * (value_head_dim + 4)
-    upload = _upload_of(plan)
+    upload = kept or _upload_of(plan)
     shares = _shares(plan, q, scoring, upload)
     together = _merge_together(plan, shares)
     merged_after = not plan.direct and not together
     groups = [shares] if together else [[share] for share in shares]
-    cuts: list[Pieces] = []
+    cuts: list[Cut] = []
     num_partials = 0
     for group in groups:
-        shape, heads = group[0].shape, group[0].heads
-        ranges = [
-            ranges_of(share.part.batch, share.sequences, shape.rows // heads, plan.window_left)
-            for share in group
-        ]
-        splits = shape.merges or merged_after
-        blocks = max(1, num_multiprocessors() * shape.blocks_per_sm) if splits else 1
-        pieces = split(
-            ranges, blocks, group[0].blocks_per_piece, num_qo_heads, num_partials if merged_after else None
-        )
-        cuts.append(pieces)
+        first_partial = num_partials if merged_after else None
+        pieces = pieces_of(group, seen_by(group, plan.window_left), num_qo_heads, first_partial)
+        if kept is not None:
+            most = blocks_at_once(group[0].shape) // group[0].blocks_per_piece
+            pieces = with_spare(pieces, most, num_qo_heads)
+        cuts.append(Cut(group, pieces, [upload.add(table.reshape(-1)) for table in pieces.tables]))
         num_partials += pieces.num_partials
-    places = [[upload.add(table.reshape(-1)) for table in pieces.tables] for pieces in cuts]
     starts = rows = 0
     if merged_after:
         starts, rows = (
             upload.add(vector)
             for vector in rows_to_merge(
-                [pieces.tables[0] for pieces in cuts],
+                [each.pieces.tables[0] for each in cuts],
                 [share.part for share in shares],
                 num_tokens,
                 num_qo_heads,
@@ -112,12 +171,10 @@ def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool
 
     base = upload.address(pool, stream)
     partials = pool.take(num_partials * partial_bytes, stream)
-    num_items = [
-        pieces.num_items * group[0].blocks_per_piece for group, pieces in zip(groups, cuts, strict=True)
-    ]
+    num_items = [each.pieces.num_items * each.shares[0].blocks_per_piece for each in cuts]
     counters = pool.take(4 * sum(num_items), stream, zeros=True)
     of_parts, item, partial = [], 0, 0
-    for group, pieces, begins, items in zip(groups, cuts, places, num_items, strict=True):
+    for (group, pieces, begins), items in zip(cuts, num_items, strict=True):
         used = [
             (
                 share,
@@ -165,7 +222,7 @@ def launches_of(plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool
         blocks = -(-num_tokens * num_qo_heads * WARP // THREADS)
         width = width_of(value_head_dim)
         merge = Launch(merge_kernel(q.dtype, width), (blocks, 1), 0, work_of_merge)
-    return Launches(of_parts, merge, (upload, partials, counters))
+    return Launches(of_parts, merge, (upload, partials, counters), cuts)
 
 
 def _work(share: _Share, num_pieces: int, q: DeviceView, scoring: Scoring, **addresses: int) -> AttendShape:

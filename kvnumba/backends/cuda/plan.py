@@ -195,6 +195,72 @@ def split(
     return Pieces(tables, int(partials.sum()), len(rows))
 
 
+def with_spare(pieces: Pieces, most: int, num_qo_heads: int) -> Pieces:
+    """The same pieces of single tokens, and empty ones: `most` in all, and one more for each token of a part."""
+    longest = max(range(len(pieces.tables)), key=lambda n: len(pieces.tables[n]))
+    more = max(0, most - sum(map(len, pieces.tables)))
+    tables = [
+        padded(table, len(table) + pieces.num_items + (more if n == longest else 0))
+        for n, table in enumerate(pieces.tables)
+    ]
+    return Pieces(tables, sum(map(len, tables)) * num_qo_heads, pieces.num_items)
+
+
+def padded(table: np.ndarray, count: int) -> np.ndarray:
+    """A table of so many pieces: the last ones have no tokens and no keys."""
+    more = np.zeros((count - len(table), PIECE_COLUMNS), np.int32)
+    more[:, NUM_SPLITS] = 1  # nothing is left to be merged
+    return np.concatenate((table, more))
+
+
+class Track:
+    """The pieces of single tokens, a table that follows the sequences as these grow.
+
+    The keys of each sequence are cut where they were cut before; only its first piece begins, and its last one ends,
+    elsewhere, as long as no piece becomes much longer than the others.
+
+    Parameters
+    ----------
+    table : (N, 10) int32
+        Changed in place; the pieces at its end may be empty ones.
+    num_items : int
+        Tokens.
+    """
+
+    def __init__(self, table: np.ndarray, num_items: int) -> None:
+        self._table = table
+        table = table[: np.count_nonzero(table[:, NUM_TOKENS])]
+        self._items = table[:, ITEM].copy()
+        number = np.bincount(self._items, minlength=num_items)
+        self._some = number > 0
+        self._last = np.cumsum(number)[self._some] - 1
+        self._first = self._last - number[self._some] + 1
+        longest = int((table[:, END_KEY] - table[:, FIRST_KEY]).max(initial=0))
+        self._longest = longest + max(TILE, longest // 16)
+
+    def follow(self, ranges: Ranges) -> bool:
+        """Let the pieces be those of other ranges of the same tokens; False, and nothing has changed, if not."""
+        table, some, first, last = self._table, self._some, self._first, self._last
+        begin, end = ranges.begin, ranges.end
+        if not np.array_equal(begin < end, some):
+            return False
+        begin, end = begin[some], end[some]
+        inner = np.where(first == last, end, table[first, END_KEY])
+        inner_begin = np.where(first == last, begin, table[last, FIRST_KEY])
+        fits = (
+            (begin < inner)
+            & (inner - begin <= self._longest)
+            & (inner_begin < end)
+            & (end - inner_begin <= self._longest)
+        )
+        if not fits.all():
+            return False
+        table[first, FIRST_KEY] = begin
+        table[last, END_KEY] = end
+        table[: len(self._items), POSITION] = ranges.position[self._items]
+        return True
+
+
 def rows_to_merge(
     tables: Sequence[np.ndarray], parts: Sequence[Part], num_tokens: int, num_qo_heads: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def row_opener(
 
     `query` becomes A fragments; `totals`, `last`, `factors`, `offsets` and `slopes` as `online_softmax` says, one for
     each half.
-    A row too many repeats the last.
+    A row too many repeats the last; an empty piece has one to repeat, which nobody asks for.
     """
     load_query = query_loader(kind, codec, head_dim, transform)
     steps = head_dim // 16
@@ -69,7 +69,7 @@ def row_opener(
             call, work, piece, first_row, g, c, query, words, totals, last, factors, offsets, slopes
         ):
             channels = int64(4 * piece.kv_head * head_dim)
-            row = int32(min(first_row + 8 * half + g, piece.used - 1))
+            row = int32(max(min(first_row + 8 * half + g, piece.used - 1), 0))
             token = token_of(piece, row)
             last[half] = piece.position + token
             scale, totals[half], offset = load_query(

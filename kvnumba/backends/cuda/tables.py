@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvnumba.backends.cuda import memory
 from kvnumba.backends.cuda.intrinsics import load_int, quotient
 from kvnumba.backends.cuda.jit import device
 from kvnumba.backends.cuda.memory import Loan, Pool
@@ -21,6 +22,7 @@ class Upload:
         self._vectors: list[np.ndarray] = []
         self._length = 0
         self._loan: Loan | None = None
+        self._host = np.empty(0, np.int32)
 
     @property
     def sent(self) -> bool:
@@ -36,8 +38,18 @@ class Upload:
     def address(self, pool: Pool, stream: int) -> int:
         """Of the first vector; the stream that asks first uploads them."""
         if self._loan is None:
-            self._loan = pool.put(np.concatenate(self._vectors, dtype=np.int32), stream)
+            self._host = np.concatenate(self._vectors, dtype=np.int32)
+            self._loan = pool.put(self._host, stream)
         return self._loan.address
+
+    def sent_vector(self, begin: int, size: int) -> np.ndarray:
+        """What was sent of a vector that begins at so many bytes: to be changed, and sent with `again`."""
+        return self._host[begin // 4 : begin // 4 + size]
+
+    def again(self, stream: int) -> None:
+        """Send all vectors as they are now to where they were, after all that the stream has to do."""
+        assert self._loan is not None
+        memory.upload(self._loan.address, self._host, stream)
 
 
 class Tables:
@@ -45,13 +57,20 @@ class Tables:
 
     def __init__(self, batch: Batch, upload: Upload) -> None:
         self.upload = upload
-        self.begin = upload.add(
-            np.concatenate((batch.query_start_loc, batch.positions, batch.block_table.reshape(-1)))
-        )
+        self.begin = upload.add(_vector_of(batch))
+
+    def update(self, batch: Batch) -> None:
+        """Let the upload, which is sent again, have the tables of a batch of the same shape."""
+        vector = _vector_of(batch)
+        self.upload.sent_vector(self.begin, vector.size)[:] = vector
 
     def address(self, pool: Pool, stream: int) -> int:
         """Of the tables on the device."""
         return self.upload.address(pool, stream) + self.begin
+
+
+def _vector_of(batch: Batch) -> np.ndarray:
+    return np.concatenate((batch.query_start_loc, batch.positions, batch.block_table.reshape(-1)))
 
 
 def tables_of(batch: Batch, upload: Upload | None = None) -> Tables:

@@ -18,6 +18,7 @@ from kvnumba.integrations.transformers.attention import attention_forward, regis
 from kvnumba.integrations.transformers.batching import PackedDecoder
 from kvnumba.integrations.transformers.cache import KVNumbaCache, KVNumbaLayer
 from kvnumba.integrations.transformers.calibrating import calibrate
+from kvnumba.integrations.transformers.captured import captured
 from kvnumba.integrations.transformers.masks import attention_mask
 
 register()
@@ -29,4 +30,5 @@ __all__ = [
     "attention_forward",
     "attention_mask",
     "calibrate",
+    "captured",
 ]

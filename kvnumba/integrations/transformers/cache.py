@@ -161,8 +161,10 @@ class KVNumbaLayer(CacheLayerMixin):
             All that the new tokens see, in the dtype of the new ones: `Deferred` with the attention
             implementation "kvnumba", dense with any other.
         """
+        if self.index == 0:  # the same for all layers of a pass: a config takes its time to answer
+            self.group.deferring = self._config._attn_implementation == NAME
         appended = Appended(self.group, self.index, key_states, value_states)
-        return appended.deferred() if self._config._attn_implementation == NAME else appended.dense()
+        return appended.deferred() if self.group.deferring else appended.dense()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys an `update` of so many tokens is going to return, and the position of the first."""
@@ -256,6 +258,16 @@ class KVNumbaCache(Cache):
             else:
                 layers.append(KVNumbaLayer(self._config, self._groups[kind], kinds[:n].count(kind)))
         return layers
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """The layers of each kind."""
+        return list(self._groups.values())
+
+    @property
+    def all_ours(self) -> bool:
+        """Whether no layer keeps anything elsewhere."""
+        return all(isinstance(layer, (KVNumbaLayer, DummyLayer)) for layer in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, given as a number of 0 or less.

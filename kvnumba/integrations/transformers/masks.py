@@ -87,7 +87,7 @@ def attention_mask(
     length = kv_offset + kv_length
     window_left = _window_left(mask_function)
     if window_left is not None and not options.get("use_vmap") and q_offset + q_length == length:
-        padding, known = _left_padding(attention_mask, length)
+        padding, known = left_padding(attention_mask, length)
         if known:
             shape = (batch_size, 1, q_length, kv_length)
             causal = CausalMask(length, window_left, padding)
@@ -114,7 +114,7 @@ def _window_left(mask_function: Any) -> int | None:
     return int(parts[0].__closure__[0].cell_contents) - 1
 
 
-def _left_padding(mask: torch.Tensor | None, length: int) -> tuple[np.ndarray | None, bool]:
+def left_padding(mask: torch.Tensor | None, length: int) -> tuple[np.ndarray | None, bool]:
     """Padding on the left of each sequence, and whether the mask says nothing else."""
     if mask is None:
         return None, True

@@ -11,12 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from kvnumba.backends.protocol import Backend
+from kvnumba.backends.protocol import Backend, Decoding
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.step import Step
@@ -115,6 +115,14 @@ class ForwardPass:
         Which of the new tokens are stored. None: all, for none of them is known to be padding.
     judged : CausalMask, bool; optional
         The latest mask, and whether attention out of the storage shows what it shows.
+    follows : bool
+        Whether the group's decoding is that of this pass.
+    new : index, keys and values; optional
+        Those of the latest layer.
+    unwritten : bool
+        Whether they are not stored yet: attention is going to store them.
+    captured : bool
+        Whether the pass is recorded as a CUDA graph, so that nothing is computed now.
     """
 
     step: Step
@@ -123,10 +131,51 @@ class ForwardPass:
     visible: int
     real: np.ndarray | None = None
     judged: tuple[CausalMask, bool] | None = None
+    follows: bool = False
+    new: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    unwritten: bool = False
+    captured: bool = False
 
     def length(self, index: int) -> int:
         """Tokens of every sequence in a layer, padding included."""
-        return self.first + self.count if self.step.covers(index) else self.first
+        has_new = self.step.covers(index) or (
+            self.unwritten and self.new is not None and self.new[0] == index
+        )
+        return self.first + self.count if has_new else self.first
+
+    def flush(self) -> None:
+        """Store what is not stored yet."""
+        if self.unwritten and self.new is not None:
+            self.require_eager()
+            self.unwritten = False
+            index, k, v = self.new
+            self.step.write(_by_token(k, self.real), _by_token(v, self.real), layer=index)
+
+    def require_eager(self) -> None:
+        """Raise if the pass is recorded: what comes now could not be."""
+        if self.captured:
+            raise NotImplementedError(
+                "the model looks into keys or values, or attends to them in another way"
+            )
+
+
+class KeptDecoding(NamedTuple):
+    """`write` and `attend` in one call, for decode steps that follow each other, and what it was made for.
+
+    Attributes
+    ----------
+    decoding : Decoding
+    scoring : Scoring
+    new, query : tuple
+        How keys and values, and queries, lie in memory.
+    stream : int
+    """
+
+    decoding: Decoding
+    scoring: Scoring
+    new: tuple[Any, ...]
+    query: tuple[Any, ...]
+    stream: int
 
 
 class LayerGroup:
@@ -154,6 +203,7 @@ class LayerGroup:
         self.share = share
         self.sliding_window = sliding_window
         self.record_past = False
+        self.deferring = False  # whether the model's attention reads the storage
         self._pool: PagedKVCache | None = None
         self._scorings: dict[int, tuple[Any, ...]] = {}  # layer -> key, sinks, Scoring
         self.clear()
@@ -180,6 +230,8 @@ class LayerGroup:
             None  # tokens on the left of each that were left out; None: no padding
         )
         self.forward: ForwardPass | None = None  # the latest, if nothing else has changed the sequences since
+        self._kept: KeptDecoding | None = None
+        self._next: ForwardPass | None = None  # begun before its first layer is here
         self._length = 0  # tokens of every sequence, padding included, where there is no such pass
 
     def start(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -225,6 +277,7 @@ class LayerGroup:
     @property
     def running(self) -> bool:
         """Whether the latest forward pass has layers to go."""
+        self.flush()
         return self.forward is not None and not self.forward.step.covers(self.num_layers - 1)
 
     def length(self, index: int) -> int:
@@ -237,7 +290,46 @@ class LayerGroup:
         return self.length(self.num_layers - 1)
 
     def append(self, index: int, k: torch.Tensor, v: torch.Tensor) -> ForwardPass:
-        """Write new tokens, keys (B, H, q, D) and values (B, H, q, Dv), to a layer."""
+        """Take new tokens, keys (B, H, q, D) and values (B, H, q, Dv), into a layer.
+
+        In decode steps on a GPU `attend` stores them, or whatever else needs them first.
+        """
+        self.flush()
+        known = self._kept is not None and self._kept.new == _lie(k, v)
+        if not known:
+            self._require_fit(k, v)
+        if index == 0:
+            self._require_complete()
+            self.forward = self._next or self._begin(k.shape[2], current_stream(k) if known else None)
+            self._next = None
+        forward = self.forward
+        if forward is None or k.shape[2] != forward.count:
+            raise ValueError(
+                f"key_states: layer {index} of its kind was updated without the layers before it"
+            )
+        forward.new = index, k, v
+        if known and forward.follows:
+            forward.step.require_next(index)
+            forward.unwritten = True
+        else:
+            forward.require_eager()
+            forward.step.write(_by_token(k, forward.real), _by_token(v, forward.real), layer=index)
+        return forward
+
+    def _require_complete(self) -> None:
+        if self.running:
+            raise ValueError(
+                "key_states: the forward pass before this one did not reach the last layer; "
+                "crop(0) forgets it, or use transformers.DynamicCache to skip layers"
+            )
+
+    def flush(self) -> None:
+        """Store what the latest layer has taken, if it is not stored yet."""
+        if self.forward is not None:
+            self.forward.flush()
+
+    def _require_fit(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Raise unless tensors are where the pool takes them, and as many sequences; make a pool if there is none."""
         if not self.started:
             self.start(k, v)
         elif not k.is_cpu:
@@ -247,25 +339,21 @@ class LayerGroup:
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
                 f"Call reset() first, or batch_repeat_interleave(n) to continue each n times"
             )
-        if index == 0:
-            if self.running:
-                raise ValueError(
-                    "key_states: the forward pass before this one did not reach the last layer; "
-                    "crop(0) forgets it, or use transformers.DynamicCache to skip layers"
-                )
-            self.forward = self._begin(k.shape[2])
-        forward = self.forward
-        if forward is None or k.shape[2] != forward.count:
-            raise ValueError(
-                f"key_states: layer {index} of its kind was updated without the layers before it"
-            )
-        forward.step.write(_by_token(k, forward.real), _by_token(v, forward.real), layer=index)
-        return forward
 
-    def _begin(self, count: int) -> ForwardPass:
+    def _begin(self, count: int, stream: int | None) -> ForwardPass:
+        """A pass of so many new tokens; `stream`: the one that torch works on, if the decoding may serve them."""
         first = self.complete_length
         earlier = first if self.sliding_window is None else min(first, self.sliding_window - 1)
-        return ForwardPass(self.pool.step(self.ids, [count] * len(self.ids)), first, count, earlier + count)
+        step = self.pool.step(self.ids, [count] * len(self.ids))
+        forward = ForwardPass(step, first, count, earlier + count)
+        kept = self._kept
+        if kept is not None and stream is not None:
+            forward.follows = kept.stream == stream and step.follow(
+                kept.decoding, kept.query[0][1], kept.scoring, stream
+            )
+            if not forward.follows:
+                self._kept = None
+        return forward
 
     def fits(self, index: int, mask: CausalMask) -> bool:
         """Whether attention out of the storage, less padding among the new tokens, shows what the mask shows."""
@@ -283,9 +371,11 @@ class LayerGroup:
             )
         # a mask without the window shows all tokens that `update` returned, however far apart they are
         window_fits = self.sliding_window is None or 0 <= mask.window_left < self.sliding_window
+        if forward.captured:  # padding was compared before
+            return window_fits
         if mask.padding is None and self.padding is None:
             return window_fits
-        shown, left_out = self._padding_or_zeros(mask.padding), self._padding_or_zeros(self.padding)
+        shown, left_out = self.padding_or_zeros(mask.padding), self.padding_or_zeros(self.padding)
         if (shown < left_out).any():
             raise ValueError(
                 f"attention_mask: expected the padding that earlier calls had, {left_out.tolist()} tokens on "
@@ -295,7 +385,8 @@ class LayerGroup:
         stored = forward.first if index == 0 else length
         return window_fits and bool((np.minimum(shown, stored) <= left_out).all())
 
-    def _padding_or_zeros(self, padding: np.ndarray | None) -> np.ndarray:
+    def padding_or_zeros(self, padding: np.ndarray | None) -> np.ndarray:
+        """Tokens of padding of each sequence, None standing for none."""
         return np.zeros(len(self.ids), np.int64) if padding is None else padding
 
     def leave_out(self, padding: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -303,7 +394,7 @@ class LayerGroup:
         forward = self.forward
         assert forward is not None
         first, count = forward.first, forward.count
-        padding, before = np.minimum(padding, first + count), self._padding_or_zeros(self.padding)
+        padding, before = np.minimum(padding, first + count), self.padding_or_zeros(self.padding)
         if (padding <= before).all():
             return
         for seq_id, left_out in zip(self.ids, before.tolist(), strict=True):
@@ -326,14 +417,85 @@ class LayerGroup:
         forward = self.forward
         assert forward is not None
         scoring = self._scoring(index, query, window_left, sm_scale, soft_cap, sinks)
-        out = to_torch(
-            forward.step.attend(_by_token(query, forward.real), layer=index, scoring=scoring), query
-        )
+        if forward.unwritten:
+            done = self._decode(forward, index, query, scoring)
+            if done is not None:
+                return done
+            forward.flush()
+        forward.require_eager()
+        packed = _by_token(query, forward.real)
+        out = to_torch(forward.step.attend(packed, layer=index, scoring=scoring), query)
         if forward.real is None:
+            if forward.count == 1 and self._kept is None and query.is_cuda:
+                self._keep(forward, query, scoring)
             return out.view(len(self.ids), forward.count, *out.shape[1:])
         unpacked = out.new_zeros(*forward.real.shape, *out.shape[1:])
         unpacked[torch.from_numpy(forward.real)] = out
         return unpacked
+
+    def _decode(
+        self, forward: ForwardPass, index: int, query: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor | None:
+        """`attend` in the same call that stores the layer's new tokens; None, and nothing is done, if it cannot be."""
+        kept, new = self._kept, forward.new
+        assert kept is not None
+        assert new is not None
+        if new[0] != index or kept.query != _lie(query):
+            return None
+        layer = kept.decoding.layer(index, scoring)
+        if layer is None:
+            return None
+        out = query.new_empty((query.shape[0], 1, query.shape[1], new[2].shape[3]))
+        layer.run(
+            new[1].data_ptr(), new[2].data_ptr(), query.data_ptr(), out.data_ptr(), current_stream(query)
+        )
+        forward.unwritten = False
+        forward.step.written(index)
+        return out
+
+    def _keep(self, forward: ForwardPass, query: torch.Tensor, scoring: Scoring) -> None:
+        """Prepare to store and attend in one call, in the layers and the decode steps that follow."""
+        assert forward.new is not None
+        _, k, v = forward.new
+        q, k_new, v_new = (_by_token(x, None) for x in (query, k, v))
+        decoding = forward.step.decoding(q, k_new, v_new, scoring)
+        if decoding is not None:
+            self._kept = KeptDecoding(decoding, scoring, _lie(k, v), _lie(query), current_stream(k))
+            forward.follows = True
+
+    def begin_decoding(self, stream: int) -> ForwardPass | None:
+        """A pass of one new token a sequence, all of whose layers can store and attend in one call; None: no such."""
+        self._require_complete()
+        kept = self._kept
+        if kept is None or len(self._scorings) < self.num_layers:
+            return None
+        if any(kept.decoding.layer(n, self._scorings[n][2]) is None for n in range(self.num_layers)):
+            return None
+        forward = self._begin(1, stream)
+        return forward if forward.follows else None
+
+    def record(self, forward: ForwardPass) -> None:
+        """Let the next pass be this one, which is recorded as a CUDA graph."""
+        forward.captured = True
+        self._next = forward
+
+    def replay(self, forward: ForwardPass) -> None:
+        """Know that a graph stores a pass's tokens in all layers, and attends to them."""
+        self.forward = forward
+        forward.step.written(self.num_layers - 1)
+
+    def undo(self, forward: ForwardPass) -> None:
+        """Forget a pass, the latest one, wherever it is on its way."""
+        self.forward = self._next = None
+        self._length = forward.first
+        padding = self.padding_or_zeros(self.padding)
+        for seq_id, kept in zip(self.ids, (forward.first - padding).tolist(), strict=True):
+            self.pool.truncate(seq_id, kept)
+
+    @property
+    def kept(self) -> KeptDecoding | None:
+        """What a graph of decode steps launches; another one, and the graph is of no use any more."""
+        return self._kept
 
     def _scoring(
         self,
@@ -357,13 +519,17 @@ class LayerGroup:
                 sinks=None if sinks is None else to_array(sinks.float().contiguous()),
                 arithmetic=self.settings.arithmetic,
             )
+            if query.dtype == torch.bfloat16:
+                scoring = scoring.in_bfloat16
             kept = self._scorings[index] = (key, sinks, scoring)  # while sinks are kept no other has their id
         return kept[2]
 
     def dense(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that the new tokens see, (B, H, visible, D or Dv) like a tensor; 0 where padding was."""
+        self.flush()
         forward, pool = self.forward, self.pool
         assert forward is not None
+        forward.require_eager()
         shape = (len(self.ids), pool.num_kv_heads, forward.visible)
         keys = np.zeros((*shape, pool.head_dim), np.float32)
         values = np.zeros((*shape, pool.value_head_dim), np.float32)
@@ -375,10 +541,11 @@ class LayerGroup:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, and a forward pass that did not reach the last layer."""
+        self.flush()
         if not self.started:
             return
         length = max(self.complete_length - tokens_to_remove, 0)
-        padding = np.minimum(self._padding_or_zeros(self.padding), length)
+        padding = np.minimum(self.padding_or_zeros(self.padding), length)
         for seq_id, kept in zip(self.ids, (length - padding).tolist(), strict=True):
             self.pool.truncate(seq_id, kept)
         self._length, self.forward = length, None
@@ -386,6 +553,7 @@ class LayerGroup:
 
     def select(self, parents: torch.Tensor) -> None:
         """Replace each sequence n by sequence ``parents[n]``; blocks are shared."""
+        self.flush()
         if not self.started:
             return
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
@@ -408,6 +576,7 @@ class LayerGroup:
 
     def fork(self) -> LayerGroup:
         """A copy that changes independently; blocks are shared until one of the two writes to them."""
+        self.flush()
         twin = LayerGroup(self.settings, self.layers, self.share, self.sliding_window)
         twin.record_past = self.record_past
         if self.started:
@@ -432,6 +601,19 @@ def _by_token(x: torch.Tensor, real: np.ndarray | None) -> Any:
         return to_array(x)[:, :, 0]  # of one token a sequence a view
     tokens = to_array(x).swapaxes(1, 2)
     return tokens.reshape(-1, *tokens.shape[2:]) if real is None else tokens[real]
+
+
+def _lie(*tensors: torch.Tensor) -> tuple[Any, ...]:
+    """How tensors lie in memory: what a decoding is made for."""
+    found: tuple[Any, ...] = ()
+    for x in tensors:
+        found += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+    return found
+
+
+def current_stream(x: torch.Tensor) -> int:
+    """The stream that torch works on now, on the device of a tensor."""
+    return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
 
 
 def _state_of(x: torch.Tensor) -> tuple[int, ...]:
