@@ -15,7 +15,7 @@ from kvnumba.arrays import DeviceView
 from kvnumba.backends.cuda.jit import BoundLaunch, Launch
 from kvnumba.backends.cuda.launches import launches_of, pieces_of, seen_by
 from kvnumba.backends.cuda.memory import Pool
-from kvnumba.backends.cuda.plan import AttentionPlan, Track, padded
+from kvnumba.backends.cuda.plan import AttentionPlan, Track, padded, ranges_of_single
 from kvnumba.backends.cuda.storage import CudaBuffers
 from kvnumba.backends.cuda.tables import Upload, tables_of
 from kvnumba.options import Scoring
@@ -110,6 +110,7 @@ class Decoding:
     def _track(self) -> None:
         """Find the pieces in what was uploaded."""
         (only,) = self._launches.cuts
+        self._ranges = seen_by(only.shares, self._plan.window_left)
         self._tables = [
             self._upload.sent_vector(begin, table.size).reshape(table.shape)
             for table, begin in zip(only.pieces.tables, only.places, strict=True)
@@ -139,7 +140,11 @@ class Decoding:
 
     def _follow_pieces(self) -> bool:
         (only,) = self._launches.cuts
-        ranges = seen_by(only.shares, self._plan.window_left)
+        self._ranges = [
+            ranges_of_single(share.part.batch, before, self._plan.window_left)
+            for share, before in zip(only.shares, self._ranges, strict=True)
+        ]
+        ranges = self._ranges
         if all(track.follow(each) for track, each in zip(self._tracks, ranges, strict=True)):
             return True
         pieces = pieces_of(only.shares, ranges, self._num_qo_heads)

@@ -204,7 +204,7 @@ class BoundLaunch:
         self._launch = launch
         self._addresses = addresses
         self._arguments = _Arguments(packed)
-        self._x, self._y = launch._grid
+        self._call: Callable[..., int] | None = None
 
     def __call__(self, stream: int, first: int, second: int) -> None:
         """Run blocks; returns before they have run, except in the simulator."""
@@ -212,16 +212,24 @@ class BoundLaunch:
         if SIMULATED:
             launch(stream, (first, second, *self._addresses))
             return
-        kernel = launch._kernel
-        if kernel.handle is None:
-            kernel.compile()
+        if self._call is None:
+            launch.prepare()
+            # converted once: the driver's own binding for Python converts every argument in every call
+            numbers = (*launch._grid, 1, launch._kernel.threads, 1, 1, launch._shared_bytes)
+            before = (ctypes.c_void_p(launch._kernel.handle), *map(ctypes.c_uint, numbers))
+            self._call = functools.partial(_launch_kernel(), *before)
         _TWO.pack_into(self._arguments.buffer, 0, first, second)
-        (code,) = _driver().cuLaunchKernel(
-            kernel.handle, self._x, self._y, 1, kernel.threads, 1, 1, launch._shared_bytes, stream, 0,
-            self._arguments.extra,
-        )  # fmt: skip
+        code = self._call(stream, None, self._arguments.extra)
         if code != 0:
-            _raise("cuLaunchKernel", code)
+            _raise("cuLaunchKernel", _driver().CUresult(code))
+
+
+@functools.cache
+def _launch_kernel() -> Any:
+    library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
+    function = library.cuLaunchKernel
+    function.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+    return function
 
 
 _TWO = struct.Struct("qq")

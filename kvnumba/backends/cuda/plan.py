@@ -129,6 +129,19 @@ def ranges_of(batch: Batch, sequences: np.ndarray, tokens: int, window_left: int
     )
 
 
+def ranges_of_single(batch: Batch, before: Ranges, window_left: int) -> Ranges:
+    """`ranges_of` for one token each of the same sequences as before, in fewer operations."""
+    position = batch.positions[before.sequence]
+    end = np.minimum(position + 1, batch.seq_lens[before.sequence])
+    begin = np.zeros_like(end) if batch.begins is None else batch.begins[before.sequence]
+    if window_left >= 0:
+        begin = np.maximum(begin, position - window_left)
+    some = begin < end
+    if not some.all():
+        begin, end = np.where(some, begin, 0), np.where(some, end, 0)
+    return before._replace(position=position, begin=begin, end=end)
+
+
 def split(
     parts: Sequence[Ranges],
     blocks: int,
@@ -235,6 +248,9 @@ class Track:
         self._some = number > 0
         self._last = np.cumsum(number)[self._some] - 1
         self._first = self._last - number[self._some] + 1
+        self._all = bool(self._some.all())
+        self._alone = self._first == self._last
+        self._first_end, self._last_begin = table[self._first, END_KEY], table[self._last, FIRST_KEY]
         longest = int((table[:, END_KEY] - table[:, FIRST_KEY]).max(initial=0))
         self._longest = longest + max(TILE, longest // 16)
 
@@ -244,16 +260,13 @@ class Track:
         begin, end = ranges.begin, ranges.end
         if not np.array_equal(begin < end, some):
             return False
-        begin, end = begin[some], end[some]
-        inner = np.where(first == last, end, table[first, END_KEY])
-        inner_begin = np.where(first == last, begin, table[last, FIRST_KEY])
-        fits = (
-            (begin < inner)
-            & (inner - begin <= self._longest)
-            & (inner_begin < end)
-            & (end - inner_begin <= self._longest)
-        )
-        if not fits.all():
+        if not self._all:
+            begin, end = begin[some], end[some]
+        # of one piece both ends move; of several the first one's end and the last one's begin stay
+        first_end = np.where(self._alone, end, self._first_end)
+        last_begin = np.where(self._alone, begin, self._last_begin)
+        lengths = np.concatenate((first_end - begin, end - last_begin))
+        if lengths.min(initial=1) < 1 or lengths.max(initial=0) > self._longest:
             return False
         table[first, FIRST_KEY] = begin
         table[last, END_KEY] = end

@@ -68,11 +68,14 @@ class _Call(NamedTuple):
         The arguments that differ from step to step.
     others : dict
         Those that do not.
+    mask : (B, length) tensor, optional
+        The attention mask. A graph needs none: padding is not in the cache.
     """
 
     cache: KVNumbaCache
     tensors: dict[str, torch.Tensor]
     others: dict[str, Any]
+    mask: torch.Tensor | None
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -167,7 +170,7 @@ class _Decoder:
             tensors["position_ids"] = torch.full(
                 (1, 1), cache.get_seq_length(), dtype=torch.long, device=some.device
             )
-        return _Call(cache, tensors, others)
+        return _Call(cache, tensors, others, mask)
 
     def _record(self, call: _Call, passes: list[ForwardPass]) -> ModelOutput:
         """Record a step, and run what was recorded."""
@@ -175,12 +178,15 @@ class _Decoder:
             group.record(forward)
         inputs = {name: x.clone() for name, x in call.tensors.items()}
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
         try:
             with torch.cuda.graph(graph):
                 output = self._forward(**inputs, **call.others, past_key_values=call.cache)
             if not isinstance(output, ModelOutput) or any(group.running for group in call.groups):
                 raise NotImplementedError("it returned early")
         except Exception as error:
+            generator.graphsafe_set_state(before)  # which would wait for the end of the recording for ever
             _undo(call, passes)
             raise ValueError(
                 f"model: its decode step cannot be a CUDA graph ({' '.join(str(error).split())[:200]}); "
@@ -197,7 +203,9 @@ class _Decoder:
     def _compare(self, call: _Call, passes: list[ForwardPass], output: ModelOutput) -> ModelOutput:
         """The same step once more in the ordinary way; its output."""
         _undo(call, passes)
-        wanted = self._forward(**call.tensors, **call.others, past_key_values=call.cache)
+        wanted = self._forward(
+            **call.tensors, **call.others, attention_mask=call.mask, past_key_values=call.cache
+        )
         name = next(name for name, x in wanted.items() if isinstance(x, torch.Tensor))
         error, largest = (wanted[name] - output[name]).abs().max(), wanted[name].abs().max()
         if not bool(error <= TOLERANCE * largest):  # true of NaN too

@@ -24,15 +24,15 @@ class Deferred(torch.Tensor):
         What the tensor stands for.
     """
 
+    source: Any
+    _dense: torch.Tensor | None
     __torch_function__ = torch._C._disabled_torch_function_impl  # attributes such as shape without a detour
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: Any) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: Any) -> None:
-        self.source = source
-        self._dense: torch.Tensor | None = None
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made.source, made._dense = source, None
+        return made
 
     def compute(self) -> torch.Tensor:
         """The dense tensor."""
