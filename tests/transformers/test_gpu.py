@@ -299,18 +299,26 @@ def test_what_cannot_be_captured_is_refused():
     def counts(hidden, *args, **options):
         return attention(hidden * (1 + cache.get_seq_length() % 5), *args, **options)
 
-    with torch.no_grad(), captured(model):
-        for n in range(3):
-            want = model(ids[:, n : n + 1], past_key_values=cache).logits
-        for forward, problem in ((waits, "cannot be a CUDA graph"), (counts, "lengths on the host")):
+    def step(length):
+        """The logits of a token after so many."""
+        cache.crop(length - cache.get_seq_length())
+        return model(ids[:, length : length + 1], past_key_values=cache).logits
+
+    with torch.no_grad():
+        for n in range(20):
+            want = step(n)
+        for forward, problem, steps in (
+            (waits, "cannot be a CUDA graph", 1),
+            (counts, "lengths on the host", 2),
+        ):
             model.model.layers[1].self_attn.forward = forward
-            cache.crop(-1)
-            with pytest.raises(ValueError, match=problem):
-                for _ in range(3):
-                    length = cache.get_seq_length()
-                    model(ids[:, :1], past_key_values=cache).logits
-            assert cache.get_seq_length() == length
+            with captured(model):
+                for n in range(10, 9 + steps):
+                    step(n)
+                with pytest.raises(ValueError, match=problem):
+                    step(9 + steps)
+                assert cache.get_seq_length() == 9 + steps
             del model.model.layers[1].self_attn.forward
-            cache.crop(-(cache.get_seq_length() - 2))
-            got = model(ids[:, 2:3], past_key_values=cache).logits
+            for n in range(9 + steps, 20):
+                got = step(n)
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

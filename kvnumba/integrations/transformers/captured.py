@@ -181,7 +181,8 @@ class _Decoder:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph):
+            # relaxed: memory of what Python finds to be garbage meanwhile may be given back
+            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
                 output = self._forward(**inputs, **call.others, past_key_values=call.cache)
             if not isinstance(output, ModelOutput) or any(group.running for group in call.groups):
                 raise NotImplementedError("it returned early")
