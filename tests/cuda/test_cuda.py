@@ -21,13 +21,18 @@ from kvnumba.backends.cuda.plan import (
     FIRST_KEY,
     FIRST_PARTIAL,
     FIRST_TOKEN,
+    ITEM,
     NUM_SPLITS,
     NUM_TOKENS,
+    POSITION,
     SEQUENCE,
     SPLIT,
+    Track,
     ranges_of,
+    ranges_of_single,
     rows_to_merge,
     split,
+    with_spare,
 )
 from kvnumba.storage import Batch, Part
 
@@ -370,6 +375,43 @@ def test_pieces_cover_every_key_once(tokens, window_left, rng):
             assert rows[-1][END_KEY] > position
             for a, b in itertools.pairwise(rows):
                 assert a[FIRST_KEY] < a[END_KEY] == b[FIRST_KEY] < b[END_KEY]
+
+
+@pytest.mark.parametrize("window_left", [-1, 0, 700])
+def test_pieces_follow_sequences_that_grow(window_left, rng):
+    """As long as they do, they cover what `ranges_of` says, each key once, in pieces of about the same length."""
+    lengths = rng.integers(1, 3000, 9).astype(np.int32)
+    sequences = np.arange(9)
+
+    def ranges_at(step):
+        batch = Batch.of(np.zeros((9, 500), np.int32), lengths + np.int32(step), np.ones(9, int), 16)
+        return batch, ranges_of(batch, sequences, 4, window_left)
+
+    before = ranges_at(0)[1]
+    pieces = with_spare(split([before], 60, 2, 4), 30, 4)
+    (table,) = pieces.tables
+    longest = (table[:, END_KEY] - table[:, FIRST_KEY]).max()
+    track = Track(table, pieces.num_items)
+    for step in range(1, 2000):
+        batch, wanted = ranges_at(step)
+        single = ranges_of_single(batch, before, window_left)
+        for ours, theirs in zip(single, wanted, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        old = table.copy()
+        if not track.follow(single):
+            np.testing.assert_array_equal(table, old)
+            break
+        for n in range(9):
+            rows = table[(table[:, ITEM] == n) & (table[:, NUM_TOKENS] == 1)].tolist()
+            assert rows[0][FIRST_KEY] == wanted.begin[n]
+            assert rows[-1][END_KEY] == wanted.end[n]
+            assert {row[POSITION] for row in rows} == {wanted.position[n]}
+            for a, b in itertools.pairwise(rows):
+                assert a[FIRST_KEY] < a[END_KEY] == b[FIRST_KEY] < b[END_KEY]
+            assert max(row[END_KEY] - row[FIRST_KEY] for row in rows) <= longest * 17 // 16 + 16
+        assert (table[table[:, NUM_TOKENS] == 0][:, [FIRST_KEY, END_KEY]] == 0).all()
+    assert 8 < step
+    assert step < 1999 or window_left == 0
 
 
 def test_partial_results_are_where_the_merge_looks_for_them(rng):

@@ -567,6 +567,50 @@ def test_a_prepared_step_only_starts_kernels(options, new, launched, gpu, normal
     assert np.abs(out.copy()[last] - want).max() <= 4 * UNIT["float16"] * max(1, np.abs(want).max())
 
 
+@pytest.mark.parametrize(
+    ("fmt", "options", "tokens"), [("float16", {}, 200), ("int4", {"recent_tokens": 20}, 60)]
+)
+def test_decode_steps_keep_their_launches(fmt, options, tokens, gpu, normal, monkeypatch):
+    """Each step is one upload and what `write` and `attend` launch, into new blocks and until pieces are cut anew."""
+    cache = kvnumba.PagedKVCache(
+        80, 16, 2, 64, 2, key_format=fmt, value_format=fmt, num_layers=1, backend="cuda", **options
+    )
+    ids = [cache.add_sequence() for _ in range(2)]
+    prompt = gpu.array.of(normal(tokens + 40, 2, 64).astype(np.float16))
+    cache.step(ids, [tokens, 40]).write(prompt, prompt)
+    scoring = kvnumba.Scoring.of(8, 64, sinks=np.ones(8, np.float32))
+    uploads, driver = [], gpu.jit._driver()
+    copy = gpu.device.cuMemcpyHtoDAsync
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *args: (uploads.append(args[2]), copy(*args))[1])
+    decoding = launched = None
+    for _ in range(25):
+        k, q = (gpu.array.of(normal(2, heads, 64).astype(np.float16)) for heads in (2, 8))
+        out = gpu.array.of(np.full((2, 8, 64), np.nan, np.float16))
+        step = cache.step(ids, [1, 1])
+        if decoding is None:
+            decoding = step.decoding(q, k, k, scoring)
+            assert decoding is not None
+        else:
+            uploads.clear()
+            assert step.follow(decoding, 8, scoring, 0)
+            assert len(uploads) == 1
+        gpu.device.launched.clear()
+        step.require_next(0)
+        decoding.layer(0, scoring).run(k.address, k.address, q.address, out.address, 0)
+        step.written(0)
+        if launched is not None:
+            assert gpu.device.launched == launched
+        launched = gpu.device.launched.copy()
+        for n, seq_id in enumerate(ids):
+            queries = q.copy()[n : n + 1].astype(np.float32)
+            want, _ = oracle.attention(queries, *cache.get_kv(seq_id), sinks=np.ones(8))
+            got = out.copy()[n].astype(np.float32)
+            assert np.abs(got - want[0]).max() <= 4 * UNIT["float16"] * max(1, np.abs(want).max())
+    assert decoding.layer(0, kvnumba.Scoring.of(8, 64, sm_scale=0.5)) is None
+    step = cache.step(ids, [2, 1])
+    assert not step.follow(decoding, 8, scoring, 0)
+
+
 class TestEmulator:
     """What the tests above rely on."""
 

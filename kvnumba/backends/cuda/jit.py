@@ -182,12 +182,7 @@ class Launch:
         self._first.pack_into(packed.buffer, 0, *addresses)
         packed.view[self._first.size : self._end] = self._rest
         packed.size.value = self._end
-        x, y = self._grid
-        (code,) = _driver().cuLaunchKernel(
-            kernel.handle, x, y, 1, kernel.threads, 1, 1, self._shared_bytes, stream, 0, packed.extra
-        )
-        if code != 0:
-            _raise("cuLaunchKernel", code)
+        _start(self, stream, packed.extra)
 
     def bind(self, addresses: tuple[int, ...]) -> BoundLaunch:
         """The same for one call's addresses, of which the first two may differ each time."""
@@ -204,7 +199,6 @@ class BoundLaunch:
         self._launch = launch
         self._addresses = addresses
         self._arguments = _Arguments(packed)
-        self._call: Callable[..., int] | None = None
 
     def __call__(self, stream: int, first: int, second: int) -> None:
         """Run blocks; returns before they have run, except in the simulator."""
@@ -212,24 +206,21 @@ class BoundLaunch:
         if SIMULATED:
             launch(stream, (first, second, *self._addresses))
             return
-        if self._call is None:
-            launch.prepare()
-            # converted once: the driver's own binding for Python converts every argument in every call
-            numbers = (*launch._grid, 1, launch._kernel.threads, 1, 1, launch._shared_bytes)
-            before = (ctypes.c_void_p(launch._kernel.handle), *map(ctypes.c_uint, numbers))
-            self._call = functools.partial(_launch_kernel(), *before)
+        kernel = launch._kernel
+        if kernel.handle is None:
+            kernel.compile()
         _TWO.pack_into(self._arguments.buffer, 0, first, second)
-        code = self._call(stream, None, self._arguments.extra)
-        if code != 0:
-            _raise("cuLaunchKernel", _driver().CUresult(code))
+        _start(launch, stream, self._arguments.extra)
 
 
-@functools.cache
-def _launch_kernel() -> Any:
-    library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
-    function = library.cuLaunchKernel
-    function.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
-    return function
+def _start(launch: Launch, stream: int, extra: int) -> None:
+    """Run a compiled kernel with packed arguments."""
+    (x, y), kernel = launch._grid, launch._kernel
+    (code,) = _driver().cuLaunchKernel(
+        kernel.handle, x, y, 1, kernel.threads, 1, 1, launch._shared_bytes, stream, 0, extra
+    )
+    if code != 0:
+        _raise("cuLaunchKernel", code)
 
 
 _TWO = struct.Struct("qq")
