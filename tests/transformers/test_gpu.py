@@ -292,12 +292,12 @@ def test_what_cannot_be_captured_is_refused():
     ids = torch.randint(1, 100, (1, 20), device="cuda")
     attention = model.model.layers[1].self_attn.forward
 
-    def waits(hidden, *args, **options):
-        float(hidden.sum())
-        return attention(hidden, *args, **options)
+    def waits(hidden_states, **options):
+        float(hidden_states.sum())
+        return attention(hidden_states=hidden_states, **options)
 
-    def counts(hidden, *args, **options):
-        return attention(hidden * (1 + cache.get_seq_length() % 5), *args, **options)
+    def counts(hidden_states, **options):
+        return attention(hidden_states=hidden_states * (1 + cache.get_seq_length() % 5), **options)
 
     def step(length):
         """The logits of a token after so many."""
