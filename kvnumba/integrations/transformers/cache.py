@@ -6,19 +6,26 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 
 from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.caches.snapshot import clear_unfinished, replacing
 from kvnumba.calibration import Calibration
 from kvnumba.integrations.transformers.deferred import Deferred
+from kvnumba.integrations.transformers.foreign import become, copied, make_layer
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
 from kvnumba.options import arithmetic_name
@@ -35,6 +42,9 @@ MANIFEST = "cache.json"
 VERSION = 1
 GROUP_FILE = r"\d+\.[0-9a-f]{32}\.kv"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+"""Of layers whose keys and values are kept here. All others are kept by transformers' own layers."""
+HYBRID_KINDS = ("hybrid", "hybrid_sliding")
+"""Of layers that have keys and values, which are kept here, and states, which are kept by transformers."""
 
 
 class Appended:
@@ -192,6 +202,30 @@ class KVNumbaLayer(CacheLayerMixin):
         return f"KVNumbaLayer(tokens={self.get_seq_length()}{window})"
 
 
+@LinearAttentionCacheLayerMixin.register
+class HybridLayer(KVNumbaLayer):
+    """The keys and values of a layer that has states too, which are kept by a layer of transformers.
+
+    Models find the states as attributes of this one.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, group: LayerGroup, index: int, states: LinearAttentionLayer
+    ) -> None:
+        super().__init__(config, group, index)
+        self.states = states
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can put the states back."""
+        return self.states.is_croppable
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "states":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.states, name)
+
+
 class KVNumbaCache(Cache):
     """The cache of a Hugging Face model, in kvnumba's formats and on its backends.
 
@@ -238,26 +272,24 @@ class KVNumbaCache(Cache):
         get_backend(backend, on_host=True)  # raises where there is none
         self._settings = Settings(options, arithmetic, chosen_name(backend))
         self._config = config.get_text_config(decoder=True)
-        kinds = list(_kinds(self._config))
-        stored = [kind for kind in kinds if kind is not None]
+        kinds = _kinds(self._config)
+        stored = [kind.group for kind in kinds if kind.group is not None]
+        if not stored:
+            raise ValueError(
+                f"config: a {type(self._config).__name__} has no layers whose keys and values could be kept in a "
+                f"KVNumbaCache; use transformers.DynamicCache"
+            )
         calibration = options.get("calibration")
         if calibration is not None and len(calibration.shifts) != len(stored):
             raise ValueError(f"calibration: expected one of {len(stored)} layers; got {calibration!r}")
-        layers = {kind: [n for n, other in enumerate(stored) if other == kind] for kind in stored}
+        layers = {key: [n for n, other in enumerate(stored) if other == key] for key in stored}
         self._groups = {
-            kind: LayerGroup(self._settings, own, len(own) / len(stored), kind[0])
-            for kind, own in layers.items()
+            key: LayerGroup(self._settings, own, len(own) / len(stored), key[0])
+            for key, own in layers.items()
         }
-        super().__init__(layers=self._make_layers(kinds))
-
-    def _make_layers(self, kinds: list[tuple[Any, ...] | None]) -> list[KVNumbaLayer | DummyLayer]:
-        layers: list[KVNumbaLayer | DummyLayer] = []
-        for n, kind in enumerate(kinds):
-            if kind is None:
-                layers.append(DummyLayer())
-            else:
-                layers.append(KVNumbaLayer(self._config, self._groups[kind], kinds[:n].count(kind)))
-        return layers
+        super().__init__(layers=_make_layers(self._config, self._groups))
+        self._foreign = _foreign(self.layers)
+        self._empty = [copied(layer) for layer in self._foreign]
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -285,11 +317,16 @@ class KVNumbaCache(Cache):
         """Before the first token: keep what falls out of a sliding window, so that `crop` can return to it."""
         for group in self._groups.values():
             group.record_past = True
+        for layer in (*self._foreign, *self._empty):
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def reset(self) -> None:
         """Empty the cache and give its memory back."""
         for group in self._groups.values():
             group.clear()
+        for layer, empty in zip(self._foreign, self._empty, strict=True):
+            become(layer, empty)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace each sequence b by sequence ``beam_idx[b]``; blocks are shared, not copied."""
@@ -299,11 +336,13 @@ class KVNumbaCache(Cache):
         """Keep only these sequences, in this order; a sequence that is named several times is continued each time."""
         for group in self._groups.values():
             group.select(indices)
+        for layer in self._foreign:
+            layer.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Continue each sequence `repeats` times."""
-        for group in self._groups.values():
-            group.select(torch.arange(len(group.ids)).repeat_interleave(repeats))
+        count = max(len(group.ids) for group in self._groups.values())
+        self.batch_select_indices(torch.arange(count).repeat_interleave(repeats))
 
     def used_bytes(self) -> int:
         """Bytes of the blocks that hold tokens, and of the tokens that are kept in float besides."""
@@ -385,7 +424,11 @@ class KVNumbaCache(Cache):
         twin = KVNumbaCache.__new__(KVNumbaCache)
         twin._settings, twin._config = self._settings, self._config
         twin._groups = {kind: group.fork() for kind, group in self._groups.items()}
-        Cache.__init__(twin, layers=twin._make_layers(list(_kinds(self._config))))
+        Cache.__init__(twin, layers=_make_layers(self._config, twin._groups))
+        twin._foreign = _foreign(twin.layers)
+        twin._empty = self._empty
+        for layer, own in zip(twin._foreign, self._foreign, strict=True):
+            become(layer, own)
         return twin
 
     def __repr__(self) -> str:
@@ -394,7 +437,7 @@ class KVNumbaCache(Cache):
         formats = ("key_format", "value_format")
         kept = {name: value for name, value in settings.options.items() if name not in formats}
         return (
-            f"KVNumbaCache(layers={len(self)}, tokens={self.get_seq_length()}, "
+            f"KVNumbaCache(layers={_whose(self.layers)}, tokens={self.get_seq_length()}, "
             f"keys {settings.options.get('key_format') or 'as given'}, "
             f"values {settings.options.get('value_format') or 'as given'}, "
             f"{''.join(f'{name}={value!r}, ' for name, value in kept.items())}"
@@ -419,19 +462,73 @@ def _checked(options: LayoutOptions) -> LayoutOptions:
     return checked
 
 
-def _kinds(config: PreTrainedConfig) -> Iterator[tuple[Any, ...] | None]:
-    """For each layer, what layers that share a pool have in common, the window first; None if it has no keys."""
-    types, options = get_layer_types_and_kwargs(config)
-    for kind, kwargs, layer in zip(types, options, config.per_layer_config, strict=True):
-        if kind == "dummy":
-            yield None
-        elif kind in KINDS:
-            heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
-            yield kwargs.get("sliding_window"), kind, *heads
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer of a model needs.
+
+    Attributes
+    ----------
+    name : str
+        As transformers calls it.
+    options : dict
+        Arguments of transformers' layer of that kind.
+    group : tuple, optional
+        What layers that share a pool have in common, the window first; None: the layer has no keys, or transformers
+        keeps them.
+    """
+
+    name: str
+    options: dict[str, Any]
+    group: tuple[Any, ...] | None
+
+
+def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
+    """The kind of each layer."""
+    kinds = []
+    for name, options, layer in zip(
+        *get_layer_types_and_kwargs(config), config.per_layer_config, strict=True
+    ):
+        heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
+        ours = name in KINDS + HYBRID_KINDS
+        kinds.append(
+            LayerKind(name, options, (options.get("sliding_window"), name, *heads) if ours else None)
+        )
+    return kinds
+
+
+def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGroup]) -> list[Any]:
+    """The layers of a model, empty: ours, of these groups, and those of transformers."""
+    layers: list[Any] = []
+    counts = dict.fromkeys(groups, 0)
+    for kind in _kinds(config):
+        if kind.group is None:
+            layers.append(make_layer(kind.name, kind.options))
+            continue
+        place = config, groups[kind.group], counts[kind.group]
+        if kind.name in HYBRID_KINDS:
+            layers.append(HybridLayer(*place, LinearAttentionLayer(**kind.options)))
         else:
-            raise ValueError(
-                f"config: layers of type {kind!r} cannot be kept in a KVNumbaCache; use transformers.DynamicCache"
-            )
+            layers.append(KVNumbaLayer(*place))
+        counts[kind.group] += 1
+    return layers
+
+
+def _foreign(layers: list[Any]) -> list[Any]:
+    """Those of transformers, and the states of hybrid ones."""
+    foreign = []
+    for layer in layers:
+        if isinstance(layer, HybridLayer):
+            foreign.append(layer.states)
+        elif not isinstance(layer, (KVNumbaLayer, DummyLayer)):
+            foreign.append(layer)
+    return foreign
+
+
+def _whose(layers: list[Any]) -> str:
+    """How many layers there are, and whose they are where not all with a cache are ours."""
+    ours = sum(isinstance(layer, KVNumbaLayer) for layer in layers)
+    foreign = len(_foreign(layers))
+    return f"{len(layers)} ({ours} kvnumba, {foreign} transformers)" if foreign else f"{len(layers)}"
 
 
 def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
