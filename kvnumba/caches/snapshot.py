@@ -53,17 +53,17 @@ def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, finger
                 arrays = [_by_block(array) for array in (*keys, *values)]
                 yield np.concatenate(arrays, axis=1).tobytes()
 
-        _write_file(path, header, chunks())
+        write_file(path, header, chunks())
 
 
 def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> dict[int, int]:
     """Add what a file holds to a pool; returns the new id of each sequence by the one it was saved under."""
     layout = buffers.layout
     with path.open("rb") as file:
-        header = _read_header(file, path, _identity(layout, fingerprint))
+        header = read_header(file, path, _identity(layout, fingerprint))
         count, block_bytes = header["num_blocks"], _block_bytes(layout)
         begin = file.tell()
-        _check_payload(file, path, count * block_bytes)
+        check_payload(file, path, count * block_bytes)
 
         def fill(blocks: np.ndarray) -> None:
             file.seek(begin)
@@ -93,21 +93,21 @@ def save_elements(
             for array in (*keys, *values):
                 yield np.ascontiguousarray(array[:, :, :, :length]).tobytes()
 
-    _write_file(path, header, chunks())
+    write_file(path, header, chunks())
 
 
 def load_elements(path: Path, backend: Backend, buffers: Buffers, fingerprint: str) -> list[int]:
     """Read what `save_elements` wrote into the blocks of a contiguous cache; returns how many tokens each has."""
     layout = buffers.layout
     with path.open("rb") as file:
-        header = _read_header(file, path, _element_identity(layout, fingerprint))
+        header = read_header(file, path, _element_identity(layout, fingerprint))
         seq_lens: list[int] = header["seq_lens"]
         if max(seq_lens) > layout.block_size:
             raise CacheFull(
                 f"{path}: has an element of {max(seq_lens)} tokens, more than max_seq_len={layout.block_size}"
             )
         begin = file.tell()
-        _check_payload(file, path, sum(seq_lens) * layout.bytes_per_token())
+        check_payload(file, path, sum(seq_lens) * layout.bytes_per_token())
         file.seek(begin)
         for block, length in enumerate(seq_lens):
             keys, values = backend.read_blocks(buffers, np.array([block]))
@@ -119,7 +119,7 @@ def load_elements(path: Path, backend: Backend, buffers: Buffers, fingerprint: s
     return seq_lens
 
 
-def _write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> None:
+def write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> None:
     text = json.dumps(header).encode()
     with replacing(path) as file:
         file.write(PREAMBLE.pack(MAGIC, len(text), zlib.crc32(text)))
@@ -237,7 +237,7 @@ def _recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list
     return states
 
 
-def _read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The header of a file, after a check that it is of a cache like this one."""
     preamble = file.read(PREAMBLE.size)
     if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
@@ -257,7 +257,7 @@ def _read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[s
     return header
 
 
-def _check_payload(file: BinaryIO, path: Path, size: int) -> None:
+def check_payload(file: BinaryIO, path: Path, size: int) -> None:
     """Raise ValueError unless the rest of the file is so many bytes and their checksum."""
     rest = os.fstat(file.fileno()).st_size - file.tell()
     if rest != size + CHECKSUM.size:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
@@ -22,11 +19,11 @@ from transformers.cache_utils import (
 )
 
 from kvnumba.backends.registry import chosen_name, get_backend
-from kvnumba.caches.snapshot import clear_unfinished, replacing
 from kvnumba.calibration import Calibration
+from kvnumba.integrations.transformers import foreign, saving
 from kvnumba.integrations.transformers.deferred import Deferred
-from kvnumba.integrations.transformers.foreign import become, copied, make_layer
 from kvnumba.integrations.transformers.masks import CausalMask
+from kvnumba.integrations.transformers.passes import PassCache
 from kvnumba.integrations.transformers.storage import LayerGroup, Settings
 from kvnumba.options import arithmetic_name
 from kvnumba.recipes import with_recipe
@@ -38,9 +35,6 @@ if TYPE_CHECKING:
 NAME = "kvnumba"
 """Of the attention implementation."""
 
-MANIFEST = "cache.json"
-VERSION = 1
-GROUP_FILE = r"\d+\.[0-9a-f]{32}\.kv"
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Of layers whose keys and values are kept here. All others are kept by transformers' own layers."""
 HYBRID_KINDS = ("hybrid", "hybrid_sliding")
@@ -226,12 +220,38 @@ class HybridLayer(KVNumbaLayer):
         return getattr(self.states, name)
 
 
-class KVNumbaCache(Cache):
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `crop` needs to return to a length, where cutting is not enough.
+
+    Attributes
+    ----------
+    layers : dict
+        Copies of layers that transformers keeps, by their place among these.
+    groups : dict
+        Forks of groups with a sliding window, which gives back what falls out of it.
+    """
+
+    layers: dict[int, Any]
+    groups: dict[tuple[Any, ...], LayerGroup]
+
+    def fork(self) -> Checkpoint:
+        """A checkpoint that changes independently."""
+        return Checkpoint(
+            {n: foreign.shared(layer) for n, layer in self.layers.items()},
+            {key: group.fork() for key, group in self.groups.items()},
+        )
+
+
+class KVNumbaCache(PassCache):
     """The cache of a Hugging Face model, in kvnumba's formats and on its backends.
 
     With ``model.set_attn_implementation("kvnumba")`` attention is computed straight out of the storage. With any
     other implementation the cache works too, and gives back dense keys and values at each step. ``copy.deepcopy``
     shares all blocks with the copy until one of the two writes to them.
+
+    Layers without keys and values of their own for each token, those of recurrences, convolutions and sparse attention,
+    are kept by transformers' own classes, beside those that are kept here.
 
     Parameters
     ----------
@@ -287,9 +307,54 @@ class KVNumbaCache(Cache):
             key: LayerGroup(self._settings, own, len(own) / len(stored), key[0])
             for key, own in layers.items()
         }
-        super().__init__(layers=_make_layers(self._config, self._groups))
-        self._foreign = _foreign(self.layers)
-        self._empty = [copied(layer) for layer in self._foreign]
+        self._checkpoints: dict[int, Checkpoint] = {}  # by the tokens there were
+        self._set_layers()
+        self._empty = [foreign.copied(layer) for layer in self._foreign]
+
+    def _set_layers(self) -> None:
+        layers = _make_layers(self._config, self._groups)
+        self._foreign = [
+            layer.states if isinstance(layer, HybridLayer) else layer
+            for layer in layers
+            if isinstance(layer, HybridLayer) or not isinstance(layer, (KVNumbaLayer, DummyLayer))
+        ]
+        super().__init__(layers, watched=bool(self._foreign))
+
+    def _complete_length(self) -> int:
+        """Tokens of every sequence that all layers have, padding included."""
+        lengths = [group.complete_length for group in self._groups.values()]
+        return min(lengths if self._pass_is_complete() else [*lengths, self._length_before])
+
+    def _require_states(self, call: str) -> None:
+        """Raise unless the cache has all that the model remembers of its tokens, and of no token more."""
+        lengths = {
+            group.length(index) for group in self._groups.values() for index in (0, group.num_layers - 1)
+        }
+        if len(lengths) > 1 or not self._pass_is_complete():
+            raise ValueError(f"{call}: a forward pass did not reach the last layer; crop(0) forgets it")
+        if self.get_seq_length() and foreign.are_untouched(self._foreign):
+            raise ValueError(f"{call}: the model keeps the states of its layers in itself, not in its cache")
+
+    def checkpoint(self) -> None:
+        """Remember what `crop` cannot cut, so that it can return to the present length.
+
+        That is the states of recurrent layers, which are copied, and what is going to fall out of sliding windows,
+        whose blocks are kept. Other layers need no checkpoint. One is forgotten when the cache is cropped to fewer
+        tokens, reset or loaded; it is not saved.
+        """
+        self._require_states("checkpoint")
+        self._checkpoints[self.get_seq_length()] = Checkpoint(
+            {
+                n: foreign.copied(layer)
+                for n, layer in enumerate(self._foreign)
+                if not foreign.crops_itself(layer)
+            },
+            {
+                key: group.fork()
+                for key, group in self._groups.items()
+                if group.sliding_window is not None and not group.record_past
+            },
+        )
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -304,29 +369,55 @@ class KVNumbaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, given as a number of 0 or less.
 
-        The tokens of the latest forward pass can always be cropped. More than these, from layers with a sliding window,
-        can be cropped only if `activate_past_recording` was called before the first token: otherwise tokens that the
-        window would reach again are gone. A pass that did not reach the last layer is forgotten first.
+        The tokens of the latest forward pass can always be cropped from layers that attend. More than these, from
+        layers with a sliding window, can be cropped only to a `checkpoint`, or if `activate_past_recording` was called
+        before the first token: otherwise tokens that the window would reach again are gone. States of recurrent layers
+        can only return to a `checkpoint`, or to nothing. A pass that did not reach the last layer is forgotten first.
+
+        Raises
+        ------
+        ValueError
+            The argument is not as above, or a layer cannot return to that length. The cache is as it was.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected 0 or less; got {tokens_to_remove}")
-        for group in self._groups.values():
-            group.crop(-tokens_to_remove)
+        before, complete = self._complete_length(), self._pass_is_complete()
+        length = max(before + tokens_to_remove, 0)
+        there = self._checkpoints.get(length, Checkpoint({}, {}))
+        remembered = there.layers if length else dict(enumerate(self._empty))
+        layers = foreign.cropped(self._foreign, remembered, length, before - length, complete)
+        returning = {key: group.fork() for key, group in there.groups.items()} if tokens_to_remove else {}
+        # those with a window first: only they can fail
+        for key, group in sorted(self._groups.items(), key=lambda item: item[1].sliding_window is None):
+            if key in returning:
+                group.take(returning[key])
+            else:
+                group.crop(group.complete_length - length)
+        for layer, result in zip(self._foreign, layers, strict=True):
+            foreign.become(layer, result)
+        self._checkpoints = {at: one for at, one in self._checkpoints.items() if at <= length}
+        self._forget_pass()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the whole cache back, once past recording is active."""
+        return all(foreign.is_croppable(layer) for layer in self._foreign)
 
     def activate_past_recording(self) -> None:
         """Before the first token: keep what falls out of a sliding window, so that `crop` can return to it."""
         for group in self._groups.values():
             group.record_past = True
         for layer in (*self._foreign, *self._empty):
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
+            foreign.activate_past_recording(layer)
 
     def reset(self) -> None:
         """Empty the cache and give its memory back."""
         for group in self._groups.values():
             group.clear()
         for layer, empty in zip(self._foreign, self._empty, strict=True):
-            become(layer, empty)
+            foreign.become(layer, foreign.copied(empty))
+        self._checkpoints.clear()
+        self._forget_pass()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace each sequence b by sequence ``beam_idx[b]``; blocks are shared, not copied."""
@@ -334,19 +425,34 @@ class KVNumbaCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences, in this order; a sequence that is named several times is continued each time."""
-        for group in self._groups.values():
+        for group in self._all_groups():
             group.select(indices)
-        for layer in self._foreign:
-            layer.reorder_cache(indices)
+        if self._foreign:
+            rows = self._rows()[indices.cpu()]
+            for layer in self._all_foreign():
+                layer.reorder_cache(rows)  # the only method that all classes have, and any rows will do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Continue each sequence `repeats` times."""
-        count = max(len(group.ids) for group in self._groups.values())
-        self.batch_select_indices(torch.arange(count).repeat_interleave(repeats))
+        self.batch_select_indices(self._rows().repeat_interleave(repeats))
+
+    def _rows(self) -> torch.Tensor:
+        return torch.arange(max(len(group.ids) for group in self._groups.values()), device="cpu")
+
+    def _all_groups(self) -> Iterator[LayerGroup]:
+        yield from self._groups.values()
+        for checkpoint in self._checkpoints.values():
+            yield from checkpoint.groups.values()
+
+    def _all_foreign(self) -> Iterator[Any]:
+        yield from self._foreign
+        for checkpoint in self._checkpoints.values():
+            yield from checkpoint.layers.values()
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens, and of the tokens that are kept in float besides."""
-        return sum(group.used_bytes() for group in self._groups.values())
+        """Bytes of the blocks that hold tokens, of the tokens that are kept in float besides, and of states."""
+        states = sum(tensor.nbytes for layer in self._all_foreign() for tensor in foreign.tensors_of(layer))
+        return states + sum(group.used_bytes() for group in self._groups.values())
 
     def save(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Write the cache to a folder, which is made where it does not exist.
@@ -361,32 +467,8 @@ class KVNumbaCache(Cache):
         fingerprint : str
             Says what computed the keys and values: the model's name and revision, say. `load` compares it.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        token = uuid.uuid4().hex
-        groups = []
-        for n, group in enumerate(self._groups.values()):
-            if group.running:
-                raise ValueError("save: a forward pass did not reach the last layer; crop(0) forgets it")
-            entry: dict[str, Any] = {"ids": group.ids, "length": group.complete_length}
-            if group.started:
-                entry.update(
-                    file=f"{n}.{token}.kv",
-                    num_kv_heads=group.pool.num_kv_heads,
-                    head_dim=group.pool.head_dim,
-                    value_head_dim=group.pool.value_head_dim,
-                    dtypes=[group.pool.key_format, group.pool.value_format],
-                    padding=[0] * len(group.ids) if group.padding is None else group.padding.tolist(),
-                )
-                group.pool.save(path / entry["file"], fingerprint=fingerprint)
-            groups.append(entry)
-        with replacing(path / MANIFEST) as file:
-            file.write(json.dumps({"version": VERSION, "groups": groups}).encode())
-        named = {entry.get("file") for entry in groups}
-        for old in path.iterdir():
-            if re.fullmatch(GROUP_FILE, old.name) and old.name not in named:
-                old.unlink()
-        clear_unfinished(path, GROUP_FILE)
+        self._require_states("save")
+        saving.save(Path(folder), self._groups, self._foreign, fingerprint)
 
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Replace the cache's contents by what `save` wrote. If that fails, the cache is as it was.
@@ -399,45 +481,35 @@ class KVNumbaCache(Cache):
         OSError
             A file cannot be read.
         """
-        path = Path(folder)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            version, groups = manifest["version"], manifest["groups"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path / MANIFEST}: damaged, or not written by KVNumbaCache.save") from error
-        if version != VERSION:
-            raise ValueError(f"{path / MANIFEST}: version: expected {VERSION}; the file has {version!r}")
-        if len(groups) != len(self._groups):
-            raise ValueError(f"{path}: expected {len(self._groups)} kinds of layers; it has {len(groups)}")
-        loaded = [
-            _load_group(path, entry, group, fingerprint)
-            for entry, group in zip(groups, self._groups.values(), strict=True)
-        ]
-        for group, new in zip(self._groups.values(), loaded, strict=True):
-            group.clear()
-            if new.started:
-                group.adopt(new.pool)
-                group.restore(new.ids, new.complete_length, new.padding)
-                new.ids.clear()  # this group finishes them
+        groups, layers = saving.load(Path(folder), self._groups, self._empty, fingerprint)
+        self.reset()
+        for group, new in zip(self._groups.values(), groups, strict=True):
+            group.take(new)
+        for layer, loaded in zip(self._foreign, layers, strict=True):
+            foreign.become(layer, loaded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
+        if self._foreign:
+            self._require_states("copy.deepcopy")
         twin = KVNumbaCache.__new__(KVNumbaCache)
         twin._settings, twin._config = self._settings, self._config
-        twin._groups = {kind: group.fork() for kind, group in self._groups.items()}
-        Cache.__init__(twin, layers=_make_layers(self._config, twin._groups))
-        twin._foreign = _foreign(twin.layers)
-        twin._empty = self._empty
+        twin._groups = {key: group.fork() for key, group in self._groups.items()}
+        twin._set_layers()
+        twin._empty = [foreign.copied(layer) for layer in self._empty]
         for layer, own in zip(twin._foreign, self._foreign, strict=True):
-            become(layer, own)
+            foreign.become(layer, foreign.copied(own))
+        twin._checkpoints = {length: one.fork() for length, one in self._checkpoints.items()}
         return twin
 
     def __repr__(self) -> str:
         settings = self._settings
+        ours = sum(isinstance(layer, KVNumbaLayer) for layer in self.layers)
+        whose = f" ({ours} kvnumba, {len(self._foreign)} transformers)" if self._foreign else ""
         used = [group.pool.backend for group in self._groups.values() if group.started]
         formats = ("key_format", "value_format")
         kept = {name: value for name, value in settings.options.items() if name not in formats}
         return (
-            f"KVNumbaCache(layers={_whose(self.layers)}, tokens={self.get_seq_length()}, "
+            f"KVNumbaCache(layers={len(self)}{whose}, tokens={self.get_seq_length()}, "
             f"keys {settings.options.get('key_format') or 'as given'}, "
             f"values {settings.options.get('value_format') or 'as given'}, "
             f"{''.join(f'{name}={value!r}, ' for name, value in kept.items())}"
@@ -502,7 +574,7 @@ def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGr
     counts = dict.fromkeys(groups, 0)
     for kind in _kinds(config):
         if kind.group is None:
-            layers.append(make_layer(kind.name, kind.options))
+            layers.append(foreign.make_layer(kind.name, kind.options))
             continue
         place = config, groups[kind.group], counts[kind.group]
         if kind.name in HYBRID_KINDS:
@@ -511,38 +583,3 @@ def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGr
             layers.append(KVNumbaLayer(*place))
         counts[kind.group] += 1
     return layers
-
-
-def _foreign(layers: list[Any]) -> list[Any]:
-    """Those of transformers, and the states of hybrid ones."""
-    foreign = []
-    for layer in layers:
-        if isinstance(layer, HybridLayer):
-            foreign.append(layer.states)
-        elif not isinstance(layer, (KVNumbaLayer, DummyLayer)):
-            foreign.append(layer)
-    return foreign
-
-
-def _whose(layers: list[Any]) -> str:
-    """How many layers there are, and whose they are where not all with a cache are ours."""
-    ours = sum(isinstance(layer, KVNumbaLayer) for layer in layers)
-    foreign = len(_foreign(layers))
-    return f"{len(layers)} ({ours} kvnumba, {foreign} transformers)" if foreign else f"{len(layers)}"
-
-
-def _load_group(path: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
-    """A group like this one, with the contents that a folder has of it."""
-    new = LayerGroup(group.settings, group.layers, group.share, group.sliding_window)
-    if "file" not in entry:
-        return new
-    head_dims = (entry["head_dim"], entry.get("value_head_dim", entry["head_dim"]))  # once there was only one
-    backend = get_backend(group.settings.backend, on_host=True)
-    new.adopt(new.allocate(entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), backend))
-    ids = new.pool.load(path / entry["file"], fingerprint=fingerprint)
-    own = [ids.pop(seq_id) for seq_id in entry["ids"]]
-    for seq_id in ids.values():  # of copies of the cache
-        new.pool.finish_sequence(seq_id)
-    padding = np.array(entry["padding"], np.int64)
-    new.restore(own, entry["length"], padding if padding.any() else None)
-    return new

@@ -274,6 +274,15 @@ class LayerGroup:
         self.ids.extend(ids)
         self._length, self.padding = length, padding
 
+    def take(self, other: LayerGroup) -> None:
+        """Hold what another group of this kind holds, which is empty afterwards."""
+        self.clear()
+        if other.started:
+            self.adopt(other.pool)
+            self.restore(other.ids, other.complete_length, other.padding)
+            other.ids.clear()  # this group finishes them
+            other.clear()
+
     @property
     def running(self) -> bool:
         """Whether the latest forward pass has layers to go."""
