@@ -425,18 +425,18 @@ class KVNumbaCache(PassCache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences, in this order; a sequence that is named several times is continued each time."""
+        rows = self._rows()[indices.cpu()]
         for group in self._all_groups():
-            group.select(indices)
-        if self._foreign:
-            rows = self._rows()[indices.cpu()]
-            for layer in self._all_foreign():
-                layer.reorder_cache(rows)  # the only method that all classes have, and any rows will do
+            group.select(rows)
+        for layer in self._all_foreign():
+            layer.reorder_cache(rows)  # the only method that all classes have; it takes any rows
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Continue each sequence `repeats` times."""
         self.batch_select_indices(self._rows().repeat_interleave(repeats))
 
     def _rows(self) -> torch.Tensor:
+        """The places of the sequences in the batch."""
         return torch.arange(max(len(group.ids) for group in self._groups.values()), device="cpu")
 
     def _all_groups(self) -> Iterator[LayerGroup]:
@@ -468,7 +468,7 @@ class KVNumbaCache(PassCache):
             Says what computed the keys and values: the model's name and revision, say. `load` compares it.
         """
         self._require_states("save")
-        saving.save(Path(folder), self._groups, self._foreign, fingerprint)
+        saving.save(Path(folder), self._groups, self._foreign, self._config.model_type, fingerprint)
 
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Replace the cache's contents by what `save` wrote. If that fails, the cache is as it was.
@@ -481,7 +481,9 @@ class KVNumbaCache(PassCache):
         OSError
             A file cannot be read.
         """
-        groups, layers = saving.load(Path(folder), self._groups, self._empty, fingerprint)
+        groups, layers = saving.load(
+            Path(folder), self._groups, self._empty, self._config.model_type, fingerprint
+        )
         self.reset()
         for group, new in zip(self._groups.values(), groups, strict=True):
             group.take(new)

@@ -23,8 +23,8 @@ OBSERVED = f"{NAME}-observed"
 CHUNK = 512
 """Tokens of each text that run through the model at once."""
 
-Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], None]
-"""Called with an attention layer, its new queries (B, Hq, q, D), and all keys (B, H, k, D) that they see."""
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called with new queries (B, Hq, q, D) of a layer, and all keys (B, H, k, D) that they see."""
 
 _observer: ContextVar[Observer] = ContextVar("observer")
 
@@ -73,12 +73,12 @@ def calibrate(
     statistics = {i: ChannelStatistics(n) for n, i in enumerate(stored)}
     new = real
 
-    def observe(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        layer = statistics.get(getattr(module, "layer_idx", -1))
+    def observe(query: torch.Tensor, key: torch.Tensor) -> None:
+        layer, cache.updated = statistics.get(cache.updated), -1
         if layer is not None:
             layer.add(_tokens(key[:, :, -query.shape[2] :], new), _tokens(query, new))
 
-    cache = DynamicCache(config=model.config)
+    cache = _UpdatedCache(config=model.config)
     with torch.no_grad(), _observed(model, observe):
         for start in range(0, input_ids.shape[1], CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -89,6 +89,16 @@ def calibrate(
         if real.any() and not layer.num_tokens:
             raise ValueError(f"model: its layer {i} does not compute attention by transformers' interface")
     return calibration_of(list(statistics.values()), source)
+
+
+class _UpdatedCache(DynamicCache):
+    """It knows which layer was updated last: attention follows, often in a module that several layers share."""
+
+    updated = -1
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any) -> Any:
+        self.updated = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args)
 
 
 @contextlib.contextmanager
@@ -112,7 +122,7 @@ def _observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 def _observed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    _observer.get()(module, query, key)
+    _observer.get()(query, key)
     return attention_forward(module, query, key, *args, **options)
 
 

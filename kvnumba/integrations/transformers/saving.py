@@ -28,8 +28,21 @@ VERSION = 1
 FILE = r"(?:\d+|states)\.[0-9a-f]{32}\.kv"
 
 
-def save(folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], fingerprint: str) -> None:
-    """Write groups, and layers of transformers, to a folder, which is made where it does not exist."""
+def save(
+    folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], model: str, fingerprint: str
+) -> None:
+    """Write groups, and layers of transformers, to a folder, which is made where it does not exist.
+
+    Parameters
+    ----------
+    folder : path
+    groups : mapping
+    layers : sequence
+    model : str
+        What a config calls models of this kind.
+    fingerprint : str
+        Says what computed the contents.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     manifest: dict[str, Any] = {"version": VERSION, "groups": []}
@@ -48,7 +61,7 @@ def save(folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], 
         manifest["groups"].append(entry)
     if layers:
         manifest["states"] = f"states.{token}.kv"
-        _save_layers(folder / manifest["states"], layers, fingerprint)
+        _save_layers(folder / manifest["states"], layers, _identity(layers, model, fingerprint))
     with replacing(folder / MANIFEST) as file:
         file.write(json.dumps(manifest).encode())
     named = {manifest.get("states"), *(entry.get("file") for entry in manifest["groups"])}
@@ -59,7 +72,7 @@ def save(folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], 
 
 
 def load(
-    folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], fingerprint: str
+    folder: Path, groups: Mapping[Any, LayerGroup], layers: Sequence[Any], model: str, fingerprint: str
 ) -> tuple[list[LayerGroup], list[Any]]:
     """New groups and layers like these, with the contents that a folder has of them."""
     path = folder / MANIFEST
@@ -78,7 +91,7 @@ def load(
             f"{folder}: expected {'states' if layers else 'no states'} of layers that transformers keeps; "
             f"it has {'some' if states else 'none'}"
         )
-    loaded = _load_layers(folder / states, layers, fingerprint) if states else []
+    loaded = _load_layers(folder / states, layers, _identity(layers, model, fingerprint)) if states else []
     return [
         _load_group(folder, entry, group, fingerprint)
         for entry, group in zip(entries, groups.values(), strict=True)
@@ -86,6 +99,7 @@ def load(
 
 
 def _load_group(folder: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
+    """A group like this one, with the contents that a folder has of it."""
     new = LayerGroup(group.settings, group.layers, group.share, group.sliding_window)
     if "file" not in entry:
         return new
@@ -101,16 +115,18 @@ def _load_group(folder: Path, entry: dict[str, Any], group: LayerGroup, fingerpr
     return new
 
 
-def _identity(layers: Iterable[Any], fingerprint: str) -> dict[str, Any]:
+def _identity(layers: Iterable[Any], model: str, fingerprint: str) -> dict[str, Any]:
+    """Header fields that must equal those of the cache that loads the file."""
     return {
         "version": VERSION,
         "byteorder": sys.byteorder,
+        "model": model,
         "layers": [type(layer).__name__ for layer in layers],
         "fingerprint": fingerprint,
     }
 
 
-def _save_layers(path: Path, layers: Sequence[Any], fingerprint: str) -> None:
+def _save_layers(path: Path, layers: Sequence[Any], identity: dict[str, Any]) -> None:
     tensors: list[torch.Tensor] = []
     states = [
         {
@@ -120,17 +136,17 @@ def _save_layers(path: Path, layers: Sequence[Any], fingerprint: str) -> None:
         for layer in layers
     ]
     header = {
-        **_identity(layers, fingerprint),
+        **identity,
         "states": states,
         "tensors": [[_name(x.dtype), list(x.shape), str(x.device)] for x in tensors],
     }
     write_file(path, header, (_bytes(x.detach().cpu().contiguous()).tobytes() for x in tensors))
 
 
-def _load_layers(path: Path, layers: Sequence[Any], fingerprint: str) -> list[Any]:
+def _load_layers(path: Path, layers: Sequence[Any], identity: dict[str, Any]) -> list[Any]:
     """Layers like these, with the contents that a file has of them."""
     with path.open("rb") as file:
-        header = read_header(file, path, _identity(layers, fingerprint))
+        header = read_header(file, path, identity)
         tensors = [
             torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             for dtype, shape, _ in header["tensors"]
