@@ -67,6 +67,12 @@ class PassCache(Cache):
         self._reach(layer_idx, "indexer")
         return super().update_indexer(indexer_key_states, layer_idx)
 
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        has: bool = super().has_previous_state(layer_idx, state_idx)
+        if has and layer_idx is not None:  # until transformers 5.21 models take the states themselves then
+            self._reach(layer_idx, "take")
+        return has
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         self._reach(layer_idx, f"get conv {state_idx}")
         return super().get_conv_state(layer_idx, state_idx)
@@ -96,7 +102,7 @@ def _is_complete(layer: Any, calls: set[str]) -> bool:
         return False
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return True
-    return all(
+    return "take" in calls or all(
         # a single token's state may be written in place, where it was got
         {f"{name} {n}", f"get {name} {n}"} & calls
         for name, has in (
