@@ -692,8 +692,10 @@ def test_a_mask_of_another_shape_is_refused(make_model):
             attention_forward(torch.nn.Module(), q, k, k, torch.ones(shape, dtype=torch.bool))
 
 
-def test_a_pass_that_stopped_on_its_way(make_model, monkeypatch):
-    model = make_model("Llama")
+@pytest.mark.parametrize(("name", "layer"), [("Llama", 2), ("Gemma2", 3)])
+def test_a_pass_that_stopped_on_its_way(make_model, name, layer, monkeypatch):
+    """Also where all layers of one kind, but not of the other, have the new token."""
+    model = make_model(name)
     cache = KVNumbaCache(model.config)
     forward(model, cache)
     mask = torch.nn.functional.pad(prompts()["attention_mask"], (0, 1), value=1)
@@ -703,11 +705,12 @@ def test_a_pass_that_stopped_on_its_way(make_model, monkeypatch):
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.model.layers[2], "forward", stop)
+        patch.setattr(model.model.layers[layer], "forward", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             forward(model, cache, **new)
+    first = 0 if name == "Llama" else 1  # of the kind that is not complete
     with pytest.raises(ValueError, match="did not reach the last layer"):
-        cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
+        cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), first)
     cache.crop(0)
     got = forward(model, cache, **new).logits
     undisturbed = KVNumbaCache(model.config)

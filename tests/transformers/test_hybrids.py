@@ -377,7 +377,7 @@ def test_a_pass_that_stopped_on_its_way(make_model, name, layer, monkeypatch, tm
             assert_close(feed(model, cache, ids, mask), expected(model, ids, mask, 19))
 
 
-def test_convolutions_that_record_the_past_are_cropped(make_model):
+def test_convolutions_that_record_the_past_are_cropped(make_model, tmp_path):
     model = make_model("Lfm2")
     ids, mask = prompts().values()
     cache = new_cache(model)
@@ -394,6 +394,13 @@ def test_convolutions_that_record_the_past_are_cropped(make_model):
         assert_close(feed(model, cache, torch.tensor(tokens), mask), expected(model, ids, mask, *ends))
         cache.crop(0)
     assert cache.layers[0].conv_states[0].shape[-1] == model.config.conv_L_cache
+    cache.save(tmp_path)
+    loaded = new_cache(model)
+    loaded.load(tmp_path)
+    feed(model, loaded, ids[:, :3], torch.cat((mask, mask[:, -3:]), dim=1))
+    loaded.crop(-3)
+    ids, mask = grown(ids, mask, torch.tensor([[9], [2]]))
+    assert_close(feed(model, loaded, ids[:, -1:], mask), expected(model, ids, mask, *ends, ids.shape[1]))
     cache.reset()
     assert cache.is_recording_past(0)
 
@@ -460,6 +467,10 @@ def test_a_damaged_or_foreign_folder_leaves_the_cache_as_it_was(make_model, tmp_
     (tmp_path / "chat" / "cache.json").write_text((tmp_path / "other" / "cache.json").read_text())
     with pytest.raises(FileNotFoundError):
         cache.load(tmp_path / "chat")
+    for broken in (manifest[:50], "[1]", "\xff", manifest.replace('"length"', '"lengte"')):
+        (tmp_path / "chat" / "cache.json").write_text(broken, encoding="latin-1")
+        with pytest.raises(ValueError, match="cache.json: damaged, or not written by KVNumbaCache.save"):
+            cache.load(tmp_path / "chat")
     (tmp_path / "chat" / "cache.json").write_text(manifest)
     with pytest.raises(ValueError, match="model: expected 'falcon_h1'; the file has 'qwen3_next'"):
         new_cache(make_model("FalconH1")).load(tmp_path / "chat")

@@ -341,6 +341,11 @@ class KVNumbaCache(PassCache):
         That is the states of recurrent layers, which are copied, and what is going to fall out of sliding windows,
         whose blocks are kept. Other layers need no checkpoint. One is forgotten when the cache is cropped to fewer
         tokens, reset or loaded; it is not saved.
+
+        Raises
+        ------
+        ValueError
+            A forward pass did not reach the last layer, or the model keeps states elsewhere than in the cache.
         """
         self._require_states("checkpoint")
         self._checkpoints[self.get_seq_length()] = Checkpoint(
@@ -466,6 +471,11 @@ class KVNumbaCache(PassCache):
         folder : path
         fingerprint : str
             Says what computed the keys and values: the model's name and revision, say. `load` compares it.
+
+        Raises
+        ------
+        ValueError
+            A forward pass did not reach the last layer, or the model keeps states elsewhere than in the cache.
         """
         self._require_states("save")
         saving.save(Path(folder), self._groups, self._foreign, self._config.model_type, fingerprint)
@@ -473,11 +483,14 @@ class KVNumbaCache(PassCache):
     def load(self, folder: str | os.PathLike[str], *, fingerprint: str = "") -> None:
         """Replace the cache's contents by what `save` wrote. If that fails, the cache is as it was.
 
+        States are on the device where they were; if it is not there, on another one of its type, or on the CPU. There
+        are no checkpoints afterwards.
+
         Raises
         ------
         ValueError
-            The folder is not one of `save`, a file is damaged, or it was made with another model shape, format or
-            fingerprint.
+            The folder is not one of `save`, a file is damaged, or it was made with another model, model shape, format
+            or fingerprint.
         OSError
             A file cannot be read.
         """
@@ -489,10 +502,11 @@ class KVNumbaCache(PassCache):
             group.take(new)
         for layer, loaded in zip(self._foreign, layers, strict=True):
             foreign.become(layer, loaded)
+        if any(layer.record_past for layer in self.layers if hasattr(layer, "record_past")):
+            self.activate_past_recording()  # all that was loaded, and what was there, go on alike
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVNumbaCache:
-        if self._foreign:
-            self._require_states("copy.deepcopy")
+        self._require_states("copy.deepcopy")
         twin = KVNumbaCache.__new__(KVNumbaCache)
         twin._settings, twin._config = self._settings, self._config
         twin._groups = {key: group.fork() for key, group in self._groups.items()}

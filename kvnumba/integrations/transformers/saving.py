@@ -76,26 +76,29 @@ def load(
 ) -> tuple[list[LayerGroup], list[Any]]:
     """New groups and layers like these, with the contents that a folder has of them."""
     path = folder / MANIFEST
+    damaged = f"{path}: damaged, or not written by KVNumbaCache.save"
     try:
-        manifest = json.loads(path.read_text())
-        version, entries = manifest["version"], manifest["groups"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path}: damaged, or not written by KVNumbaCache.save") from error
+        manifest = json.loads(path.read_bytes())
+        version, entries, states = manifest["version"], manifest["groups"], manifest.get("states")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(damaged) from error
     if version != VERSION:
         raise ValueError(f"{path}: version: expected {VERSION}; the file has {version!r}")
     if len(entries) != len(groups):
         raise ValueError(f"{folder}: expected {len(groups)} kinds of layers; it has {len(entries)}")
-    states = manifest.get("states")
     if bool(states) != bool(layers):
         raise ValueError(
             f"{folder}: expected {'states' if layers else 'no states'} of layers that transformers keeps; "
             f"it has {'some' if states else 'none'}"
         )
     loaded = _load_layers(folder / states, layers, _identity(layers, model, fingerprint)) if states else []
-    return [
-        _load_group(folder, entry, group, fingerprint)
-        for entry, group in zip(entries, groups.values(), strict=True)
-    ], loaded
+    try:
+        return [
+            _load_group(folder, entry, group, fingerprint)
+            for entry, group in zip(entries, groups.values(), strict=True)
+        ], loaded
+    except KeyError as error:
+        raise ValueError(damaged) from error
 
 
 def _load_group(folder: Path, entry: dict[str, Any], group: LayerGroup, fingerprint: str) -> LayerGroup:
