@@ -117,6 +117,8 @@ def make_model():
             config_name = {"Qwen3_5": "Qwen3_5TextConfig"}.get(name, f"{name}Config")
             torch.manual_seed(0)
             config = getattr(transformers, config_name)(**{**SMALL, **MODELS[name]})
+            if name == "RecurrentGemma" and not getattr(config, "layer_types", None):
+                pytest.skip("before transformers 5.23 its config does not say which layers attend")
             made[name] = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         return made[name]
 
@@ -402,7 +404,7 @@ def test_convolutions_that_record_the_past_are_cropped(make_model, tmp_path):
     ids, mask = grown(ids, mask, torch.tensor([[9], [2]]))
     assert_close(feed(model, loaded, ids[:, -1:], mask), expected(model, ids, mask, *ends, ids.shape[1]))
     cache.reset()
-    assert cache.is_recording_past(0)
+    assert cache.layers[0].record_past
 
 
 def test_windows_reach_back_to_a_checkpoint(make_model, monkeypatch):

@@ -96,9 +96,11 @@ class _UpdatedCache(DynamicCache):
 
     updated = -1
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         self.updated = layer_idx
-        return super().update(key_states, value_states, layer_idx, *args)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 @contextlib.contextmanager
