@@ -566,7 +566,9 @@ def test_repr_says_whose_layers_are_whose(make_model):
         ("FalconH1", "2 (2 kvnumba, 2 transformers)"),
         ("NemotronH", "4 (1 kvnumba, 2 transformers)"),
     ):
-        assert repr(new_cache(make_model(name))).startswith(f"KVNumbaCache(layers={whose}, tokens=0, ")
+        cache = new_cache(make_model(name))
+        assert repr(cache).startswith(f"KVNumbaCache(layers={whose}, tokens=0, ")
+        assert not cache.all_ours  # also where there is no layer without keys
 
 
 @pytest.mark.parametrize("name", ["Qwen3Next", "FalconH1", "Zamba2"])

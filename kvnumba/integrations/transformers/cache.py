@@ -369,7 +369,7 @@ class KVNumbaCache(PassCache):
     @property
     def all_ours(self) -> bool:
         """Whether no layer keeps anything elsewhere."""
-        return all(isinstance(layer, (KVNumbaLayer, DummyLayer)) for layer in self.layers)
+        return not self._foreign
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, given as a number of 0 or less.
