@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="the transformers extra is not insta
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from kvnumba.caches.step import Step  # noqa: E402
-from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, calibrate, versions  # noqa: E402
+from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, calibrate, captured, versions  # noqa: E402
 from kvnumba.integrations.transformers.deferred import Deferred  # noqa: E402
 from kvnumba.integrations.transformers.masks import DeferredMask, attention_mask  # noqa: E402
 from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
@@ -253,6 +253,20 @@ def test_a_chat_over_several_calls(make_model, name):
         results.append(ids.tolist())
     assert results[0] == results[1]
     assert cache.get_seq_length() == len(results[1][0]) - 1
+
+
+@pytest.mark.skipif(ON_GPU, reason="of models on the host")
+def test_captured_changes_nothing_on_the_host(make_model):
+    model = make_model("Llama")
+    want = generate(model, "kvnumba", KVNumbaCache(model.config), prompts())
+    with captured(model):
+        with captured(model):
+            got = generate(model, "kvnumba", KVNumbaCache(model.config), prompts())
+        assert "forward" in vars(model)
+    assert got.tolist() == want.tolist()
+    with pytest.raises(KeyError), captured(model):
+        raise KeyError
+    assert "forward" not in vars(model)
 
 
 def test_streaming(make_model):
