@@ -2,7 +2,8 @@
 
 Whole forward passes of 8 layers of Llama 3 8B (Hq 32, H 8, D 128, hidden 4,096) in bfloat16, random weights; the
 caches take turns in one run, medians. "captured": within `kvnumba.integrations.transformers.captured`. DynamicCache's
-attention is torch's flash attention, which torch does not take by itself where there is a cache.
+attention is torch's flash attention, which torch does not take by itself where there is a cache; where it has a mask,
+which flash attention does not take, the memory-efficient one.
 Prints the tables of README.md here. Some settings only: ``... 1x1024 8x16384``.
 """
 
@@ -73,7 +74,7 @@ def implementation(name: str) -> str:
 def running(model: Any, name: str) -> Any:
     """The model set up for a cache."""
     model.set_attn_implementation(implementation(name))
-    flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(flash), captured(model) if CACHES[name][1] else contextlib.nullcontext():
         yield
 
