@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -291,8 +292,8 @@ class KVNumbaCache(PassCache):
         arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
         self._settings = Settings(options, arithmetic, chosen_name(backend))
-        self._config = config.get_text_config(decoder=True)
-        kinds = _kinds(self._config)
+        self._config = config
+        kinds = _kinds(config)
         stored = [kind.group for kind in kinds if kind.group is not None]
         if not stored:
             raise ValueError(
@@ -370,6 +371,14 @@ class KVNumbaCache(PassCache):
     def all_ours(self) -> bool:
         """Whether no layer keeps anything elsewhere."""
         return not self._foreign
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have states and no keys."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, KVNumbaLayer)
+            for layer in self.layers
+        ]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, given as a number of 0 or less.
@@ -572,9 +581,20 @@ class LayerKind:
 
 def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
     """The kind of each layer."""
+    if (
+        hasattr(config, "decoder_layers") and not config.is_encoder_decoder
+    ):  # the decoder alone of a model with both
+        config = copy.copy(config)
+        config.is_encoder_decoder = True
+    decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "cross_attention_layers", None):
+        raise ValueError(
+            f"config: a {type(decoder).__name__} has layers that attend to pictures, which cannot be kept in a "
+            f"KVNumbaCache; use transformers.DynamicCache"
+        )
     kinds = []
     for name, options, layer in zip(
-        *get_layer_types_and_kwargs(config), config.per_layer_config, strict=True
+        *get_layer_types_and_kwargs(decoder), decoder.per_layer_config, strict=True
     ):
         heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
         ours = name in KINDS + HYBRID_KINDS
@@ -588,11 +608,13 @@ def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGr
     """The layers of a model, empty: ours, of these groups, and those of transformers."""
     layers: list[Any] = []
     counts = dict.fromkeys(groups, 0)
+    # whose attention implementation is read: of a flat config the decoder's part would be a copy
+    live = config.get_text_config(decoder=True) if config.sub_configs else config
     for kind in _kinds(config):
         if kind.group is None:
             layers.append(foreign.make_layer(kind.name, kind.options))
             continue
-        place = config, groups[kind.group], counts[kind.group]
+        place = live, groups[kind.group], counts[kind.group]
         if kind.name in HYBRID_KINDS:
             layers.append(HybridLayer(*place, LinearAttentionLayer(**kind.options)))
         else:
