@@ -12,14 +12,6 @@ from kvnumba.integrations.transformers.cache import NAME, Appended, DeferredKeys
 from kvnumba.integrations.transformers.deferred import dense
 from kvnumba.integrations.transformers.masks import CausalMask, DeferredMask
 
-REFUSED = {
-    "output_attentions": "weights are never computed as a whole",
-    "indices": "sparse attention is not supported",
-    "block_indices": "sparse attention is not supported",
-    "sinks": "sinks that differ from token to token are not supported",
-}
-"""Keywords that some models pass and that would change the result. None and False are accepted."""
-
 
 def register() -> None:
     """Make the name "kvnumba" known to `set_attn_implementation`, with its attention function and its mask function.
@@ -42,7 +34,11 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' models ask for it.
@@ -64,8 +60,16 @@ def attention_forward(
     softcap : float, optional
     s_aux : (Hq,), optional
         Learned sinks: one more logit a head.
+    sinks : (B, Hq, q, 1), optional
+        Sinks that differ from token to token. Attention is computed in torch, as with all that follow.
     position_bias : optional
-        Added to the scores, in torch.
+        Added to the scores.
+    indices : (B, q, any) int, optional
+        The only keys that each query may see.
+    block_indices : (B, any, q, any) int, optional
+        The same for blocks of keys; which keys they are the layer's own indexer says.
+    output_attentions : bool, optional
+        Refused: weights are never computed as a whole.
 
     Returns
     -------
@@ -77,21 +81,33 @@ def attention_forward(
     ValueError
         Something cannot be honoured; the message says what to do.
     """
-    for name, reason in REFUSED.items():
-        if options.get(name) not in (None, False):
-            raise ValueError(f'{name}: {reason} by "{NAME}"; model.set_attn_implementation("eager") instead')
+    if output_attentions:
+        raise ValueError(
+            f'output_attentions: weights are never computed as a whole by "{NAME}"; '
+            f'model.set_attn_implementation("eager") instead'
+        )
     causal = _causal(module, attention_mask, is_causal, sliding_window)
     if isinstance(key, (DeferredKeys, DeferredValues)) or isinstance(value, (DeferredKeys, DeferredValues)):
         _refuse_training(query, dropout)
     appended = _appended(key, value)
-    if appended is not None and causal is not None and position_bias is None and appended.fits(causal):
+    plain = all(x is None for x in (sinks, position_bias, indices, block_indices))
+    if appended is not None and causal is not None and plain and appended.fits(causal):
         return appended.attend(query, causal, scaling, softcap, s_aux), None
     key, value, mask = dense(key), dense(value), attention_mask
     if causal is not None:
         shape = (query.shape[2], key.shape[2]) if mask is None else mask.shape[2:]
         mask = causal.dense(*shape).to(query.device)
+    if indices is not None:
+        chosen = indices.new_zeros((*indices.shape[:2], key.shape[2]), dtype=torch.bool)
+        mask = _both(mask, chosen.scatter_(-1, indices.long(), True)[:, None])
+    if block_indices is not None:
+        mask = module.indexer.build_block_mask(  # as the model does for eager attention
+            block_indices, mask, key.shape[2], query.dtype, query.device, options.get("position_ids")
+        )
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1)
     dropout = dropout if module.training else 0.0
-    return dense_attention(query, key, value, mask, scaling, softcap, s_aux, position_bias, dropout), None
+    return dense_attention(query, key, value, mask, scaling, softcap, sinks, position_bias, dropout), None
 
 
 def dense_attention(
@@ -105,7 +121,10 @@ def dense_attention(
     position_bias: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attention in torch over keys (B, H, k, D), with a mask (B, 1 or Hq, q, k), bool or additive: (B, q, Hq, D)."""
+    """Attention in torch over keys (B, H, k, D): (B, q, Hq, D).
+
+    The mask is (B, 1 or Hq, q, k), bool or additive; sinks can be broadcast to (B, Hq, q, 1).
+    """
     if mask is not None and not (
         mask.ndim == 4 and mask.shape[2] in (1, query.shape[2]) and mask.shape[3] == key.shape[2]
     ):
@@ -125,7 +144,7 @@ def dense_attention(
     elif mask is not None:
         scores = scores + mask
     if sinks is not None:
-        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        column = sinks.to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     weights = torch.nn.functional.dropout(weights, dropout)
@@ -151,6 +170,13 @@ def _causal(
     if type(mask) is DeferredMask and not mask.looked_into:
         return mask.source
     return None
+
+
+def _both(mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
+    """A mask, bool or additive, that hides what another one, bool, hides besides."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def _refuse_training(query: torch.Tensor, dropout: float) -> None:
