@@ -1,6 +1,8 @@
 """Hugging Face models on a `KVNumbaCache`: every way of generating gives the tokens that DynamicCache gives."""
 
 import copy
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -733,10 +735,47 @@ def test_a_pass_that_stopped_on_its_way(make_model, name, layer, monkeypatch):
     np.testing.assert_array_equal(got.numpy(force=True), want.numpy(force=True))
 
 
-@pytest.mark.parametrize(("version", "problem"), [("4.57.1", "too old"), ("6.0.0", "too new")])
-def test_other_versions_are_one_clear_line(monkeypatch, version, problem):
-    monkeypatch.setattr(versions.metadata, "version", lambda name: version)
-    with pytest.raises(ImportError, match=f"transformers {version} is {problem}") as caught:
+def test_a_version_that_is_too_old_is_refused_in_one_clear_line(monkeypatch):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "4.57.1")
+    with pytest.raises(
+        ImportError, match="transformers 4.57.1 is too old; 5.20 to .* are known to work"
+    ) as caught:
+        versions.check_versions()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_version_warns(monkeypatch):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "5.99.0")
+    with pytest.warns(
+        UserWarning, match="transformers 5.99.0 is newer than .*; 5.20 to .* are known to work"
+    ):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda masking: masking.pop("eager_mask"), "it has no masking_utils.eager_mask"),
+        (
+            lambda masking: masking.update(eager_mask=lambda batch_size: None),
+            "masking_utils.eager_mask has no parameter q_length",
+        ),
+        (
+            lambda masking: masking.update(
+                sliding_window_causal_mask_function=lambda sliding_window: masking["causal_mask_function"]
+            ),
+            "masks of sliding windows are made in another way",
+        ),
+    ],
+)
+def test_a_version_without_what_is_counted_on_is_refused(monkeypatch, change, problem):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "5.99.0")
+    masking = dict(vars(transformers.masking_utils))
+    change(masking)
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", types.SimpleNamespace(**masking))
+    with pytest.raises(
+        ImportError, match=f"transformers 5.99.0: {problem}; .* pip install 'transformers=="
+    ) as caught:
         versions.check_versions()
     assert "\n" not in str(caught.value)
 

@@ -85,12 +85,12 @@ def attention_mask(
         A `DeferredMask` if it is causal, perhaps with a sliding window, and hides nothing else but padding on the left.
     """
     length = kv_offset + kv_length
-    window_left = _window_left(mask_function)
-    if window_left is not None and not options.get("use_vmap") and q_offset + q_length == length:
+    window = window_left(mask_function)
+    if window is not None and not options.get("use_vmap") and q_offset + q_length == length:
         padding, known = left_padding(attention_mask, length)
         if known:
             shape = (batch_size, 1, q_length, kv_length)
-            causal = CausalMask(length, window_left, padding)
+            causal = CausalMask(length, window, padding)
             return DeferredMask(shape, dtype, options.get("device", "cpu"), causal)
     # never None, which the attention function would take for causal
     options["allow_is_bidirectional_skip"] = False
@@ -99,7 +99,7 @@ def attention_mask(
     )
 
 
-def _window_left(mask_function: Any) -> int | None:
+def window_left(mask_function: Any) -> int | None:
     """The window of a transformers mask function: -1 for causal, its width for sliding, None if unknown."""
     if mask_function is causal_mask_function:
         return -1
