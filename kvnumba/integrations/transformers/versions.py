@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from importlib import metadata
+from typing import Any
 
 OLDEST, NEWEST = (5, 20), (5, 24)
 """Known to work, with all between them; OLDEST as in the extra ``transformers`` of pyproject.toml."""
@@ -64,7 +65,7 @@ def what_is_missing() -> str:
     """What of transformers is not as the integration counts on, in a few words; nothing if all is."""
     for name, parameters in PARAMETERS.items():
         module, *attributes = name.split(".")
-        found = importlib.import_module(f"transformers.{module}")
+        found: Any = importlib.import_module(f"transformers.{module}")
         for attribute in attributes:
             found = getattr(found, attribute, None)
         if found is None:
