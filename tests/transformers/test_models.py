@@ -175,14 +175,9 @@ PEERS = {"MiniMaxM3VLForCausalLM": "sdpa", "RecurrentGemmaForCausalLM": "sdpa"}
 """The implementation to compare with, if it is not eager. Recurrences and indexers of these models see what attention
 gives for padding: with eager attention it is the mean of all values, with sdpa and with ours 0."""
 
-NO_KEYS = "has no layers whose keys and values could be kept"
 REFUSED = {
-    "AXK2ForCausalLM": NO_KEYS,
-    "DeepseekV32ForCausalLM": NO_KEYS,
-    "GlmMoeDsaForCausalLM": NO_KEYS,
-    "HYV4ForCausalLM": NO_KEYS,
     "MllamaForCausalLM": "has layers that attend to pictures",
-    "Qwen4ExpForCausalLM": NO_KEYS,
+    "Qwen4ExpForCausalLM": "keeps positions of its indexers' keys",
 }
 """Models that a KVNumbaCache refuses, in one line that says what to use instead, and what of the line says why."""
 

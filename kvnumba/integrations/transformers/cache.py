@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
+    DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
@@ -40,6 +41,8 @@ KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Of layers whose keys and values are kept here. All others are kept by transformers' own layers."""
 HYBRID_KINDS = ("hybrid", "hybrid_sliding")
 """Of layers that have keys and values, which are kept here, and states, which are kept by transformers."""
+INDEXED_KINDS = ("indexed_attention",)
+"""The same with keys of an indexer, which chooses what sparse attention sees."""
 
 
 class Appended:
@@ -221,6 +224,28 @@ class HybridLayer(KVNumbaLayer):
         return getattr(self.states, name)
 
 
+class IndexedLayer(KVNumbaLayer):
+    """The keys and values of a layer with an indexer, whose own keys are kept by a layer of transformers."""
+
+    def __init__(self, config: PreTrainedConfig, group: LayerGroup, index: int) -> None:
+        super().__init__(config, group, index)
+        self.states = DynamicLayer()
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Append keys of the indexer, (B, q, Di): all that there are, (B, k, Di)."""
+        keys = indexer_key_states[:, None]
+        all_keys: torch.Tensor = self.states.update(keys, keys[..., :0])[0]
+        return all_keys[:, 0]
+
+    @property
+    def indexer_position_ids(self) -> None:
+        """Refused: positions of an indexer's keys."""
+        raise ValueError(
+            "config: the model keeps positions of its indexers' keys, which a KVNumbaCache does not; "
+            "use transformers.DynamicCache"
+        )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `crop` needs to return to a length, where cutting is not enough.
@@ -315,9 +340,10 @@ class KVNumbaCache(PassCache):
     def _set_layers(self) -> None:
         layers = _make_layers(self._config, self._groups)
         self._foreign = [
-            layer.states if isinstance(layer, HybridLayer) else layer
+            getattr(layer, "states", layer)
             for layer in layers
-            if isinstance(layer, HybridLayer) or not isinstance(layer, (KVNumbaLayer, DummyLayer))
+            if isinstance(layer, (HybridLayer, IndexedLayer))
+            or not isinstance(layer, (KVNumbaLayer, DummyLayer))
         ]
         super().__init__(layers, watched=bool(self._foreign))
 
@@ -581,9 +607,8 @@ class LayerKind:
 
 def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
     """The kind of each layer."""
-    if (
-        hasattr(config, "decoder_layers") and not config.is_encoder_decoder
-    ):  # the decoder alone of a model with both
+    if hasattr(config, "decoder_layers") and not config.is_encoder_decoder:
+        # a decoder alone, of a model that has both
         config = copy.copy(config)
         config.is_encoder_decoder = True
     decoder = config.get_text_config(decoder=True)
@@ -597,7 +622,7 @@ def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
         *get_layer_types_and_kwargs(decoder), decoder.per_layer_config, strict=True
     ):
         heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
-        ours = name in KINDS + HYBRID_KINDS
+        ours = name in KINDS + HYBRID_KINDS + INDEXED_KINDS
         kinds.append(
             LayerKind(name, options, (options.get("sliding_window"), name, *heads) if ours else None)
         )
@@ -617,6 +642,8 @@ def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGr
         place = live, groups[kind.group], counts[kind.group]
         if kind.name in HYBRID_KINDS:
             layers.append(HybridLayer(*place, LinearAttentionLayer(**kind.options)))
+        elif kind.name in INDEXED_KINDS:
+            layers.append(IndexedLayer(*place))
         else:
             layers.append(KVNumbaLayer(*place))
         counts[kind.group] += 1
