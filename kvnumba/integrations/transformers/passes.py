@@ -8,6 +8,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
+from kvnumba.integrations.transformers import foreign
+
 
 class PassCache(Cache):
     """A cache that can say whether the latest forward pass went through all of its layers.
@@ -37,7 +39,11 @@ class PassCache(Cache):
         self._length_before = 0  # tokens when it began
 
     def _pass_is_complete(self) -> bool:
-        return self._reached in (-1, self._last) and _is_complete(self.layers[self._last], self._calls)
+        if self._reached in (-1, self._last):
+            return _is_complete(self.layers[self._last], self._calls)
+        passed, to_come = self.layers[: self._reached], self.layers[self._reached + 1 :]
+        # a model that keeps states in itself does not ask for those of the last layers either
+        return foreign.are_untouched(passed) and not any(isinstance(one, CacheLayerMixin) for one in to_come)
 
     def _reach(self, layer_idx: int, call: str) -> None:
         """A model computes a layer: it writes, or gets what it may write to in place."""
