@@ -314,7 +314,8 @@ class LayerGroup:
         forward = self.forward
         if forward is None or k.shape[2] != forward.count:
             raise ValueError(
-                f"key_states: layer {index} of its kind was updated without the layers before it"
+                f"key_states: layer {index} of its kind was updated without the layers before it; "
+                f"use transformers.DynamicCache for a model that takes its layers in another order"
             )
         forward.new = index, k, v
         if known and forward.follows:
