@@ -192,6 +192,11 @@ REFUSED = {
     "Qwen4ExpForCausalLM": "keeps positions of its indexers' keys",
 }
 """Models that a KVNumbaCache refuses, in one line that says what to use instead, and what of the line says why."""
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (
+    5,
+    23,
+):  # its config does not say which layers attend
+    REFUSED["RecurrentGemmaForCausalLM"] = OTHER_ORDER
 
 NOT_COMPARED = {
     "BltForCausalLM": "DynamicCache cannot be made of its config, which has four decoders",

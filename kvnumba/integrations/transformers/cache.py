@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
@@ -343,7 +342,7 @@ class KVNumbaCache(PassCache):
             getattr(layer, "states", layer)
             for layer in layers
             if isinstance(layer, (HybridLayer, IndexedLayer))
-            or not isinstance(layer, (KVNumbaLayer, DummyLayer))
+            or not isinstance(layer, (KVNumbaLayer, foreign.DummyLayer))
         ]
         super().__init__(layers, watched=bool(self._foreign))
 
@@ -618,8 +617,9 @@ def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
             f"KVNumbaCache; use transformers.DynamicCache"
         )
     kinds = []
+    # until transformers 5.23 the last layers, if they use other layers' keys, are left out
     for name, options, layer in zip(
-        *get_layer_types_and_kwargs(decoder), decoder.per_layer_config, strict=True
+        *get_layer_types_and_kwargs(decoder), decoder.per_layer_config, strict=False
     ):
         heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
         ours = name in KINDS + HYBRID_KINDS + INDEXED_KINDS

@@ -15,7 +15,16 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
+
+try:
+    from transformers.cache_utils import DummyLayer as DummyLayer
+except ImportError:  # before transformers 5.23
+
+    class DummyLayer(LinearAttentionLayer):  # type: ignore[no-redef]
+        """A layer that keeps nothing."""
+
 
 ATOMS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """What attributes are, besides tensors, dicts, lists and tuples."""
@@ -23,6 +32,8 @@ ATOMS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 def make_layer(kind: str, options: dict[str, Any]) -> Any:
     """An empty layer of transformers, of a kind that a config names."""
+    if kind in ("moe", "mlp"):  # these names too are of versions before 5.23
+        return DummyLayer()
     if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
         raise ValueError(
             f"config: layers of type {kind!r} are unknown to this version of transformers, or until the model is made"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from kvnumba.integrations.transformers import foreign
 
@@ -29,7 +29,7 @@ class PassCache(Cache):
     def __init__(self, layers: list[Any], watched: bool) -> None:
         super().__init__(layers=layers)
         self._watched = watched
-        self._last = max(n for n, layer in enumerate(layers) if not isinstance(layer, DummyLayer))
+        self._last = max(n for n, layer in enumerate(layers) if not isinstance(layer, foreign.DummyLayer))
         self._forget_pass()
 
     def _forget_pass(self) -> None:

@@ -9,11 +9,12 @@ import warnings
 from importlib import metadata
 from typing import Any
 
-OLDEST, NEWEST = (5, 20), (5, 24)
+OLDEST, NEWEST = (5, 21), (5, 24)
 """Known to work, with all between them; OLDEST as in the extra ``transformers`` of pyproject.toml."""
 
 PARAMETERS = {
     "cache_utils.Cache": "layers",
+    "cache_utils.Cache.get_conv_state": "layer_idx state_idx",
     "cache_utils.Cache.update": "key_states value_states layer_idx",
     "cache_utils.get_layer_types_and_kwargs": "config",
     "configuration_utils.PreTrainedConfig.get_text_config": "decoder",
