@@ -738,7 +738,7 @@ def test_a_pass_that_stopped_on_its_way(make_model, name, layer, monkeypatch):
 def test_a_version_that_is_too_old_is_refused_in_one_clear_line(monkeypatch):
     monkeypatch.setattr(versions.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(
-        ImportError, match="transformers 4.57.1 is too old; 5.21 to .* are known to work"
+        ImportError, match="transformers 4.57.1 is too old; 5.20 to .* are known to work"
     ) as caught:
         versions.check_versions()
     assert "\n" not in str(caught.value)
@@ -747,7 +747,7 @@ def test_a_version_that_is_too_old_is_refused_in_one_clear_line(monkeypatch):
 def test_a_newer_version_warns(monkeypatch):
     monkeypatch.setattr(versions.metadata, "version", lambda name: "5.99.0")
     with pytest.warns(
-        UserWarning, match="transformers 5.99.0 is newer than .*; 5.21 to .* are known to work"
+        UserWarning, match="transformers 5.99.0 is newer than .*; 5.20 to .* are known to work"
     ):
         versions.check_versions()
 

@@ -52,7 +52,8 @@ class PassCache(Cache):
                 if not self._pass_is_complete():
                     raise ValueError(
                         "past_key_values: the forward pass before this one did not reach the last layer; "
-                        "crop(0) forgets it where that is possible, and reset() everything"
+                        "crop(0) forgets it where that is possible, and reset() everything; "
+                        "use transformers.DynamicCache to skip layers"
                     )
                 self._length_before = self.get_seq_length()
             self._reached = layer_idx

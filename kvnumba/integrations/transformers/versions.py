@@ -9,12 +9,11 @@ import warnings
 from importlib import metadata
 from typing import Any
 
-OLDEST, NEWEST = (5, 21), (5, 24)
+OLDEST, NEWEST = (5, 20), (5, 24)
 """Known to work, with all between them; OLDEST as in the extra ``transformers`` of pyproject.toml."""
 
 PARAMETERS = {
     "cache_utils.Cache": "layers",
-    "cache_utils.Cache.get_conv_state": "layer_idx state_idx",
     "cache_utils.Cache.update": "key_states value_states layer_idx",
     "cache_utils.get_layer_types_and_kwargs": "config",
     "configuration_utils.PreTrainedConfig.get_text_config": "decoder",
@@ -43,23 +42,21 @@ def check_versions() -> None:
         except metadata.PackageNotFoundError:
             raise ImportError(f"{name} is not installed: pip install 'kvnumba[transformers]'") from None
     known = f"{_dotted(OLDEST)} to {_dotted(NEWEST)} are known to work with this version of kvnumba"
-    installed = metadata.version("transformers")
-    if _installed() < OLDEST:
-        raise ImportError(
-            f"transformers {installed} is too old; {known}: pip install 'kvnumba[transformers]'"
-        )
+    version = metadata.version("transformers")
+    if installed() < OLDEST:
+        raise ImportError(f"transformers {version} is too old; {known}: pip install 'kvnumba[transformers]'")
     missing = what_is_missing()
     if missing:
         raise ImportError(
-            f"transformers {installed}: {missing}; {known}: pip install 'transformers=={_dotted(NEWEST)}.*'"
+            f"transformers {version}: {missing}; {known}: pip install 'transformers=={_dotted(NEWEST)}.*'"
         )
     if newer_than_known():
-        warnings.warn(f"transformers {installed} is newer than those that were tried; {known}", stacklevel=2)
+        warnings.warn(f"transformers {version} is newer than those that were tried; {known}", stacklevel=2)
 
 
 def newer_than_known() -> bool:
     """Whether the transformers that is installed is newer than those that are known to work."""
-    return _installed() > NEWEST
+    return installed() > NEWEST
 
 
 def what_is_missing() -> str:
@@ -88,7 +85,8 @@ def what_is_missing() -> str:
     return ""
 
 
-def _installed() -> tuple[int, ...]:
+def installed() -> tuple[int, ...]:
+    """The version of transformers, as far as it is known to matter: (major, minor)."""
     return tuple(int(part) for part in re.findall(r"\d+", metadata.version("transformers"))[:2])
 
 
