@@ -28,7 +28,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are th
 BACKEND = "numpy" if CHOSEN == "auto" else CHOSEN
 DEVICE = "cuda" if ON_GPU else "cpu"
 CAUSAL = list(dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
-BOTH = list(dict.fromkeys(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()))
+BOTH = [
+    name
+    for name in dict.fromkeys(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+    if getattr(transformers, name).config_class().is_encoder_decoder
+]
 
 SMALL = {
     "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1,
@@ -37,7 +41,8 @@ SMALL = {
     "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "encoder_n_layers": 2,
     "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ffn_dim": 48, "n_inner": 48,
     "num_encoder_layers": 2, "num_decoder_layers": 3, "num_encoder_attention_heads": 4,
-    "num_decoder_attention_heads": 4, "embedding_size": 64, "word_embed_proj_dim": 64, "is_decoder": True,
+    "num_decoder_attention_heads": 4, "embedding_size": 64, "word_embed_proj_dim": 64,
+    "is_decoder": True, "d_ff": 48, "d_kv": 16,
     # experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
@@ -193,6 +198,7 @@ REFUSED = {
 }
 """Models that a KVNumbaCache refuses, in one line that says what to use instead, and what of the line says why."""
 NOT_COMPARED = {
+    "EncoderDecoderModel": "it is made of two models, of any kind",
     "BltForCausalLM": "DynamicCache cannot be made of its config, which has four decoders",
     "Gemma3nForConditionalGeneration": "its pictures need timm; its text is Gemma3nForCausalLM",
     "Gemma4AssistantForCausalLM": "it reads the keys of another model and has none",
@@ -234,28 +240,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_config(config_class):
+def small_config(config_class, besides=None):
     """A config that makes a model of less than 3 million parameters."""
     default = config_class()
     parts = {name: getattr(default, name, None) for name in default.sub_configs}
     parts = {name: part for name, part in parts.items() if part is not None}
     text = default.get_text_config(decoder=True)
-    settings = {} if any(part is text for part in parts.values()) else own_settings(default)
+    own = OWN.get(default.model_type, {})
+    settings = dict(own)
+    if not any(part is text for part in parts.values()):
+        kind = type(default)
+        properties = {name for name in dir(kind) if isinstance(getattr(kind, name, None), property)}
+        names = {*dir(default), *default.attribute_map} - properties
+        tables = {**SMALL, **(besides or {})}
+        settings = {**{name: value for name, value in tables.items() if name in names}, **own}
     for name, part in parts.items():
-        if name not in settings:
-            besides = {} if part is text else SMALL_PICTURES_AND_SOUNDS
-            settings[name] = type(part)(**own_settings(part, besides))
+        if name not in own:
+            settings[name] = small_config(type(part), {} if part is text else SMALL_PICTURES_AND_SOUNDS)
     return config_class(**settings)
-
-
-def own_settings(default, besides=None):
-    """What of the tables concerns a config."""
-    properties = {
-        name for name in dir(type(default)) if isinstance(getattr(type(default), name, None), property)
-    }
-    names = {*dir(default), *default.attribute_map} - properties
-    settings = {name: value for name, value in {**SMALL, **(besides or {})}.items() if name in names}
-    return {**settings, **OWN.get(default.model_type, {})}
 
 
 def build(name):
@@ -273,7 +275,7 @@ def build(name):
     return model
 
 
-def generate(model, implementation, cache):
+def generate(model, implementation, cache, **options):
     """Tokens (B, T), and the logits of each of them that is new (T', B, V), with padding on the left."""
     ids = torch.randint(2, 60, (2, 19), generator=torch.Generator(DEVICE).manual_seed(1))
     mask = torch.ones_like(ids)
@@ -282,16 +284,16 @@ def generate(model, implementation, cache):
     with torch.no_grad():
         out = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False,
-            forced_eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+            forced_eos_token_id=None, output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
     return out.sequences.tolist(), torch.stack(out.logits).numpy(force=True)
 
 
-def built_and_generated(name, make_cache):
+def built_and_generated(name, make_cache, **options):
     """A model, with the tokens and logits that it generates on a DynamicCache; skips if it is in the table."""
     try:
         model = build(name)
-        return model, *generate(model, PEERS.get(name, "eager"), make_cache(model.config))
+        return model, *generate(model, PEERS.get(name, "eager"), make_cache(model.config), **options)
     except Exception as error:
         if name in NOT_COMPARED:
             pytest.skip(NOT_COMPARED[name])
@@ -340,3 +342,21 @@ def assert_refused_by_us(error, reason):
 def test_the_tables_name_models():
     assert REFUSED.keys().isdisjoint(NOT_COMPARED)
     assert len(set(CAUSAL) - REFUSED.keys() - NOT_COMPARED.keys()) >= 125
+
+
+def make_pair(make, config):
+    """A cache for a decoder that also attends to an encoder: this part is transformers' own."""
+    return transformers.EncoderDecoderCache(make(config), transformers.DynamicCache(config=config))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", BOTH)
+def test_an_encoder_and_a_decoder_generate_as_on_dynamic_cache(name, num_beams):
+    model, *want = built_and_generated(
+        name,
+        lambda config: make_pair(lambda c: transformers.DynamicCache(config=c), config),
+        num_beams=num_beams,
+    )
+    cache = make_pair(lambda config: KVNumbaCache(config, backend=BACKEND), model.config)
+    assert_same(generate(model, "kvnumba", cache, num_beams=num_beams), want)
+    assert cache.get_seq_length() >= 11

@@ -611,6 +611,8 @@ def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
         config = copy.copy(config)
         config.is_encoder_decoder = True
     decoder = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder and config.attribute_map.get("num_hidden_layers") == "num_layers":
+        decoder.num_hidden_layers = config.num_decoder_layers  # as T5 and its kin call it, whose copy this is
     if getattr(decoder, "cross_attention_layers", None):
         raise ValueError(
             f"config: a {type(decoder).__name__} has layers that attend to pictures, which cannot be kept in a "

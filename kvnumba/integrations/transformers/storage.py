@@ -566,6 +566,7 @@ class LayerGroup:
         self.flush()
         if not self.started:
             return
+        self._require_complete()
         rows = np.arange(len(self.ids))[to_array(parents.cpu())].tolist()
         _require_rows(len(rows) - len(self.ids), self.pool)
         self._length, self.forward = self.complete_length, None
