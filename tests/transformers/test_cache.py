@@ -334,6 +334,35 @@ def test_quantised_formats_on_a_trained_model(backend, fmt, arithmetic, bound):
     assert 0 < divergence(want, got) < bound
 
 
+LATENTS = {
+    "num_hidden_layers": 2, "initializer_range": 0.2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "q_lora_rank": 32,
+    "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
+}  # fmt: skip
+"""Latent attention with the widths of DeepSeek V3: 512 and, of the keys' part that rotates, 64, one head."""
+
+
+@pytest.mark.parametrize(
+    ("fmt", "bound"),
+    [("float16", 1e-5), ("bfloat16", 1e-4), ("int8", 1e-3), ("int4", 1e-2), ("fp8_e4m3", 5e-2)],
+)
+@pytest.mark.parametrize("family", ["DeepseekV3", "Glm4MoeLite"])
+def test_formats_on_latents(backend, family, fmt, bound):
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **LATENTS, "head_dim": 64})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ids = torch.randint(1, 60, (1, 100), generator=torch.Generator(DEVICE).manual_seed(1))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits
+        model.set_attn_implementation("kvnumba")
+        cache = KVNumbaCache(model.config, key_format=fmt, value_format=fmt, backend=backend)
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(50, dim=1)]
+    pool = next(iter(cache._groups.values())).pool
+    assert (pool.num_kv_heads, pool.head_dim, pool.value_head_dim) == (1, 512, 64)
+    assert 0 < divergence(want, torch.cat(parts, dim=1)) < bound
+
+
 def test_sinks_that_change_are_seen(make_model):
     model = make_model("GptOss")
     caches = [KVNumbaCache(model.config), KVNumbaCache(model.config)]
