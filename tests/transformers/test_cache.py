@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 
 from kvnumba.caches.step import Step  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, calibrate, captured, versions  # noqa: E402
+from kvnumba.integrations.transformers.attention import dense_attention  # noqa: E402
 from kvnumba.integrations.transformers.deferred import Deferred  # noqa: E402
 from kvnumba.integrations.transformers.masks import DeferredMask, attention_mask  # noqa: E402
 from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
@@ -180,6 +181,22 @@ def test_plain_masks_are_not_made_dense(make_model, name, monkeypatch):
     monkeypatch.setattr("kvnumba.integrations.transformers.attention.dense_attention", fail)
     model = make_model(name)
     generate(model, "kvnumba", KVNumbaCache(model.config), prompts(), prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(64, 0), (5, 6)])
+def test_chunked_masks_are_made_dense_only_for_prompts_of_several_chunks(monkeypatch, chunk, calls):
+    seen = []
+    monkeypatch.setattr(
+        "kvnumba.integrations.transformers.attention.dense_attention",
+        lambda *args: seen.append(args[0].shape[2]) or dense_attention(*args),
+    )
+    config = transformers.Llama4TextConfig(
+        **{**SMALL, "num_local_experts": 2, "intermediate_size_mlp": 48, "num_hidden_layers": 8},
+        attention_chunk_size=chunk,
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    generate(model, "kvnumba", KVNumbaCache(config, backend="numpy"), prompts(1))
+    assert seen == [19] * calls  # 6 of its layers have chunks; each token after the prompt sees a window
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
@@ -818,10 +835,12 @@ def test_masks_say_what_transformers_says():
         assert plain.shape == (2, 1, 4, 6)
         want = masking.eager_mask(2, 4, 6, 2, 0, function, mask)
         np.testing.assert_array_equal(plain + 0, want)
-    other = masking.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long, device="cpu"))
-    computed = attention_mask(2, 4, 6, 2, 0, other, mask)
-    assert type(computed) is torch.Tensor
-    np.testing.assert_array_equal(computed, masking.eager_mask(2, 4, 6, 2, 0, other, mask))
+    left = torch.tensor([2, 0], device="cpu")
+    for size, first, described in ((6, 2, True), (4, 2, False), (4, 5, False), (2, 5, True)):
+        function = masking.chunked_causal_mask_function(size, left)
+        made = attention_mask(2, 6 - first, 6, first, 0, function, mask)
+        assert type(made) is (DeferredMask if described else torch.Tensor)
+        np.testing.assert_array_equal(made + 0, masking.eager_mask(2, 6 - first, 6, first, 0, function, mask))
 
 
 @pytest.mark.parametrize("name", ["BigBirdPegasus", "NllbMoe"])

@@ -6,6 +6,7 @@ their own beside those that call the attention function, and these layers add th
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from transformers.masking_utils import (
     causal_mask_function,
+    chunked_overlay,
     eager_mask,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
@@ -85,7 +87,7 @@ def attention_mask(
         A `DeferredMask` if it is causal, perhaps with a sliding window, and hides nothing else but padding on the left.
     """
     length = kv_offset + kv_length
-    window = window_left(mask_function)
+    window = window_left(mask_function, q_offset, q_offset + q_length - 1)
     if window is not None and not options.get("use_vmap") and q_offset + q_length == length:
         padding, known = left_padding(attention_mask, length)
         if known:
@@ -99,19 +101,38 @@ def attention_mask(
     )
 
 
-def window_left(mask_function: Any) -> int | None:
-    """The window of a transformers mask function: -1 for causal, its width for sliding, None if unknown."""
+def window_left(mask_function: Any, first: int = 0, last: int = 0) -> int | None:
+    """The window of a transformers mask function, for queries at these positions.
+
+    Returns
+    -------
+    window : int or None
+        -1 for causal masks. Chunked ones, in which a query sees the chunk that it is in, have a window while all
+        sequences are in their first chunk, and for a single query that is as far into its chunk in all sequences.
+        None: there is none, or the function is unknown.
+    """
     if mask_function is causal_mask_function:
         return -1
-    # The sliding one is made by and_masks(sliding_window_overlay(window), causal_mask_function): it is recognised by
-    # its code, and the window is found in the closure of the overlay.
+    # The others are made by and_masks(overlay(...), causal_mask_function): they are recognised by their code, and the
+    # overlay's arguments are found in its closure.
     if getattr(mask_function, "__code__", None) is not sliding_window_causal_mask_function(1).__code__:
         return None
     parts = mask_function.__closure__[0].cell_contents
-    overlay = sliding_window_overlay(1).__code__
-    if len(parts) != 2 or parts[1] is not causal_mask_function or parts[0].__code__ is not overlay:
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
-    return int(parts[0].__closure__[0].cell_contents) - 1
+    arguments = inspect.getclosurevars(parts[0]).nonlocals
+    if parts[0].__code__ is sliding_window_overlay(1).__code__:
+        return int(arguments["sliding_window"]) - 1
+    if parts[0].__code__ is not chunked_overlay(1, torch.zeros(1)).__code__:
+        return None
+    size, lengths = (
+        int(arguments["chunk_size"]),
+        {last + 1 - left for left in arguments["left_padding"].tolist()},
+    )
+    if max(lengths) <= size:
+        return size - 1
+    windows = {(length - 1) % size for length in lengths}
+    return windows.pop() if first == last and len(windows) == 1 else None
 
 
 def left_padding(mask: torch.Tensor | None, length: int) -> tuple[np.ndarray | None, bool]:
