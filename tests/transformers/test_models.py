@@ -360,3 +360,29 @@ def test_an_encoder_and_a_decoder_generate_as_on_dynamic_cache(name, num_beams):
     cache = make_pair(lambda config: KVNumbaCache(config, backend=BACKEND), model.config)
     assert_same(generate(model, "kvnumba", cache, num_beams=num_beams), want)
     assert cache.get_seq_length() >= 11
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["beams", "chunks"])
+@pytest.mark.parametrize("name", ["DeepseekV32ForCausalLM", "Llama4ForCausalLM", "Gemma3nForCausalLM"])
+def test_kinds_of_layers_in_other_modes(name, options):
+    model, *want = built_and_generated(
+        name, lambda config: transformers.DynamicCache(config=config), **options
+    )
+    cache = KVNumbaCache(model.config, backend=BACKEND)
+    assert_same(generate(model, "kvnumba", cache, **options), want)
+
+
+def test_keys_of_an_indexer_are_saved_and_cropped_with_the_others(tmp_path):
+    model = build("DeepseekV32ForCausalLM")
+    model.set_attn_implementation("kvnumba")
+    ids = torch.randint(2, 60, (2, 12), generator=torch.Generator(DEVICE).manual_seed(1))
+    cache, loaded = KVNumbaCache(model.config, backend=BACKEND), KVNumbaCache(model.config, backend=BACKEND)
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits[:, 8:].numpy(force=True)
+        model(input_ids=ids[:, :10], past_key_values=cache)
+        cache.save(tmp_path)
+        loaded.load(tmp_path)
+        for one in (cache, loaded):
+            one.crop(-2)
+            got = model(input_ids=ids[:, 8:], past_key_values=one).logits.numpy(force=True)
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
