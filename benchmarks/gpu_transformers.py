@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvnumba.integrations.transformers import KVNumbaCache, captured, storage
+from kvnumba.integrations.transformers import KVNumbaCache, captured, settings
 
 LAYERS, CHUNK, ROUNDS, FILLED_AT_ONCE = 8, 512, 3, 4096
 SETTINGS = {"1x1024": (1, 1024), "1x16384": (1, 16384), "1x131072": (1, 131072), "8x16384": (8, 16384)}
@@ -127,7 +127,7 @@ def table(title: str, columns: dict[str, dict[str, float]]) -> None:
 def main(names: list[str]) -> None:
     """Print both tables."""
     print(torch.cuda.get_device_name())
-    storage.SHARE_OF_GPU = 0.2  # for several caches
+    settings.SHARE_OF_GPU = 0.2  # for several caches
     model = make_model()
     found = {f"{name.replace('x', ' x ')}": measure(model, *SETTINGS[name]) for name in names}
     table(

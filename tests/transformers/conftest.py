@@ -10,4 +10,4 @@ def a_small_share_of_the_gpu(monkeypatch):
     if ON_GPU:
         pytest.importorskip("torch", reason="the transformers extra is not installed")
         pytest.importorskip("transformers", reason="the transformers extra is not installed")
-        monkeypatch.setattr("kvnumba.integrations.transformers.storage.SHARE_OF_GPU", 0.02)
+        monkeypatch.setattr("kvnumba.integrations.transformers.settings.SHARE_OF_GPU", 0.02)

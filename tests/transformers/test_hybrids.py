@@ -408,7 +408,7 @@ def test_convolutions_that_record_the_past_are_cropped(make_model, tmp_path):
 
 
 def test_windows_reach_back_to_a_checkpoint(make_model, monkeypatch):
-    monkeypatch.setattr("kvnumba.integrations.transformers.storage.BLOCK_SIZE", 4)
+    monkeypatch.setattr("kvnumba.integrations.transformers.settings.BLOCK_SIZE", 4)
     config = transformers.MistralConfig(**SMALL, num_hidden_layers=2, sliding_window=7)
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM(config).eval()

@@ -16,9 +16,10 @@ check_versions()
 # ruff: noqa: E402 (what follows imports what has just been checked)
 from kvnumba.integrations.transformers.attention import attention_forward, register
 from kvnumba.integrations.transformers.batching import PackedDecoder
-from kvnumba.integrations.transformers.cache import KVNumbaCache, KVNumbaLayer
+from kvnumba.integrations.transformers.cache import KVNumbaCache
 from kvnumba.integrations.transformers.calibrating import calibrate
 from kvnumba.integrations.transformers.captured import captured
+from kvnumba.integrations.transformers.layers import KVNumbaLayer
 from kvnumba.integrations.transformers.masks import attention_mask
 
 register()

@@ -8,8 +8,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvnumba.integrations.transformers import masks
-from kvnumba.integrations.transformers.cache import NAME, Appended, DeferredKeys, DeferredValues
 from kvnumba.integrations.transformers.deferred import dense
+from kvnumba.integrations.transformers.layers import NAME, Appended, DeferredKeys, DeferredValues
 from kvnumba.integrations.transformers.masks import CausalMask, DeferredMask
 
 

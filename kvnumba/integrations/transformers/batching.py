@@ -14,7 +14,7 @@ from kvnumba import arguments
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.step import Step
-from kvnumba.integrations.transformers.cache import NAME, DeferredKeys, DeferredValues
+from kvnumba.integrations.transformers.layers import NAME, DeferredKeys, DeferredValues
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
 from kvnumba.models.sampling import checked_temperature

@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from kvnumba.calibration import Calibration
 from kvnumba.integrations.transformers import masks
 from kvnumba.integrations.transformers.attention import attention_forward
-from kvnumba.integrations.transformers.cache import NAME, KVNumbaCache, KVNumbaLayer
+from kvnumba.integrations.transformers.cache import KVNumbaCache
+from kvnumba.integrations.transformers.layers import NAME, KVNumbaLayer
 from kvnumba.integrations.transformers.tensors import to_array
 from kvnumba.models.calibrating import ChannelStatistics, calibration_of
 

@@ -14,9 +14,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from kvnumba.integrations.transformers.cache import NAME, KVNumbaCache
+from kvnumba.integrations.transformers.cache import KVNumbaCache
+from kvnumba.integrations.transformers.forward import ForwardPass, KeptDecoding, current_stream
+from kvnumba.integrations.transformers.layers import NAME
 from kvnumba.integrations.transformers.masks import left_padding
-from kvnumba.integrations.transformers.storage import ForwardPass, KeptDecoding, LayerGroup, current_stream
+from kvnumba.integrations.transformers.storage import LayerGroup
 
 TOLERANCE = 0.02
 """Of the largest logit: how far a graph's logits may be from those of an ordinary step."""
@@ -181,8 +183,13 @@ class _Decoder:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()
         try:
-            # relaxed: memory of what Python finds to be garbage meanwhile may be given back
-            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            # the stream: one that fails to record leaves its own behind; relaxed: memory of what Python finds to be
+            # garbage meanwhile may be given back
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, capture_error_mode="relaxed"),
+                _no_waiting(),
+            ):
                 output = self._forward(**inputs, **call.others, past_key_values=call.cache)
             if not isinstance(output, ModelOutput) or any(group.running for group in call.groups):
                 raise NotImplementedError("it returned early")
@@ -218,6 +225,17 @@ class _Decoder:
             )
         self._compared = True
         return wanted
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """What would wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _begin(call: _Call) -> list[ForwardPass] | None:

@@ -56,6 +56,7 @@ def save(
                 value_head_dim=group.pool.value_head_dim,
                 dtypes=[group.pool.key_format, group.pool.value_format],
                 padding=[0] * len(group.ids) if group.padding is None else group.padding.tolist(),
+                on_host=get_backend(group.pool.backend).device is None,
             )
             group.pool.save(folder / entry["file"], fingerprint=fingerprint)
         manifest["groups"].append(entry)
@@ -107,7 +108,7 @@ def _load_group(folder: Path, entry: dict[str, Any], group: LayerGroup, fingerpr
     if "file" not in entry:
         return new
     head_dims = (entry["head_dim"], entry.get("value_head_dim", entry["head_dim"]))  # once there was only one
-    backend = get_backend(group.settings.backend, on_host=True)
+    backend = get_backend(group.settings.backend, on_host=entry.get("on_host", True))
     new.adopt(new.allocate(entry["num_kv_heads"], head_dims, tuple(entry["dtypes"]), backend))
     ids = new.pool.load(folder / entry["file"], fingerprint=fingerprint)
     own = [ids.pop(seq_id) for seq_id in entry["ids"]]

@@ -1,181 +1,22 @@
-"""What layers of one kind share: a pool of blocks, the sequences in it, and the forward pass that is running.
-
-There is no maximum length to declare: a pool is made as large as the memory of the machine. That costs nothing until it
-is used, because the operating system gives memory only to the pages that are written. So a cache grows without being
-moved, and attention finds all tokens of a sequence in one array. A GPU, however, gives all of a pool's memory at once:
-there the pools take half of what is free when the first token comes, and leave the other half to the model.
-"""
+"""What layers of one kind share: a pool of blocks, the sequences in it, and the forward pass that is running."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from kvnumba.backends.protocol import Backend, Decoding
+from kvnumba.backends.protocol import Backend
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.caches.step import Step
+from kvnumba.integrations.transformers.forward import ForwardPass, KeptDecoding, by_token, current_stream, lie
 from kvnumba.integrations.transformers.masks import CausalMask
+from kvnumba.integrations.transformers.settings import Settings
 from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
 from kvnumba.options import Scoring
-from kvnumba.storage import Layout, LayoutOptions
-
-BLOCK_SIZE = 128
-MAX_NUM_SEQS = 1024
-"""Sequences that a pool can hold: those of a batch, its beams, and those of copies of the cache."""
-SHARE_OF_FLOATS = 0.25
-"""Of a pool's memory, at the most, for tokens that are kept in float: they have it for every sequence."""
-SHARE_OF_GPU = 0.5
-"""Of the memory that is free when the first token comes."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose.
-
-    Without a format that of the model's keys or values is taken; the backend "auto" stands for the one that works where
-    they are.
-    """
-
-    options: LayoutOptions
-    arithmetic: str | None
-    backend: str
-
-    def allocate(
-        self,
-        num_kv_heads: int,
-        head_dims: tuple[int, int],
-        defaults: tuple[str, str],
-        layers: Sequence[int],
-        share: float,
-        sliding_window: int | None,
-        backend: Backend,
-    ) -> PagedKVCache:
-        """A pool for several layers.
-
-        Parameters
-        ----------
-        num_kv_heads : int
-        head_dims, defaults
-            Of keys and values: elements, and the format where the user chose none.
-        layers : sequence of int
-            Their numbers, among the layers that the cache stores.
-        share : float
-            How much of the memory there is the pool may fill.
-        sliding_window : int, optional
-            Tokens that a token sees.
-        backend : Backend
-        """
-        options: LayoutOptions = {**self.options, "num_layers": len(layers), "value_head_dim": head_dims[1]}
-        options["key_format"] = options.get("key_format") or defaults[0]
-        options["value_format"] = options.get("value_format") or defaults[1]
-        calibration, recent_tokens = options.get("calibration"), options.get("recent_tokens")
-        if calibration is not None:
-            options["calibration"] = calibration.select(layers)
-        if recent_tokens and sliding_window is not None:
-            options["recent_tokens"] = min(recent_tokens, sliding_window)
-        layout = Layout.of(1, BLOCK_SIZE, num_kv_heads, head_dims[0], **options)
-        if backend.device is not None:
-            share *= SHARE_OF_GPU
-        room, max_num_seqs = int(backend.available_bytes() * share), MAX_NUM_SEQS
-        if layout.recent_tokens:
-            most = int(room * SHARE_OF_FLOATS) // layout.memory(1).floats
-            max_num_seqs = max(1, min(MAX_NUM_SEQS, most))
-            room -= layout.memory(max_num_seqs).floats
-        layout = replace(layout, num_blocks=max(1, room // layout.memory_bytes()))
-        try:
-            return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend.name)
-        except MemoryError as error:
-            if backend.device is not None:
-                raise
-            raise MemoryError(
-                f"the system refuses to reserve {layout.memory_bytes():,} bytes, though memory would be used only "
-                f"as the cache fills: allow it (vm.overcommit_memory, ulimit -v)"
-            ) from error
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """The new tokens of a group's sequences on their way through its layers.
-
-    Attributes
-    ----------
-    step : Step
-        Knows which layers have the tokens.
-    first, count : int
-        Tokens of every sequence before the pass, and new ones. Both with padding, so they are the same for all.
-    visible : int
-        Tokens, the newest ones, that the layers see.
-    real : (B, count) bool, optional
-        Which of the new tokens are stored. None: all, for none of them is known to be padding.
-    judged : CausalMask, bool; optional
-        The latest mask, and whether attention out of the storage shows what it shows.
-    follows : bool
-        Whether the group's decoding is that of this pass.
-    new : index, keys and values; optional
-        Those of the latest layer.
-    unwritten : bool
-        Whether they are not stored yet: attention is going to store them.
-    captured : bool
-        Whether the pass is recorded as a CUDA graph, so that nothing is computed now.
-    """
-
-    step: Step
-    first: int
-    count: int
-    visible: int
-    real: np.ndarray | None = None
-    judged: tuple[CausalMask, bool] | None = None
-    follows: bool = False
-    new: tuple[int, torch.Tensor, torch.Tensor] | None = None
-    unwritten: bool = False
-    captured: bool = False
-
-    def length(self, index: int) -> int:
-        """Tokens of every sequence in a layer, padding included."""
-        has_new = self.step.covers(index) or (
-            self.unwritten and self.new is not None and self.new[0] == index
-        )
-        return self.first + self.count if has_new else self.first
-
-    def flush(self) -> None:
-        """Store what is not stored yet."""
-        if self.unwritten and self.new is not None:
-            self.require_eager()
-            self.unwritten = False
-            index, k, v = self.new
-            self.step.write(_by_token(k, self.real), _by_token(v, self.real), layer=index)
-
-    def require_eager(self) -> None:
-        """Raise if the pass is recorded: what comes now could not be."""
-        if self.captured:
-            raise NotImplementedError(
-                "the model looks into keys or values, or attends to them in another way"
-            )
-
-
-class KeptDecoding(NamedTuple):
-    """`write` and `attend` in one call, for decode steps that follow each other, and what it was made for.
-
-    Attributes
-    ----------
-    decoding : Decoding
-    scoring : Scoring
-    new, query : tuple
-        How keys and values, and queries, lie in memory.
-    stream : int
-    """
-
-    decoding: Decoding
-    scoring: Scoring
-    new: tuple[Any, ...]
-    query: tuple[Any, ...]
-    stream: int
 
 
 class LayerGroup:
@@ -304,7 +145,7 @@ class LayerGroup:
         In decode steps on a GPU `attend` stores them, or whatever else needs them first.
         """
         self.flush()
-        known = self._kept is not None and self._kept.new == _lie(k, v)
+        known = self._kept is not None and self._kept.new == lie(k, v)
         if not known:
             self._require_fit(k, v)
         if index == 0:
@@ -323,7 +164,7 @@ class LayerGroup:
             forward.unwritten = True
         else:
             forward.require_eager()
-            forward.step.write(_by_token(k, forward.real), _by_token(v, forward.real), layer=index)
+            forward.step.write(by_token(k, forward.real), by_token(v, forward.real), layer=index)
         return forward
 
     def _require_complete(self) -> None:
@@ -411,7 +252,7 @@ class LayerGroup:
             self.pool.truncate(seq_id, first - left_out)
         real = np.arange(first, first + count) >= padding[:, None]
         forward.step, forward.real = self.pool.step(self.ids, real.sum(axis=1)), real
-        forward.step.write(_by_token(k, real), _by_token(v, real), layer=0)
+        forward.step.write(by_token(k, real), by_token(v, real), layer=0)
         self.padding = padding
 
     def attend(
@@ -433,7 +274,7 @@ class LayerGroup:
                 return done
             forward.flush()
         forward.require_eager()
-        packed = _by_token(query, forward.real)
+        packed = by_token(query, forward.real)
         out = to_torch(forward.step.attend(packed, layer=index, scoring=scoring), query)
         if forward.real is None:
             if forward.count == 1 and self._kept is None and query.is_cuda:
@@ -450,7 +291,7 @@ class LayerGroup:
         kept, new = self._kept, forward.new
         assert kept is not None
         assert new is not None
-        if new[0] != index or kept.query != _lie(query):
+        if new[0] != index or kept.query != lie(query):
             return None
         layer = kept.decoding.layer(index, scoring)
         if layer is None:
@@ -467,10 +308,10 @@ class LayerGroup:
         """Prepare to store and attend in one call, in the layers and the decode steps that follow."""
         assert forward.new is not None
         _, k, v = forward.new
-        q, k_new, v_new = (_by_token(x, None) for x in (query, k, v))
+        q, k_new, v_new = (by_token(x, None) for x in (query, k, v))
         decoding = forward.step.decoding(q, k_new, v_new, scoring)
         if decoding is not None:
-            self._kept = KeptDecoding(decoding, scoring, _lie(k, v), _lie(query), current_stream(k))
+            self._kept = KeptDecoding(decoding, scoring, lie(k, v), lie(query), current_stream(k))
             forward.follows = True
 
     def begin_decoding(self, stream: int) -> ForwardPass | None:
@@ -604,27 +445,6 @@ class LayerGroup:
         pool = self.pool
         tokens = (pool.num_blocks - pool.num_free_blocks) * pool.block_size
         return sum(pool.layout.memory(len(pool.seq_lens), tokens=tokens))
-
-
-def _by_token(x: torch.Tensor, real: np.ndarray | None) -> Any:
-    """The tokens of (B, heads, q, D) that are real, sequence by sequence: (tokens, heads, D)."""
-    if x.shape[2] == 1 and real is None:
-        return to_array(x)[:, :, 0]  # of one token a sequence a view
-    tokens = to_array(x).swapaxes(1, 2)
-    return tokens.reshape(-1, *tokens.shape[2:]) if real is None else tokens[real]
-
-
-def _lie(*tensors: torch.Tensor) -> tuple[Any, ...]:
-    """How tensors lie in memory: what a decoding is made for."""
-    found: tuple[Any, ...] = ()
-    for x in tensors:
-        found += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
-    return found
-
-
-def current_stream(x: torch.Tensor) -> int:
-    """The stream that torch works on now, on the device of a tensor."""
-    return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
 
 
 def _state_of(x: torch.Tensor) -> tuple[int, ...]:
