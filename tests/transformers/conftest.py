@@ -1,4 +1,4 @@
-"""Pools that leave room for the other processes on a GPU."""
+"""Pools that leave room for the other processes on a GPU, and torch on one thread."""
 
 import pytest
 from conftest import ON_GPU
@@ -11,3 +11,10 @@ def a_small_share_of_the_gpu(monkeypatch):
         pytest.importorskip("torch", reason="the transformers extra is not installed")
         pytest.importorskip("transformers", reason="the transformers extra is not installed")
         monkeypatch.setattr("kvnumba.integrations.transformers.settings.SHARE_OF_GPU", 0.02)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_of_torch():
+    """Small models are fastest so, and many times as fast where other processes use the machine."""
+    torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
+    torch.set_num_threads(1)

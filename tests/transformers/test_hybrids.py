@@ -99,15 +99,6 @@ def models_and_tensors_are_on_the_device():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of torch would only wait for each other at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def make_model():
     made = {}

@@ -231,15 +231,6 @@ def models_and_tensors_are_on_the_device():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small models are fastest so, and torch's threads do not wait for those of other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_config(config_class, besides=None):
     """A config that makes a model of less than 3 million parameters."""
     default = config_class()
