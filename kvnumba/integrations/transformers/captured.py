@@ -66,6 +66,8 @@ class _Call(NamedTuple):
     Attributes
     ----------
     cache : KVNumbaCache
+    name : str
+        The argument that it is given as.
     tensors : dict
         The arguments that differ from step to step.
     others : dict
@@ -75,6 +77,7 @@ class _Call(NamedTuple):
     """
 
     cache: KVNumbaCache
+    name: str
     tensors: dict[str, torch.Tensor]
     others: dict[str, Any]
     mask: torch.Tensor | None
@@ -83,6 +86,11 @@ class _Call(NamedTuple):
     def groups(self) -> list[LayerGroup]:
         """The cache's groups of layers."""
         return self.cache.groups
+
+    @property
+    def same(self) -> dict[str, Any]:
+        """The arguments that are the same in each step."""
+        return {**self.others, self.name: self.cache}
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -151,9 +159,11 @@ class _Decoder:
         for parameter in self._signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given.update(given.pop(parameter.name, {}))
-        cache = given.pop("past_key_values", None)
-        if not isinstance(cache, KVNumbaCache) or torch.is_grad_enabled():
+        caches = {name: x for name, x in given.items() if isinstance(x, KVNumbaCache)}
+        if len(caches) != 1 or torch.is_grad_enabled():
             return None
+        ((name, cache),) = caches.items()  # "past_key_values" until 5.23, "cache" from 5.24 on
+        del given[name]
         if not cache.all_ours or self._config.get_text_config()._attn_implementation != NAME:
             return None
         mask = given.pop("attention_mask", None)
@@ -172,7 +182,7 @@ class _Decoder:
             tensors["position_ids"] = torch.full(
                 (1, 1), cache.get_seq_length(), dtype=torch.long, device=some.device
             )
-        return _Call(cache, tensors, others, mask)
+        return _Call(cache, name, tensors, others, mask)
 
     def _record(self, call: _Call, passes: list[ForwardPass]) -> ModelOutput:
         """Record a step, and run what was recorded."""
@@ -190,7 +200,7 @@ class _Decoder:
                 torch.cuda.graph(graph, capture_error_mode="relaxed"),
                 _no_waiting(),
             ):
-                output = self._forward(**inputs, **call.others, past_key_values=call.cache)
+                output = self._forward(**inputs, **call.same)
             if not isinstance(output, ModelOutput) or any(group.running for group in call.groups):
                 raise NotImplementedError("it returned early")
         except Exception as error:
@@ -211,9 +221,7 @@ class _Decoder:
     def _compare(self, call: _Call, passes: list[ForwardPass], output: ModelOutput) -> ModelOutput:
         """The same step once more in the ordinary way; its output."""
         _undo(call, passes)
-        wanted = self._forward(
-            **call.tensors, **call.others, attention_mask=call.mask, past_key_values=call.cache
-        )
+        wanted = self._forward(**call.tensors, **call.same, attention_mask=call.mask)
         name = next(name for name, x in wanted.items() if isinstance(x, torch.Tensor))
         error, largest = (wanted[name] - output[name]).abs().max(), wanted[name].abs().max()
         if not bool(error <= TOLERANCE * largest):  # true of NaN too
