@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,3 +323,62 @@ def test_what_cannot_be_captured_is_refused():
             for n in range(10, 20):
                 got = step(n)
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="of the host's part alone")
+def test_a_step_that_is_not_captured_leaves_the_cache_as_it_was(on_gpu, monkeypatch):
+    """All tensors say they are on a GPU; a graph computes while it is recorded, and nothing when it is replayed."""
+    graphs = []
+
+    @contextlib.contextmanager
+    def recording(graph, **options):
+        graphs.append(graph)
+        yield
+
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    for name, value in {
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": recording,
+        "stream": contextlib.nullcontext,
+        "current_stream": lambda: None,
+        "current_device": lambda: 0,
+        "default_generators": [generator],
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 2})
+    ).eval()
+    model.set_attn_implementation("kvnumba")
+    ids = torch.randint(1, 100, (1, 8))
+    for name, value in {"is_cuda": True, "is_cpu": False}.items():
+        monkeypatch.setattr(torch.Tensor, name, property(lambda self, value=value: value))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    cache = KVNumbaCache(model.config)
+
+    def step(length):
+        cache.crop(length - cache.get_seq_length())
+        return model(ids[:, length : length + 1], past_key_values=cache).logits
+
+    def stops(module, args, output):
+        if next(iter(cache._groups.values())).forward.captured:
+            raise RuntimeError("it waits")
+
+    with torch.no_grad():
+        for n in range(8):
+            want = step(n)
+        hook = model.model.layers[1].self_attn.register_forward_hook(stops)
+        with captured(model), pytest.raises(ValueError, match=r"cannot be a CUDA graph \(it waits\)"):
+            step(5)
+        hook.remove()
+        assert cache.get_seq_length() == 5
+        with captured(model):
+            step(5)
+            with pytest.raises(ValueError, match="computes with the sequences' lengths on the host"):
+                step(6)  # the replayed one has the logits of the one before
+        assert cache.get_seq_length() == 6
+        assert len(graphs) == 2
+        got = [step(n) for n in (6, 7)]
+    np.testing.assert_array_equal(got[1].numpy(), want.numpy())
