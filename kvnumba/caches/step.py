@@ -113,8 +113,7 @@ class Step:
 
     def write_views(self, k: Any, v: Any, layer: int) -> None:
         """`write` for checked views (B, n, H, D) and a checked layer."""
-        self._pass.require_next(layer)
-        self._require_latest()
+        self.require_next(layer)
         self._pass.write(layer, k, v)
         self._commit()
 

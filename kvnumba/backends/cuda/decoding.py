@@ -77,7 +77,6 @@ class Decoding:
         self._per_head = per_head
         self._layers: dict[int, _Layer] = {}
         self._out_strides = (q.shape[1] * q.shape[2] * self.value_head_dim, q.shape[2] * self.value_head_dim)
-        self._num_qo_heads = q.shape[2]
         if self.useful:
             self._track()
 
@@ -147,7 +146,7 @@ class Decoding:
         ranges = self._ranges
         if all(track.follow(each) for track, each in zip(self._tracks, ranges, strict=True)):
             return True
-        pieces = pieces_of(only.shares, ranges, self._num_qo_heads)
+        pieces = pieces_of(only.shares, ranges, self._plan.num_qo_heads)
         if pieces.num_partials > only.pieces.num_partials or any(
             len(new) > len(table) for new, table in zip(pieces.tables, self._tables, strict=True)
         ):

@@ -176,8 +176,6 @@ class Launch:
             ]
             _simulate(kernel.function, self._grid, self._shared_bytes, (*calls, *self._shapes))
             return
-        if kernel.handle is None:
-            kernel.compile()
         packed = _packed
         self._first.pack_into(packed.buffer, 0, *addresses)
         packed.view[self._first.size : self._end] = self._rest
@@ -206,16 +204,15 @@ class BoundLaunch:
         if SIMULATED:
             launch(stream, (first, second, *self._addresses))
             return
-        kernel = launch._kernel
-        if kernel.handle is None:
-            kernel.compile()
         _TWO.pack_into(self._arguments.buffer, 0, first, second)
         _start(launch, stream, self._arguments.extra)
 
 
 def _start(launch: Launch, stream: int, extra: int) -> None:
-    """Run a compiled kernel with packed arguments."""
+    """Run a kernel with packed arguments."""
     (x, y), kernel = launch._grid, launch._kernel
+    if kernel.handle is None:
+        kernel.compile()
     (code,) = _driver().cuLaunchKernel(
         kernel.handle, x, y, 1, kernel.threads, 1, 1, launch._shared_bytes, stream, 0, extra
     )

@@ -14,6 +14,7 @@ from kvnumba import arguments
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.caches.step import Step
+from kvnumba.integrations.transformers.forward import by_token
 from kvnumba.integrations.transformers.layers import NAME, DeferredKeys, DeferredValues
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import format_name, to_array, to_torch
@@ -252,7 +253,7 @@ class _StepLayer(_RowLayer):
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the new tokens."""
-        self._step.write(_by_token(key), _by_token(value), layer=self._index)
+        self._step.write(by_token(key, None), by_token(value, None), layer=self._index)
 
     def fits(self, mask: CausalMask) -> bool:
         """Whether `attend` shows what the mask means: the trial has shown that."""
@@ -268,7 +269,7 @@ class _StepLayer(_RowLayer):
     ) -> torch.Tensor:
         """Attention of queries (1, Hq, T, D), each in its own sequence: (1, T, Hq, Dv)."""
         out = self._step.attend(
-            _by_token(query),
+            by_token(query, None),
             layer=self._index,
             sm_scale=sm_scale,
             window_left=mask.window_left,
@@ -315,11 +316,6 @@ def _trial_layer(layer: Any) -> _TrialLayer:
     if kind not in SERVED:
         raise ValueError(f"model: a paged cache has no layers like {kind}; {ALONE}")
     return _TrialLayer(getattr(layer, "sliding_window", None))
-
-
-def _by_token(x: torch.Tensor) -> Any:
-    """(1, heads, T, D) -> (T, heads, D)."""
-    return to_array(x)[0].swapaxes(0, 1)
 
 
 def _max_positions(config: PreTrainedConfig) -> int | None:
