@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import small_models
 from conftest import ON_GPU
+from small_models import DEVICE
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -10,22 +12,12 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 from kvnumba import CacheFull, ContinuousBatcher  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, PackedDecoder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # the peers' warnings are theirs
+    pytest.mark.usefixtures("models_and_tensors_are_on_the_device"),
+]
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SMALL = {**small_models.SMALL, "num_hidden_layers": 3, "max_position_embeddings": 128}
 MODELS = {
     "Llama": {},
     "Qwen3": {},
@@ -47,14 +39,7 @@ REFUSED = {
 """What differs from SMALL, and why. DiffLlama computes with its keys; Moshi's masks lack the window of its layers."""
 
 NEW = 10
-DEVICE = "cuda" if ON_GPU else "cpu"
 BACKEND = "cuda" if ON_GPU else "numpy"  # all backends answer `step` in the same way, says tests/contract
-
-
-@pytest.fixture(autouse=True)
-def models_and_tensors_are_on_the_device():
-    with torch.device(DEVICE):
-        yield
 
 
 def model_of(name, **options):

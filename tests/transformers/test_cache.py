@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_models
 from conftest import ON_GPU
+from small_models import DEVICE
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -19,22 +21,12 @@ from kvnumba.integrations.transformers.deferred import Deferred  # noqa: E402
 from kvnumba.integrations.transformers.masks import DeferredMask, attention_mask  # noqa: E402
 from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # the peers' warnings are theirs
+    pytest.mark.usefixtures("models_and_tensors_are_on_the_device"),
+]
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SMALL = {**small_models.SMALL, "num_hidden_layers": 3}
 MODELS = {
     "Llama": {},
     "Llama, MHA": {"num_key_value_heads": 4},
@@ -74,15 +66,6 @@ MODES = {
     "chunks": {"prefill_chunk_size": 5},
     "prompt lookup": {"prompt_lookup_num_tokens": 4},
 }
-
-
-DEVICE = "cuda" if ON_GPU else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def models_and_tensors_are_on_the_device():
-    with torch.device(DEVICE):
-        yield
 
 
 @pytest.fixture(scope="module")

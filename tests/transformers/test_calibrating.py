@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ON_GPU
+from small_models import DEVICE
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -13,7 +13,6 @@ from kvnumba.models.checkpoint import BUNDLED_MODEL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
 
-DEVICE = "cuda" if ON_GPU else "cpu"
 SMALL = {
     "vocab_size": 60,
     "hidden_size": 32,

@@ -5,27 +5,18 @@ import copy
 import numpy as np
 import pytest
 from conftest import ON_GPU
+from small_models import DEVICE, SMALL
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from kvnumba.integrations.transformers import KVNumbaCache, calibrate, foreign, saving  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # the peers' warnings are theirs
+    pytest.mark.usefixtures("models_and_tensors_are_on_the_device"),
+]
 
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -90,13 +81,6 @@ MODES = {
     "several samples": {"do_sample": True, "num_return_sequences": 2},
     "chunks": {"prefill_chunk_size": 5},
 }
-DEVICE = "cuda" if ON_GPU else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def models_and_tensors_are_on_the_device():
-    with torch.device(DEVICE):
-        yield
 
 
 @pytest.fixture(scope="module")

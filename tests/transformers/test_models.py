@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHOSEN, ON_GPU
+from conftest import CHOSEN
+from small_models import DEVICE
 
 torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -23,10 +24,12 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
 import kvnumba  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, versions  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # the peers' warnings are theirs
+    pytest.mark.usefixtures("models_and_tensors_are_on_the_device"),
+]
 
 BACKEND = "numpy" if CHOSEN == "auto" else CHOSEN
-DEVICE = "cuda" if ON_GPU else "cpu"
 CAUSAL = list(dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 BOTH = [
     name
@@ -223,12 +226,6 @@ if versions.installed() < (5, 21):
     )
     REFUSED.pop("Qwen4ExpForCausalLM")
     NOT_COMPARED["CohereCompassForCausalLM"] = "its config cannot be made small"
-
-
-@pytest.fixture(autouse=True)
-def models_and_tensors_are_on_the_device():
-    with torch.device(DEVICE):
-        yield
 
 
 def small_config(config_class, besides=None):
