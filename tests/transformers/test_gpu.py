@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers", reason="the transformers extr
 from kvnumba.caches.step import Step  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache, attention_forward, attention_mask, captured  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("default")  # the peers' warnings are theirs
+
 if "cuda" not in TESTED:
     pytest.skip("the cuda backend is not among the tested ones", allow_module_level=True)
 
