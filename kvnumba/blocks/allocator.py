@@ -28,6 +28,7 @@ class BlockAllocator:
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefixes: PrefixIndex) -> None:
+        self.num_blocks = num_blocks
         self.references = np.zeros(num_blocks, np.int32)
         self._prefixes = prefixes
         self._block_size = block_size
@@ -49,11 +50,22 @@ class BlockAllocator:
         if needed > available:
             raise CacheFull(
                 f"{needed} more blocks of {self._block_size} tokens are needed, "
-                f"{available} of {len(self._stack)} are free"
+                f"{available} of {self.num_blocks} are free"
             )
 
-    def take(self, count: int, fill: Fill | None = None) -> np.ndarray:
-        """Take blocks, each with one reference, and fill them: free ones first, then idle ones, which are evicted."""
+    def take_after(self, last: np.ndarray, counts: np.ndarray, fill: Fill | None = None) -> np.ndarray:
+        """Take so many blocks for each of some sequences, each with one reference, and fill them.
+
+        `last` are the blocks that they stand after, NO_BLOCK for none. Free blocks are taken first, then idle ones,
+        which are evicted.
+        """
+        return self._hand_out(self._take(int(counts.sum())), fill)
+
+    def take_like(self, blocks: np.ndarray, fill: Fill | None = None) -> np.ndarray:
+        """Take a block in place of each of these, likewise."""
+        return self._hand_out(self._take(len(blocks)), fill)
+
+    def _take(self, count: int) -> np.ndarray:
         from_stack = min(count, self._height)
         taken = np.empty(count, np.int32)
         taken[:from_stack] = self._stack[self._height - from_stack : self._height][::-1]
@@ -62,6 +74,9 @@ class BlockAllocator:
             taken[n] = self._prefixes.evict()
         if from_stack < count:
             logger.debug("%d cached blocks evicted", count - from_stack)
+        return taken
+
+    def _hand_out(self, taken: np.ndarray, fill: Fill | None) -> np.ndarray:
         if fill is not None:
             try:
                 fill(taken)

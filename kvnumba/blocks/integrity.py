@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvnumba.blocks.pool import NO_BLOCK, BlockPool
-from kvnumba.blocks.prefix import TOKEN_DTYPE
+from kvnumba.blocks.pool import BlockPool
+from kvnumba.blocks.prefix import NO_BLOCK, TOKEN_DTYPE
 
 
 def check_pool(pool: BlockPool) -> None:
@@ -32,7 +32,7 @@ def check_pool(pool: BlockPool) -> None:
 
 def _check_rows(pool: BlockPool, live: np.ndarray) -> None:
     blocks = -(-pool.lens[live] // pool.block_size)
-    here = ~pool.swapped[live]
+    here = ~pool.away[live]
     if (pool.begin[live] > pool.end[live]).any() or (pool.end[live] < blocks)[here].any():
         raise RuntimeError("a sequence holds fewer blocks than its tokens need")
     if (pool.ids[live] % pool.max_num_seqs != live).any():

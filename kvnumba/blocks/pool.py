@@ -11,12 +11,9 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.blocks.allocator import BlockAllocator, Fill
-from kvnumba.blocks.prefix import Chain, PrefixIndex
-from kvnumba.errors import CacheFull
+from kvnumba.blocks.prefix import NO_BLOCK, Chain, PrefixIndex
+from kvnumba.errors import CacheFull, WorkerLost
 from kvnumba.storage import Batch
-
-NO_BLOCK = -1
-"""In a table, a block that was given back because it fell out of the sequence's window."""
 
 
 class State(NamedTuple):
@@ -38,13 +35,19 @@ class BlockPool:
     Internal: `snapshot.py` and `integrity.py` read the tables, nothing else writes them.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        allocator: Callable[[int, int, PrefixIndex], BlockAllocator] = BlockAllocator,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.lock = threading.RLock()
         self.prefixes = PrefixIndex(num_blocks, block_size)
-        self.allocator = BlockAllocator(num_blocks, block_size, self.prefixes)
+        self.allocator = allocator(num_blocks, block_size, self.prefixes)
         self.num_copies = 0
         self._free_rows = deque(range(max_num_seqs))  # first in, first out, so that a row's ids grow slowly
         self._next_id = np.arange(max_num_seqs)
@@ -56,7 +59,8 @@ class BlockPool:
         self.lens = np.zeros(max_num_seqs, np.int32)
         self.windows = np.full(max_num_seqs, -1)
         self.num_windowed = 0  # rows that have one
-        self.swapped = np.zeros(max_num_seqs, bool)
+        self.away = np.zeros(max_num_seqs, bool)  # swapped out, or lost
+        self.lost: dict[int, WorkerLost] = {}  # rows of lost sequences, and why
         self.chains: dict[int, Chain] = {}
         self._generations = np.zeros(max_num_seqs, np.int64)
         self.version = 0
@@ -70,23 +74,26 @@ class BlockPool:
         return self.allocator.num_free_blocks
 
     def rows(self, seq_ids: Any) -> np.ndarray:
-        """The rows of live sequences; ValueError for an id that is none, or is swapped out."""
+        """The rows of live sequences; ValueError for an id that is none, or is swapped out, WorkerLost if it is lost."""
         ids = arguments.integers("seq_ids", seq_ids)
         rows = ids % self.max_num_seqs
-        unfit = (self.ids[rows] != ids) | self.swapped[rows] | (ids < 0)
+        unfit = (self.ids[rows] != ids) | self.away[rows] | (ids < 0)
         if unfit.any():
             self._refuse(int(ids[unfit][0]))
         return rows
 
-    def row(self, seq_id: int, *, swapped: bool = False) -> int:
-        """The row of one sequence, which may be swapped out if `swapped` says so."""
+    def row(self, seq_id: int, *, away: bool = False) -> int:
+        """The row of one sequence, which may be swapped out or lost if `away` says so."""
         row = seq_id % self.max_num_seqs
-        if seq_id < 0 or self.ids[row] != seq_id or (self.swapped[row] and not swapped):
+        if seq_id < 0 or self.ids[row] != seq_id or (self.away[row] and not away):
             self._refuse(seq_id)
         return row
 
     def _refuse(self, seq_id: int) -> NoReturn:
         row = seq_id % self.max_num_seqs
+        if row in self.lost and self.ids[row] == seq_id:
+            before = self.lost[row]
+            raise WorkerLost(f"seq_id: sequence {seq_id} is lost: {before}", before.workers, (seq_id,))
         if self.ids[row] == seq_id >= 0:
             raise ValueError(f"seq_id: sequence {seq_id} is swapped out")
         finished = 0 <= seq_id < self._next_id[row]
@@ -96,9 +103,9 @@ class BlockPool:
         """A number that grows with every change of a sequence: what was planned before it is stale."""
         return int(self._generations[self.row(seq_id)])
 
-    def length(self, seq_id: int, *, swapped: bool = False) -> int:
+    def length(self, seq_id: int, *, away: bool = False) -> int:
         """Tokens that a sequence holds."""
-        return int(self.lens[self.row(seq_id, swapped=swapped)])
+        return int(self.lens[self.row(seq_id, away=away)])
 
     def generations(self, seq_ids: list[int]) -> list[int]:
         """`generation` of each of some sequences."""
@@ -209,7 +216,7 @@ class BlockPool:
     def finish(self, seq_id: int) -> None:
         """Take back a sequence's blocks and its row. Findable blocks become idle, its last one first to be evicted."""
         with self.lock:
-            row = self.row(seq_id, swapped=True)
+            row = self.row(seq_id, away=True)
             # reversed, so that the next sequence is given free blocks in the same order
             self.allocator.release(self._slice(row)[::-1])
             self._clear(row)
@@ -222,7 +229,7 @@ class BlockPool:
             row = self.row(seq_id)
             self.allocator.release(self._slice(row)[::-1])
             self.end[row] = self.begin[row]
-            self.swapped[row] = True
+            self.away[row] = True
             self._generations[row] += 1
             self.version += 1
 
@@ -233,7 +240,7 @@ class BlockPool:
         block for each of `before`, and NO_BLOCK where there is nothing to fill.
         """
         with self.lock:
-            row = self.row(seq_id, swapped=True)
+            row = self.row(seq_id, away=True)
             begin = int(self.begin[row])
             blocks = np.full(len(before), NO_BLOCK, np.int32)
             entries = self.chains[row].entries[begin:]
@@ -245,38 +252,85 @@ class BlockPool:
             self.allocator.require(len(missing), self.num_free_blocks - idle)
             self.allocator.hold(found)
             try:
-                taken = self.allocator.take(
-                    len(missing), lambda new: fill(_placed(len(before), missing, new))
+                taken = self.allocator.take_like(
+                    before[missing], lambda new: fill(_placed(len(before), missing, new))
                 )
             except BaseException:
                 self.allocator.release(found[::-1])
                 raise
             blocks[missing] = taken
-            self.swapped[row] = False
+            self.away[row] = False
             self._install(row, begin, blocks)
 
     def restore(
-        self, num_blocks: int, num_sequences: int, fill: Fill, states: Callable[[np.ndarray], list[State]]
+        self,
+        runs: list[list[int]],
+        num_sequences: int,
+        fill: Fill,
+        states: Callable[[np.ndarray], list[State]],
+        into: list[int] | None = None,
     ) -> list[int]:
         """Add sequences and findable blocks of a snapshot, all or none; returns the sequences' ids.
 
-        `fill` gets `num_blocks` new blocks. `states` then registers the findable ones and returns the sequences;
-        blocks that it does not use are freed.
+        `fill` gets a new block for each place that the runs name, each once; the blocks of a run follow each other in a
+        sequence. `states` then registers the findable ones and returns the sequences; blocks that it does not use
+        are freed. The sequences are new, or those with the ids `into`, which are lost.
         """
         with self.lock:
-            if num_sequences > len(self._free_rows):
+            rows = None if into is None else [self.row(seq_id, away=True) for seq_id in into]
+            for row in rows or ():  # a lost sequence has no use for its blocks
+                self.allocator.release(self._slice(row)[::-1])
+                self.end[row] = self.begin[row]
+            if rows is None and num_sequences > len(self._free_rows):
                 raise CacheFull(
                     f"{num_sequences} sequences are to be added, {len(self._free_rows)} of "
                     f"max_num_seqs={self.max_num_seqs} are free"
                 )
-            self.allocator.require(num_blocks, self.num_free_blocks)
-            taken = self.allocator.take(num_blocks, fill)
-            rows = []
-            for state in states(taken):
-                rows.append(self._new_row())
-                self._become(rows[-1], state)
+            counts = np.array([len(run) for run in runs], np.int64)
+            order = np.array([place for run in runs for place in run], np.int64)
+            taken = np.empty(len(order), np.int32)
+
+            def place(new: np.ndarray) -> None:
+                taken[order] = new
+                fill(taken)
+
+            self.allocator.require(len(order), self.num_free_blocks)
+            self.allocator.take_after(np.full(len(runs), NO_BLOCK), counts, place)
+            found = states(taken)
+            if rows is None:
+                rows = [self._new_row() for _ in found]
+            else:
+                for row in rows:
+                    self._clear(row)
+            for row, state in zip(rows, found, strict=True):
+                self._become(row, state)
             self.allocator.release(taken)
             return self.ids[rows].tolist()
+
+    def lose(self, gone: np.ndarray, reason: WorkerLost) -> list[int]:
+        """Count the sequences as lost that have tokens in blocks that are gone, (num_blocks,) bool; returns their ids.
+
+        They can be finished, or restored. Others give back what is gone of the blocks that were booked for them.
+        """
+        with self.lock:
+            lost = []
+            for row in np.flatnonzero((self.ids >= 0) & ~self.away).tolist():
+                begin, end = int(self.begin[row]), int(self.end[row])
+                filled = -(-int(self.lens[row]) // self.block_size)
+                columns = begin + np.flatnonzero(gone[self.table[row, begin:end]])
+                if not len(columns):
+                    continue
+                if columns[0] < filled:
+                    self.away[row] = True
+                    self.lost[row] = reason
+                    lost.append(int(self.ids[row]))
+                else:
+                    released = self.table[row, columns[0] : end].copy()
+                    self.end[row] = columns[0]
+                    self.allocator.release(released[::-1])
+                self._generations[row] += 1
+                self.version += 1
+            return lost
 
     # Forward passes
 
@@ -317,11 +371,11 @@ class BlockPool:
                     copy(np.stack((sources[copied], taken), axis=1).astype(np.int64))
 
             columns = lens[writers[copied]] // self.block_size
-            self._replace(rows[writers[copied]], columns, self.allocator.take(num_copies, fill))
+            self._replace(rows[writers[copied]], columns, self.allocator.take_like(sources[copied], fill))
         for row, first in outside:
             self._give_back(row, first)
         if num_missing:
-            self._append(rows, missing, self.allocator.take(num_missing))
+            self._append(rows, missing, self.allocator.take_after(self._last_blocks(rows), missing))
         if len(self.prefixes):
             for block in sources[~copied & self.prefixes.findable[sources]].tolist():
                 self.prefixes.forget(block)
@@ -344,7 +398,8 @@ class BlockPool:
             if missing > 0:
                 self.allocator.require(missing, self.num_free_blocks)
                 self._widen(end + missing)
-                self.table[row, end : end + missing] = self.allocator.take(missing)
+                last = self._last_blocks(np.array([row]))
+                self.table[row, end : end + missing] = self.allocator.take_after(last, np.array([missing]))
                 self.end[row] = end + missing
             self._generations[row] += 1
             self.version += 1
@@ -383,10 +438,16 @@ class BlockPool:
         self.begin[row] = self.end[row] = self.lens[row] = 0
         self.num_windowed -= bool(self.windows[row] >= 0)
         self.windows[row] = -1
-        self.swapped[row] = False
+        self.away[row] = False
+        self.lost.pop(row, None)
         self.chains.pop(row, None)
         self._generations[row] += 1
         self.version += 1
+
+    def _last_blocks(self, rows: np.ndarray) -> np.ndarray:
+        """The last block that each row holds, or NO_BLOCK."""
+        end = self.end[rows]
+        return np.where(end > self.begin[rows], self.table[rows, end - 1], NO_BLOCK)
 
     def _slice(self, row: int) -> np.ndarray:
         """A copy of the blocks that a row holds."""

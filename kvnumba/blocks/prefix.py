@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+NO_BLOCK = -1
+"""In a table, a block that was given back because it fell out of the sequence's window; elsewhere none at all."""
+
 TOKEN_DTYPE = np.dtype(np.int64)
 """Of tokens, everywhere: keys are their bytes."""
 

@@ -84,7 +84,7 @@ def collect(pool: BlockPool, bytes_per_token: int) -> CacheStats:
             used_blocks=used,
             shared_blocks=int((pool.allocator.references > 1).sum()),
             num_sequences=len(live),
-            swapped_sequences=int(pool.swapped[live].sum()),
+            swapped_sequences=int(pool.away[live].sum()) - len(pool.lost),
             num_tokens=int(pool.lens[live].sum()),
             used_bytes=used * pool.block_size * bytes_per_token,
             wasted_bytes=(used * pool.block_size - int(filled.sum())) * bytes_per_token,

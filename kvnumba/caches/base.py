@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvnumba.attention.passes import Pass
-from kvnumba.backends.registry import get_backend
+from kvnumba.backends.protocol import Backend
 from kvnumba.caches.recent import RecentTokens
 from kvnumba.storage import Layout, MemoryUse
 
@@ -18,10 +18,10 @@ from kvnumba.storage import Layout, MemoryUse
 class Cache:
     """What the caches that users hold have in common."""
 
-    def __init__(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
+    def __init__(self, layout: Layout, max_num_seqs: int, backend: Backend) -> None:
         self._layout = layout
         self._max_num_seqs = max_num_seqs
-        self._backend = get_backend(backend)
+        self._backend = backend
         self._buffers = self._backend.allocate(layout)
         self._recent = RecentTokens(self._backend, layout, max_num_seqs) if layout.recent_tokens else None
         # the latest pass and its key: later layers, and `attend` after `update`, use the same plan

@@ -12,7 +12,9 @@ import numpy as np
 from kvnumba import arguments, arrays
 from kvnumba.attention import passes
 from kvnumba.attention.passes import FloatTokens, Pass, as_returned, room_for_results
+from kvnumba.backends.protocol import Backend
 from kvnumba.backends.quantization import code_format
+from kvnumba.backends.registry import get_backend
 from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
 from kvnumba.errors import CacheFull
@@ -73,16 +75,16 @@ class KVCache(Cache):
             dtype,
             **options,
         )
-        self._start(layout, backend)
+        self._start(layout, get_backend(backend))
 
     @classmethod
     def from_layout(cls, layout: Layout, *, backend: str | None = None) -> Self:
         """A cache of this layout, whose blocks are the batch elements."""
         cache = cls.__new__(cls)
-        cache._start(layout, backend)
+        cache._start(layout, get_backend(backend))
         return cache
 
-    def _start(self, layout: Layout, backend: str | None) -> None:
+    def _start(self, layout: Layout, backend: Backend) -> None:
         super().__init__(layout, layout.num_blocks, backend)
         self._block_table = np.arange(layout.num_blocks, dtype=np.int32)[:, None]
         self._rows = np.arange(layout.num_blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,12 @@ import numpy as np
 from kvnumba import arguments, arrays
 from kvnumba.attention import passes
 from kvnumba.attention.passes import FloatTokens, Pass, as_returned, room_for_results
+from kvnumba.backends.protocol import Backend
+from kvnumba.backends.registry import get_backend
+from kvnumba.blocks.allocator import BlockAllocator
 from kvnumba.blocks.integrity import check_pool
 from kvnumba.blocks.pool import BlockPool
+from kvnumba.blocks.prefix import PrefixIndex
 from kvnumba.blocks.stats import CacheStats, collect
 from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
@@ -66,19 +70,25 @@ class PagedKVCache(Cache):
         **options: Unpack[LayoutOptions],
     ) -> None:
         layout = Layout.of(num_blocks, block_size, num_kv_heads, head_dim, dtype, **options)
-        self._start(layout, max_num_seqs, backend)
+        self._start(layout, max_num_seqs, get_backend(backend))
 
     @classmethod
     def from_layout(cls, layout: Layout, max_num_seqs: int, *, backend: str | None = None) -> Self:
         """A cache of this layout."""
         cache = cls.__new__(cls)
-        cache._start(layout, max_num_seqs, backend)
+        cache._start(layout, max_num_seqs, get_backend(backend))
         return cache
 
-    def _start(self, layout: Layout, max_num_seqs: int, backend: str | None) -> None:
+    def _start(
+        self,
+        layout: Layout,
+        max_num_seqs: int,
+        backend: Backend,
+        allocator: Callable[[int, int, PrefixIndex], BlockAllocator] = BlockAllocator,
+    ) -> None:
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         super().__init__(layout, max_num_seqs, backend)
-        self._pool = BlockPool(layout.num_blocks, layout.block_size, max_num_seqs)
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, max_num_seqs, allocator)
         self._swapped: dict[int, SwappedBlocks] = {}
         self._steps: dict[int, Step] = {}  # passes through `update` that have layers to go
 
@@ -119,7 +129,7 @@ class PagedKVCache(Cache):
 
     def seq_len(self, seq_id: int) -> int:
         """Tokens that a sequence holds: right after `add_sequence`, what was found of its tokens."""
-        return self._pool.length(arguments.integer("seq_id", seq_id, minimum=0), swapped=True)
+        return self._pool.length(arguments.integer("seq_id", seq_id, minimum=0), away=True)
 
     def block_table(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order: (blocks,) int32, a copy; -1 for blocks outside its window."""
@@ -311,7 +321,7 @@ class PagedKVCache(Cache):
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         with self._pool.lock:
-            self._pool.row(seq_id, swapped=True)
+            self._pool.row(seq_id, away=True)
             if seq_id not in self._swapped:
                 raise ValueError(f"seq_id: sequence {seq_id} is not swapped out")
             swapped = self._swapped[seq_id]

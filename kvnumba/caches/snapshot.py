@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvnumba.backends.protocol import Backend
-from kvnumba.blocks.pool import NO_BLOCK, BlockPool, State
-from kvnumba.blocks.prefix import TOKEN_DTYPE, Chain, Entry, Key
+from kvnumba.blocks.pool import BlockPool, State
+from kvnumba.blocks.prefix import NO_BLOCK, TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.errors import CacheFull
 from kvnumba.storage import Buffers, Encoded, Layout, array_specs
 
@@ -44,40 +44,45 @@ def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, finger
     """Write all sequences and findable blocks of a pool to a file, which appears whole or not at all."""
     layout = buffers.layout
     with pool.lock:
-        header, blocks = _describe(pool)
-        header.update(_identity(layout, fingerprint), block_bytes=_block_bytes(layout))
-
-        def chunks() -> Iterator[bytes]:
-            for start in range(0, len(blocks), CHUNK):
-                keys, values = backend.read_blocks(buffers, blocks[start : start + CHUNK])
-                arrays = [_by_block(array) for array in (*keys, *values)]
-                yield np.concatenate(arrays, axis=1).tobytes()
-
-        write_file(path, header, chunks())
+        header, blocks = describe(pool)
+        header.update(identity(layout, fingerprint), block_bytes=block_bytes(layout))
+        write_file(path, header, block_chunks(backend, buffers, blocks))
 
 
 def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> dict[int, int]:
     """Add what a file holds to a pool; returns the new id of each sequence by the one it was saved under."""
     layout = buffers.layout
     with path.open("rb") as file:
-        header = read_header(file, path, _identity(layout, fingerprint))
-        count, block_bytes = header["num_blocks"], _block_bytes(layout)
+        header = read_header(file, path, identity(layout, fingerprint))
         begin = file.tell()
-        check_payload(file, path, count * block_bytes)
+        check_payload(file, path, header["num_blocks"] * block_bytes(layout))
 
         def fill(blocks: np.ndarray) -> None:
             file.seek(begin)
-            for start in range(0, count, CHUNK):
-                chunk = blocks[start : start + CHUNK]
-                data = np.frombuffer(file.read(len(chunk) * block_bytes), np.uint8)
-                arrays = _from_blocks(data.reshape(len(chunk), block_bytes), layout)
-                backend.write_blocks(buffers, chunk, Encoded(*arrays[:3]), Encoded(*arrays[3:]))
+            fill_blocks(file, backend, buffers, blocks)
 
         def states(blocks: np.ndarray) -> list[State]:
-            return _recall(header, pool, blocks)
+            return recall(header, pool, blocks)
 
-        ids = pool.restore(count, len(header["sequences"]), fill, states)
+        ids = pool.restore(runs_of(header), len(header["sequences"]), fill, states)
     return dict(zip((sequence["id"] for sequence in header["sequences"]), ids, strict=True))
+
+
+def block_chunks(backend: Backend, buffers: Buffers, blocks: np.ndarray) -> Iterator[bytes]:
+    """Blocks as they are stored, each whole."""
+    for start in range(0, len(blocks), CHUNK):
+        keys, values = backend.read_blocks(buffers, blocks[start : start + CHUNK])
+        yield np.concatenate([_by_block(array) for array in (*keys, *values)], axis=1).tobytes()
+
+
+def fill_blocks(file: BinaryIO, backend: Backend, buffers: Buffers, blocks: np.ndarray) -> None:
+    """Fill blocks with what comes next in a file."""
+    size = block_bytes(buffers.layout)
+    for start in range(0, len(blocks), CHUNK):
+        chunk = blocks[start : start + CHUNK]
+        data = np.frombuffer(file.read(len(chunk) * size), np.uint8)
+        arrays = _from_blocks(data.reshape(len(chunk), size), buffers.layout)
+        backend.write_blocks(buffers, chunk, Encoded(*arrays[:3]), Encoded(*arrays[3:]))
 
 
 def save_elements(
@@ -131,7 +136,7 @@ def write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> N
         file.write(CHECKSUM.pack(checksum))
 
 
-def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
+def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
     """Header fields that must equal those of the cache that loads the file."""
     return {
         "version": VERSION,
@@ -152,9 +157,9 @@ def _identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
 
 def _element_identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
     """The same of a contiguous cache, whose blocks may be of another length."""
-    identity = _identity(layout, fingerprint)
-    del identity["block_size"]
-    return {**identity, "batch_size": layout.num_blocks}
+    fields = identity(layout, fingerprint)
+    del fields["block_size"]
+    return {**fields, "batch_size": layout.num_blocks}
 
 
 def _group_size(layout: Layout) -> int:
@@ -162,12 +167,15 @@ def _group_size(layout: Layout) -> int:
     return (layout.keys if layout.keys.fmt.has_scale else layout.values).group_size
 
 
-def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
+def describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
     """The header's description of a pool, and the blocks to save, those that no sequence holds first."""
     rows = np.flatnonzero(pool.ids >= 0)
-    if pool.swapped[rows].any():
-        seq_id = pool.ids[rows][pool.swapped[rows]][0]
-        raise ValueError(f"seq_id: sequence {seq_id} is swapped out; swap it in or finish it before you save")
+    away = pool.ids[rows][pool.away[rows]]
+    if len(away):
+        kind, remedy = (
+            ("lost", "restore it") if away[0] % pool.max_num_seqs in pool.lost else ("swapped out", "swap it in")
+        )
+        raise ValueError(f"seq_id: sequence {away[0]} is {kind}; {remedy} or finish it before you save")
     states = [pool.state(row) for row in rows[np.argsort(pool.ids[rows])]]
     # a forgotten entry still names a sequence's tokens; one without a parent and without a sequence cannot be
     # found again
@@ -213,8 +221,19 @@ def _describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
     return header, np.fromiter(blocks, np.int32, len(blocks))
 
 
-def _recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list[State]:
-    """The inverse of `_describe`: what is findable in these blocks, and the sequences."""
+def runs_of(header: dict[str, Any]) -> list[list[int]]:
+    """The places of all blocks of a file, those that follow each other in a sequence together."""
+    left = dict.fromkeys(range(header["num_blocks"]))
+    runs = []
+    for places in [sequence["blocks"] for sequence in header["sequences"]]:
+        runs.append([place for place in places if place in left])
+        for place in runs[-1]:
+            del left[place]
+    return [run for run in (*runs, list(left)) if run]
+
+
+def recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list[State]:
+    """The inverse of `describe`: what is findable in these blocks, and the sequences."""
     entries: list[Entry] = []
     for parent, tokens, place in header["entries"]:
         above = parent if isinstance(parent, str) else entries[parent].number
@@ -271,7 +290,7 @@ def check_payload(file: BinaryIO, path: Path, size: int) -> None:
         raise ValueError(f"{path}: its blocks are damaged, their checksum differs")
 
 
-def _block_bytes(layout: Layout) -> int:
+def block_bytes(layout: Layout) -> int:
     return layout.block_size * layout.bytes_per_token()
 
 
