@@ -39,7 +39,9 @@ class DealingAllocator(BlockAllocator):
 
     @property
     def free_blocks(self) -> np.ndarray:
-        return np.array([block for free in self._free for block in free], np.int32)
+        free = np.array([block for free in self._free for block in free], np.int32)
+        unheld = np.flatnonzero(self.references == 0)
+        return np.concatenate((free, unheld[self.closed[unheld % self.num_shards]]))
 
     def take_after(self, last: np.ndarray, counts: np.ndarray, fill: Fill | None = None) -> np.ndarray:
         wanted: list[int] = []
@@ -80,7 +82,9 @@ class DealingAllocator(BlockAllocator):
         """Let the blocks of closed shards be taken again; those that sequences still hold are free when they let go."""
         for shard in shards[self.closed[shards]].tolist():
             self.closed[shard] = False
-            self._push(np.flatnonzero(self.references[shard :: self.num_shards] == 0)[::-1] * self.num_shards + shard)
+            self._push(
+                np.flatnonzero(self.references[shard :: self.num_shards] == 0)[::-1] * self.num_shards + shard
+            )
 
     def used_blocks(self) -> np.ndarray:
         """Of each shard the blocks that sequences hold: (num_shards,) int64."""

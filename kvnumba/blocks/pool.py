@@ -74,7 +74,7 @@ class BlockPool:
         return self.allocator.num_free_blocks
 
     def rows(self, seq_ids: Any) -> np.ndarray:
-        """The rows of live sequences; ValueError for an id that is none, or is swapped out, WorkerLost if it is lost."""
+        """The rows of live sequences; ValueError for an id that is none, or is swapped out, WorkerLost for a lost one."""
         ids = arguments.integers("seq_ids", seq_ids)
         rows = ids % self.max_num_seqs
         unfit = (self.ids[rows] != ids) | self.away[rows] | (ids < 0)
@@ -98,6 +98,10 @@ class BlockPool:
             raise ValueError(f"seq_id: sequence {seq_id} is swapped out")
         finished = 0 <= seq_id < self._next_id[row]
         raise ValueError(f"seq_id: sequence {seq_id} is {'finished' if finished else 'unknown'}")
+
+    def is_away(self, seq_id: int) -> bool:
+        """Whether a sequence is swapped out or lost."""
+        return bool(self.away[self.row(seq_id, away=True)])
 
     def generation(self, seq_id: int) -> int:
         """A number that grows with every change of a sequence: what was planned before it is stale."""

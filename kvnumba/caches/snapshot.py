@@ -173,7 +173,9 @@ def describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
     away = pool.ids[rows][pool.away[rows]]
     if len(away):
         kind, remedy = (
-            ("lost", "restore it") if away[0] % pool.max_num_seqs in pool.lost else ("swapped out", "swap it in")
+            ("lost", "restore it")
+            if away[0] % pool.max_num_seqs in pool.lost
+            else ("swapped out", "swap it in")
         )
         raise ValueError(f"seq_id: sequence {away[0]} is {kind}; {remedy} or finish it before you save")
     states = [pool.state(row) for row in rows[np.argsort(pool.ids[rows])]]
