@@ -424,13 +424,14 @@ def write_blocks_on_host(buffers: Buffers, blocks: np.ndarray, keys: Encoded, va
 class Batch:
     """New tokens of some sequences, and the blocks in which the keys lie that they see: integers only.
 
-    Token i of sequence s sees key j if ``begins[s] <= j < seq_lens[s]`` and ``j <= positions[s] + i``.
+    Token i of sequence s sees key j if ``begins[s] <= j < seq_lens[s]`` and ``j <= positions[s] + i``, and the key's
+    block is there.
 
     Attributes
     ----------
     block_table : (B, max_blocks) int32
-        Block ids of each sequence, in order; entries past its length are not read. Of a block -1 nothing is read, and
-        new tokens that belong there are not written.
+        Block ids of each sequence, in order; entries past its length are not read. -1 is a block that is not there:
+        its keys are not seen, and new tokens that belong there are not written. Positions count its tokens.
     seq_lens : (B,) int32
         Keys of each sequence, those of the new tokens included.
     query_start_loc : (B + 1,) int32

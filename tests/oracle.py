@@ -15,12 +15,13 @@ def attention(
     logits_soft_cap=0.0,
     sinks=None,
     alibi_slopes=None,
+    present=None,
     dtype=np.float64,
     rounded=None,
 ):
     """Attention of the newest n tokens q (n, Hq, D) over keys (H, S, D) and values (H, S, Dv).
 
-    Returns out (n, Hq, Dv) and lse (n, Hq).
+    `present` (S,) bool says which keys there are; None: all. Returns out (n, Hq, Dv) and lse (n, Hq).
 
     With dtype float32 it is the plain single-precision program whose error the kernels are measured by; with
     `rounded` one that rounds what is multiplied with keys and values, by that function of a vector.
@@ -31,30 +32,36 @@ def attention(
     n, num_qo_heads, head_dim = q.shape
     num_kv_heads, length, _ = k.shape
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    places = np.arange(length) if present is None else np.flatnonzero(present)
+    k, v = k[:, places], v[:, places]
     out, lse = np.empty((n, num_qo_heads, v.shape[-1]), dtype), np.empty((n, num_qo_heads), dtype)
     for i in range(n):
         position = length - n + i
         first = 0 if window_left < 0 else max(0, position - window_left)
+        seen = slice(*np.searchsorted(places, (first, position + 1)))
         for h in range(num_qo_heads):
             kv_head = h * num_kv_heads // num_qo_heads
-            scores = (k[kv_head, first : position + 1] @ q[i, h]) * dtype(scale)
+            scores = (k[kv_head, seen] @ q[i, h]) * dtype(scale)
             if logits_soft_cap:
                 scores = dtype(logits_soft_cap) * np.tanh(scores / dtype(logits_soft_cap))
             if alibi_slopes is not None:
-                scores = scores + dtype(alibi_slopes[h]) * np.arange(first - position, 1).astype(dtype)
-            top = scores.max() if sinks is None else max(scores.max(), dtype(sinks[h]))
+                scores = scores + dtype(alibi_slopes[h]) * (places[seen] - position).astype(dtype)
+            if not len(scores) and sinks is None:
+                out[i, h], lse[i, h] = 0, -np.inf
+                continue
+            top = scores.max(initial=-np.inf if sinks is None else dtype(sinks[h]))
             weights = np.exp(scores - top)
             total = weights.sum() + (0 if sinks is None else np.exp(dtype(sinks[h]) - top))
             if rounded is not None:
                 weights = rounded(weights)
-            out[i, h] = weights @ v[kv_head, first : position + 1] / total
+            out[i, h] = weights @ v[kv_head, seen] / total
             lse[i, h] = top + np.log(total)
     return out, lse
 
 
 def sixteen_bits(x):
     """A vector rounded to the 16-bit integers whose greatest is its greatest element."""
-    step = np.abs(x).max() / (2**15 - 1)
+    step = np.abs(x).max(initial=0) / (2**15 - 1)
     return np.rint(x / step) * step if step else x
 
 
@@ -70,13 +77,18 @@ def assert_as_exact(actual, q, k, v, *, rounded=None, **options):
     Both against float64, in the largest error. An error of a few units in the last place is always granted, more of
     them to long heads: the rounding errors of a sum of D products grow as the square root of D; and to large scores,
     for what a score is rounded by is the relative error of its weight. Kernels that round queries and weights are
-    granted a step of their rounding, or four times the error of a plain program that rounds them alike.
+    granted a step of their rounding, or four times the error of a plain program that rounds them alike. What sees
+    nothing is exactly 0, with an lse of -inf.
     """
     exact = attention(q, k, v, **options)
     plain = attention(q, k, v, dtype=np.float32, **options)
     alike = exact if rounded is None else attention(q, k, v, rounded=rounded, **options)
-    for have, want, by, too in zip(actual, exact, plain, alike, strict=True):
+    seen = np.isfinite(exact[1])
+    for have, want in zip(actual, exact, strict=True):
         assert have.shape == want.shape
+        np.testing.assert_array_equal(have[~seen], want[~seen])
+    found = ([x[seen] for x in results] for results in (actual, exact, plain, alike))
+    for have, want, by, too in zip(*found, strict=True):
         size = max(1.0, np.abs(want).max(initial=0), np.abs(exact[1]).max(initial=0) / 8)
         unit = np.finfo(np.float32).eps * size
         step = 0 if rounded is None else 2.0**-15 * max(1.0, np.abs(want).max(initial=0))

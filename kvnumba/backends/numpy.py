@@ -234,9 +234,10 @@ class NumpyBackend:
         first_key = 0 if part.batch.begins is None else part.batch.begins[sequence]
         if scoring.window_left >= 0:
             first_key = max(first_key, positions[0] - scoring.window_left)
-        end_key = min(positions[-1] + 1, seq_len)
-        for start in range(first_key, end_key, KEY_TILE):
-            keys = np.arange(start, min(start + KEY_TILE, end_key))
+        seen = np.arange(first_key, min(positions[-1] + 1, seq_len))
+        seen = seen[block_ids[seen // part.batch.block_size] >= 0]
+        for start in range(0, len(seen), KEY_TILE):
+            keys = seen[start : start + KEY_TILE]
             k, v = self._gather(part.buffers, layer, block_ids, keys)
             scores = score(query, k, offsets, positions, keys, scoring)
             tile_max = np.maximum(row_max, scores.max(axis=-1))

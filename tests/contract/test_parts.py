@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+from conftest import at_most
 
 from kvnumba.backends.registry import get_backend
 from kvnumba.options import Scoring
@@ -149,6 +150,79 @@ def test_a_part_may_have_no_keys_for_a_sequence(backend, normal):
     k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
     oracle.assert_as_exact((out[:2], lse[:2]), q[:2], k[:, 5:], v[:, 5:])
     oracle.assert_as_exact((out[2:], lse[2:]), q[2:], k[:, 3:30], v[:, 3:30])
+
+
+def with_holes(table, there):
+    """A block table without the blocks of the columns in which `there` is False."""
+    return np.where(there, table, np.int32(-1))
+
+
+THERE = {
+    "every second": lambda column: column % 2 == 1,
+    "two of five": lambda column: column % 5 > 2,
+    "only the first": lambda column: column == 0,
+    "only the last": lambda column: column == column[-1],
+    "none": lambda column: column < 0,
+}
+
+
+@pytest.mark.parametrize("there", THERE)
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("new", [1, 20])
+@pytest.mark.parametrize("fmt", ["float32", "int8"])
+def test_keys_of_blocks_that_are_not_there(backend, fmt, new, block_size, there, normal):
+    """They are not read, and the others are where they were."""
+    backend, length = get_backend(backend), at_most(603, 45)
+    k, v = normal(length, H, D), normal(length, H, D)
+    columns = THERE[there](np.arange(-(-length // block_size)))
+    present = np.repeat(columns, block_size)[:length]
+    if fmt == "float32":
+        k[~present], v[~present] = np.nan, np.nan
+    buffers, table = filled(backend, fmt, k, v, block_size)
+    keys, values = stored(backend, buffers, table, length)
+    rounded = oracle.sixteen_bits if backend.name == "cpu" and fmt == "int8" else None
+    batch = Batch.of(with_holes(table, columns), np.array([length], np.int32), [new], block_size)
+    q, slopes = normal(new, 4, D), np.abs(normal(4))
+    for options in ({}, {"window_left": 37, "alibi_slopes": slopes}):
+        found = attend(backend, [Part(buffers, batch)], q, **options)
+        oracle.assert_as_exact(found, q, keys, values, rounded=rounded, present=present, **options)
+
+
+@pytest.mark.parametrize("new", [1, 20])
+def test_blocks_that_are_not_there_in_several_sequences(backend, new, normal):
+    """Each sequence has blocks and a beginning of its own; one sees only the sinks."""
+    backend, length = get_backend(backend), at_most(200, 60)
+    k, v = normal(length, H, D), normal(length, H, D)
+    buffers, table = filled(backend, "float32", k, v, 4)
+    keys, values = stored(backend, buffers, table, length)
+    column = np.arange(table.shape[1])
+    there = [column % 3 == 1, column % 3 != 1, column < 0]
+    lens, begins = np.array([length, length - 11, length], np.int32), np.array([9, 0, 30], np.int32)
+    starts = np.arange(4, dtype=np.int32) * np.int32(new)
+    tables = np.concatenate([with_holes(table, columns) for columns in there])
+    batch = Batch(tables, lens, starts, 4, lens - np.int32(new), begins)
+    q, sinks = normal(3 * new, 4, D), normal(4)
+    for options in ({"logits_soft_cap": 2.0, "sinks": sinks}, {"window_left": 25}):
+        out, lse = attend(backend, [Part(buffers, batch)], q, **options)
+        for n, (begin, end, columns) in enumerate(zip(begins, lens, there, strict=True)):
+            mine = slice(n * new, (n + 1) * new)
+            seen = keys[:, begin:end], values[:, begin:end]
+            present = np.repeat(columns, 4)[begin:end]
+            oracle.assert_as_exact((out[mine], lse[mine]), q[mine], *seen, present=present, **options)
+
+
+@pytest.mark.parametrize("new", [1, 20])
+def test_parts_that_have_a_block_each_in_turn(backend, new, normal):
+    """Together they have all blocks."""
+    backend, length = get_backend(backend), at_most(300, 60)
+    k, v = normal(length, H, D), normal(length, H, D)
+    buffers, table = filled(backend, "float32", k, v, 4)
+    column, lens = np.arange(table.shape[1]), np.array([length], np.int32)
+    parts = [Part(buffers, Batch.of(with_holes(table, column % 3 == n), lens, [new], 4)) for n in range(3)]
+    q, slopes = normal(new, 4, D), np.abs(normal(4))
+    for options in ({}, {"window_left": 50, "alibi_slopes": slopes}):
+        found = attend(backend, parts, q, **options)
+        oracle.assert_as_exact(found, q, k.swapaxes(0, 1), v.swapaxes(0, 1), **options)
 
 
 def test_tokens_that_belong_to_no_block_are_not_written(backend, fmt, normal):

@@ -305,22 +305,22 @@ from kvnumba.backends.cpu import many_tiles, shapes
 
 floats, halves = np.zeros(1, np.float32), np.zeros(1, np.uint16)
 table, positions = np.zeros((1, 1), np.float32), np.zeros(1, np.int32)
-run, masks = shapes.Run(0, 1, 0, 0), shapes.Masks(np.int32(1), 0, np.float32(0))
+masks = shapes.Masks(np.int32(1), 0, np.float32(0))
 scratch = many_tiles.TileScratch(
-    table, positions, halves, halves, halves, halves, floats, floats, floats, halves
+    table, positions, positions, halves, halves, halves, halves, floats, floats, floats, halves
 )
 
 @njit(error_model="numpy")
-def weigh(shape, run, masks, scratch):
-    return many_tiles.weigh(shape, 1, 0, 1, 0, run, 64, masks, scratch)
+def weigh(shape, masks, scratch):
+    return many_tiles.weigh(shape, 1, 0, 1, 0, 1, 64, masks, scratch)
 
 @njit(error_model="numpy")
-def add(shape, run, masks, scratch):
+def add(shape, masks, scratch):
     many_tiles.add_values(shape, 1, 0, 1, 64, scratch)
 
 shape = many_tiles.shape(64, "float32", {parts}, "amx")
 for function in (weigh, add):
-    kinds = tuple(typeof(x) for x in (shape, run, masks, scratch))
+    kinds = tuple(typeof(x) for x in (shape, masks, scratch))
     function.compile(kinds)
     print(function.inspect_asm(kinds).split("_ZN7cpython")[0])
     print("END")

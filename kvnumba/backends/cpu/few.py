@@ -220,8 +220,9 @@ def _score(
             dots = e.mul(b.sitofp(score, vector(F32)), query_step)
             score = e.fma(low, query_sum, e.mul(step, dots))
         unknown = b.not_(is_known(e, shape, token, run, masks))
+        key, left = run.key + token, run.num_tokens - token
         score = e.when(
-            unknown, [score], lambda: [finish_scores(e, shape, 0, score, token, run, masks, scratch)]
+            unknown, [score], lambda: [finish_scores(e, shape, 0, score, key, left, masks, scratch)]
         )[0]
         e.store(score, target + i * (4 * LANES))
         return [e.max(score, carried[0])]

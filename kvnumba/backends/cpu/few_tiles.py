@@ -240,8 +240,9 @@ def _score(
             unknown = b.not_(is_known(e, shape, token, run, masks))
 
             def finished() -> list[ir.Value]:
+                key, left = run.key + token, run.num_tokens - token
                 return [
-                    finish_scores(e, shape, part, x, token, run, masks, scratch)
+                    finish_scores(e, shape, part, x, key, left, masks, scratch)
                     for part, x in enumerate(scores)
                 ]
 

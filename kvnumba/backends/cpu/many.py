@@ -290,12 +290,12 @@ def _score(
         unknown = b.not_(is_known(e, shape, token, run, masks))
 
         def finished() -> list[ir.Value]:
-            return [
-                finish_scores(
-                    e, shape, at % shape.vectors, x, token + at // shape.vectors, run, masks, scratch
-                )
-                for at, x in enumerate(sums)
-            ]
+            results = []
+            for at, x in enumerate(sums):
+                t, part = divmod(at, shape.vectors)
+                key, left = run.key + token + t, run.num_tokens - token - t
+                results.append(finish_scores(e, shape, part, x, key, left, masks, scratch))
+            return results
 
         sums = e.when(unknown, sums, finished)
         carried = list(carried)

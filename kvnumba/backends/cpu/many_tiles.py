@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import FLOAT32
 from kvnumba.backends.cpu.jit import inlined, plain
-from kvnumba.backends.cpu.runs import RUN_KEY, runs_ahead
+from kvnumba.backends.cpu.runs import runs_ahead
 from kvnumba.backends.cpu.shapes import (
     LEAST,
     PHASE_MAX,
@@ -41,7 +41,6 @@ from kvnumba.backends.cpu.shapes import (
     ROW_SUM,
     STATE_ROWS,
     Reading,
-    Run,
     Shape,
     finish_scores,
     state_at,
@@ -106,6 +105,8 @@ class TileScratch(NamedTuple):
     ----------
     state : (STATE_ROWS, rows) float32
     positions : (rows,) int32
+        Of the columns' tokens.
+    key_positions : (PHASE,) int32
     query : (n,) uint16
         (parts, 16 columns, 32 elements, pairs, columns, 2).
     keys : (n,) uint16
@@ -126,6 +127,7 @@ class TileScratch(NamedTuple):
 
     state: Any
     positions: Any
+    key_positions: Any
     query: Any
     keys: Any
     values: Any
@@ -142,6 +144,7 @@ def scratch_floats(shape, head_dim, value_dim):
     halves = shape.parts * (shape.columns * key + PHASE * (key + value_dim + shape.group))
     return (
         STATE_ROWS * shape.width
+        + PHASE
         + halves // 2
         + SCORES * shape.group
         + shape.columns * value_dim
@@ -156,6 +159,8 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     key, parts = padded_key(head_dim), shape.parts
     state = floats[: STATE_ROWS * shape.width].reshape(STATE_ROWS, shape.width)
     used = STATE_ROWS * shape.width
+    key_positions = floats[used : used + PHASE].view(np.int32)
+    used += PHASE
     size = parts * shape.columns * key // 2
     query = floats[used : used + size].view(np.uint16)
     used += size
@@ -177,7 +182,17 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     used += ELEMENTS * max(key, value_dim)
     halves = floats[used : used + parts * ELEMENTS // 2 * value_dim].view(np.uint16)
     return TileScratch(
-        state, positions[: shape.width], query, keys, values, weights, scores, total, tile, halves
+        state,
+        positions[: shape.width],
+        key_positions,
+        query,
+        keys,
+        values,
+        weights,
+        scores,
+        total,
+        tile,
+        halves,
     )
 
 
@@ -198,26 +213,29 @@ def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
 def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
     """Attend to the keys of some runs, a group of columns after the other."""
     keys, values = storage.keys, storage.values
-    first = runs[0, RUN_KEY]
     count = stage(shape, keys, values, runs, num_runs, runs_ahead(storage.block_size), scratch)
     k_parts, v_parts = min(shape.parts, PARTS[keys.fmt]), min(shape.parts, PARTS[values.fmt])
     value_dim = values.head_dim
-    state, positions, group = scratch.state, scratch.positions, shape.group
-    phase = Run(0, count, 0, first)
+    state, positions, key_positions, group = (
+        scratch.state, scratch.positions, scratch.key_positions, shape.group,
+    )  # fmt: skip
     for column in range(0, rows, group):
         oldest, newest = positions[column], positions[min(column + group, rows) - 1]
-        if newest < first or oldest - masks.reach >= first + count:
+        if newest < key_positions[0] or oldest - masks.reach > key_positions[count - 1]:
             continue
+        seen = count
+        while key_positions[seen - 1] > newest:
+            seen -= 1
         known = np.int64(oldest) if masks.seen_by_all >= 0 else np.int64(-1)
-        sections = (min(count, newest - first + 1) + ELEMENTS - 1) // ELEMENTS
+        sections = (seen + ELEMENTS - 1) // ELEMENTS
         # the first keys tell about where the maximum is
         late = state[ROW_MAX, column] == np.float32(LEAST)
         if late:
-            weigh(shape, k_parts, column, 1, known, phase, keys.head_dim, masks, scratch)
+            weigh(shape, k_parts, column, 1, known, count, keys.head_dim, masks, scratch)
         for _ in range(MOST_TURNS):
             if late:
                 raise_maxima(shape, column, value_dim, scratch)
-            late = weigh(shape, k_parts, column, sections, known, phase, keys.head_dim, masks, scratch)
+            late = weigh(shape, k_parts, column, sections, known, count, keys.head_dim, masks, scratch)
             if not late:
                 break
         for c in range(column, column + group):
@@ -286,13 +304,13 @@ def _rate(parts: int) -> float:
 
 
 @intrinsic
-def weigh(typing, shape, k_parts, column, sections, known, phase, head_dim, masks, scratch):
+def weigh(typing, shape, k_parts, column, sections, known, count, head_dim, masks, scratch):
     """Weights of some sections of 32 keys in `scratch.weights`; their sums in RESCALE, their maxima in PHASE_MAX.
 
-    Maxima are relative to those before. Of keys up to `known` nothing is masked, capped or biased. Returns whether a
-    maximum was too low: then the weights are of no use before `raise_maxima`.
+    Maxima are relative to those before. The phase has `count` keys; of those up to position `known` nothing is masked,
+    capped or biased. Returns whether a maximum was too low: then the weights are of no use before `raise_maxima`.
     """
-    signature = types.boolean(shape, *[types.intp] * 4, phase, types.intp, masks, scratch)
+    signature = types.boolean(shape, *[types.intp] * 6, masks, scratch)
     static = shape.static
 
     def generate(context, builder, signature, args):
@@ -309,7 +327,7 @@ def _weigh(
     column: Int,
     sections: Int,
     known: Int,
-    phase: Any,
+    count: Int,
     head_dim: Int,
     masks: Any,
     scratch: Any,
@@ -399,9 +417,9 @@ def _weigh(
         """Before a section's weights: see to what is masked, capped or biased; then scores are scaled already."""
         key = section * ELEMENTS
         last = key + (ELEMENTS - 1)
-        unknown = b.not_(b.and_(last < phase.num_tokens, phase.key + last <= known))
+        unknown = b.not_(b.and_(last < count, _position(e, scratch, last) <= known))
         with b.if_then(unknown):
-            _finish(e, shape, group, half(section), key, phase, masks, scratch, steps_of_scores)
+            _finish(e, shape, group, half(section), key, count, masks, scratch, steps_of_scores)
         unmasked = e.splat(b.not_(unknown))
         factors[:] = [
             b.select(unmasked, b.fmul(step, constant(rate)), constant(rate)) for step in steps_of_scores
@@ -497,13 +515,18 @@ def _exp2(e: Emitter, x: ir.Value) -> ir.Value:
     return e.scale(p, whole)
 
 
+def _position(e: Emitter, scratch: Any, key: Int) -> Int:
+    """Where a key of the phase stands in the sequence."""
+    return Int(e.builder, e.builder.sext(e.load(scratch.key_positions.start + key * 4, I32), I64))
+
+
 def _finish(
     e: Emitter,
     shape: Shape,
     group: _Group,
     scores: Pointer,
     key: Int,
-    phase: Any,
+    count: Int,
     masks: Any,
     scratch: Any,
     steps: list[ir.Value],
@@ -513,10 +536,11 @@ def _finish(
 
     def one(t: Int, _: list[ir.Value]) -> list[ir.Value]:
         row = scores + (t // TILE_ROWS * (wide * TILE) + t % TILE_ROWS * TILE_BYTES)
+        position, left = _position(e, scratch, key + t), count - (key + t)
         for v in group.vectors:
             where = row + group.offset(v)
             score = e.mul(e.load(where, vector(F32)), steps[v])
-            score = finish_scores(e, shape, group.part(v), score, key + t, phase, masks, scratch)
+            score = finish_scores(e, shape, group.part(v), score, position, left, masks, scratch)
             masked = e.builder.fcmp_ordered("<", score, constant(HIDDEN))  # NaN is not
             e.store(e.builder.select(masked, constant(HIDDEN), score), where)
         return []

@@ -12,9 +12,10 @@ RUN_ROW, RUN_TOKENS, RUN_SCORES, RUN_KEY = range(4)
 
 @inlined
 def list_runs(shape, blocks, key, end, storage, head, runs):
-    """List runs from `key` on, up to a phase of them; returns how many, and the key after them.
+    """List runs from `key` on, up to a phase of them; returns how many, and where the next one begins, or `end`.
 
-    Entries after the last hold the rows of as many following runs as are prefetched.
+    The block of `key` is there, as `next_stored` finds it. Entries after the last hold the rows of as many following
+    runs as are prefetched.
     """
     first_block, block_size, num_heads = storage.first_block, storage.block_size, storage.num_heads
     tokens = max(shape.tokens, 2)  # weights may be taken in pairs
@@ -26,15 +27,23 @@ def list_runs(shape, blocks, key, end, storage, head, runs):
         runs[n, RUN_SCORES] = used * shape.columns
         runs[n, RUN_KEY] = key
         used += (count + tokens - 1) // tokens * tokens
-        key += count
+        key = next_stored(blocks, key + count, end, block_size)
         n += 1
-    following = key
+    following, row = key, runs[n - 1, RUN_ROW]
     for further in range(runs_ahead(block_size)):
-        runs[n + further, RUN_ROW] = find_row(
-            blocks, min(following, end - 1), first_block, block_size, num_heads, head
-        )
-        following += block_size - following % block_size
+        if following < end:
+            row = find_row(blocks, following, first_block, block_size, num_heads, head)
+            following = next_stored(blocks, following + block_size - following % block_size, end, block_size)
+        runs[n + further, RUN_ROW] = row
     return n, key
+
+
+@plain
+def next_stored(blocks, key, end, block_size):
+    """The first key from `key` on, and before `end`, whose block is there; `end` where there is none."""
+    while key < end and blocks[key // block_size] < 0:
+        key += block_size - key % block_size
+    return min(key, end)
 
 
 @plain

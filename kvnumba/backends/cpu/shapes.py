@@ -241,11 +241,12 @@ def tokens_of(shape: Shape, part: Any) -> list[int]:
 
 
 def finish_scores(
-    e: Emitter, shape: Shape, part: Int | int, score: ir.Value, token: Int, run: Any, masks: Any, scratch: Any
+    e: Emitter, shape: Shape, part: Int | int, score: ir.Value, key: Int, left: Int, masks: Any, scratch: Any
 ) -> ir.Value:
     """Offset and soft cap, ALiBi and masks, in the order of the NumPy backend's `score`, on a vector of scores.
 
-    Its first token is `token` of the run, its columns those of the state's vector `part`.
+    Its first token has the position `key`, and `left` tokens are left from there on; its columns are those of the
+    state's vector `part`.
     """
     b = e.builder
     offsets = tokens_of(shape, part)
@@ -258,15 +259,14 @@ def finish_scores(
 
     score = e.when(capped, [score], within_cap)[0]
     lane_token = ir.Constant(vector(I32), offsets)
-    key = b.add(e.splat((run.key + token).narrow()), lane_token)
+    keys = b.add(e.splat(key.narrow()), lane_token)
     own = e.load(scratch.positions.start + 4 * part * LANES, vector(I32))
-    distance = b.sub(own, key)
+    distance = b.sub(own, keys)
     slope = e.load(state_at(scratch.state, SLOPE, shape, part), vector(F32))
     score = b.fsub(score, b.fmul(slope, b.sitofp(distance, vector(F32))))
     seen = b.icmp_signed(">=", distance, constant(0, I32))
     seen = b.and_(seen, b.icmp_signed("<=", distance, e.splat(masks.reach)))
-    left = e.splat((run.num_tokens - token).narrow())
-    seen = b.and_(seen, b.icmp_signed("<", lane_token, left))
+    seen = b.and_(seen, b.icmp_signed("<", lane_token, e.splat(left.narrow())))
     return b.select(seen, score, constant(float("-inf")))
 
 

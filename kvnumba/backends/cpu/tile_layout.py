@@ -32,6 +32,7 @@ def padded_key(head_dim):
 def stage(shape, keys, values, runs, num_runs, later, scratch):
     """Bring the keys and values of some runs to bfloat16, in parts, and transpose the values. Returns how many.
 
+    The keys' positions are kept in `scratch.key_positions`: between runs there may be blocks that are not there.
     The rows of the run that is `later` runs on are prefetched meanwhile.
     """
     key_dim, value_dim = padded_key(keys.head_dim), values.head_dim
@@ -46,6 +47,8 @@ def stage(shape, keys, values, runs, num_runs, later, scratch):
             lay_rows(shape, keys, row, count, scratch.tile, scratch.keys, n * key_dim, key_dim, PHASE)
             at = n % ELEMENTS * value_dim
             lay_rows(shape, values, row, count, scratch.tile, scratch.halves, at, value_dim, ELEMENTS)
+            for token in range(count):
+                scratch.key_positions[n + token] = run.key + done + token
             done += count
             n += count
             if n % ELEMENTS == 0:
