@@ -16,7 +16,7 @@ from kvnumba.caches.step import Step
 from kvnumba.caches.warmup import warmup
 from kvnumba.calibration import Calibration
 from kvnumba.commands.memory import memory_analysis, memory_growth_table
-from kvnumba.errors import BackendUnavailable, CacheFull
+from kvnumba.errors import BackendUnavailable, CacheFull, WorkerLost
 from kvnumba.formats import pack_int4, unpack_int4
 from kvnumba.models.batching import ContinuousBatcher, Request
 from kvnumba.models.calibrating import calibrate
@@ -48,6 +48,7 @@ __all__ = [
     "Scoring",
     "ScoringOptions",
     "Step",
+    "WorkerLost",
     "available_backends",
     "calibrate",
     "dequantize",

@@ -74,7 +74,7 @@ class BlockPool:
         return self.allocator.num_free_blocks
 
     def rows(self, seq_ids: Any) -> np.ndarray:
-        """The rows of live sequences; ValueError for an id that is none, or is swapped out, WorkerLost for a lost one."""
+        """The rows of live sequences; ValueError for an id that is none or swapped out, WorkerLost for a lost one."""
         ids = arguments.integers("seq_ids", seq_ids)
         rows = ids % self.max_num_seqs
         unfit = (self.ids[rows] != ids) | self.away[rows] | (ids < 0)

@@ -1,7 +1,7 @@
 """What runs in a worker: a process that owns a shard of the blocks of some caches, and a backend for them.
 
-A message is a list of commands, done in order; the answer is what the last one returns. A worker in which one went wrong
-refuses all further ones, for its blocks may lack something; commands that may fail without harm are attempted.
+A message is a list of commands, done in order; the answer is what the last one returns. A worker in which one went
+wrong refuses all further ones, for its blocks may lack something; commands that may fail without harm are attempted.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,12 +90,13 @@ class Workers:
         self._actors: list[Any] = [None] * count
         self._identities: list[Identity | None] = [None] * count
         self._incarnations = [0] * count
+        self._cpus_of_node: dict[str, tuple[int, ...]] = {}
         self._reasons: dict[int, str] = {}  # why a worker is lost
         self._waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
         self._waiting_bytes = [0] * count
         self._garbage: list[deque[int]] = [deque() for _ in range(count)]
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
-        _connect(count)
+        _connect()
         self._stop = weakref.finalize(self, _stop, self._actors)
         try:
             self._begin(range(count))
@@ -270,7 +272,7 @@ class Workers:
     def _begin(self, numbers: Sequence[int]) -> None:
         """Start processes, on processors of their own, and check that they mean the same by all that is sent."""
         for number in numbers:
-            resources = {"num_cpus": 1, **self._resources[number]}
+            resources = {"num_cpus": 0, **self._resources[number]}
             known = {
                 name: resources.pop(name) for name in ("num_cpus", "num_gpus", "memory") if name in resources
             }
@@ -280,16 +282,20 @@ class Workers:
         mine = Identity.of_this_process()
         for number, identity in zip(numbers, found, strict=True):
             self._identities[number] = identity
+            self._cpus_of_node[identity.node] = identity.cpus
             for name in ("version", "byteorder"):
                 want, have = getattr(mine, name), getattr(identity, name)
                 if want != have:
                     raise RuntimeError(
                         f"{self.describe(number)}: {name}: expected {want}, as here; it has {have}"
                     )
+        cpus = {number: self._cpus(number) for number in numbers}
         self._answers(
             numbers,
-            [self._actors[number].begin.remote(self._cpus(number), self._backend_name) for number in numbers],
+            [self._actors[number].begin.remote(cpus[number], self._backend_name) for number in numbers],
         )
+        for number, identity in zip(numbers, found, strict=True):
+            self._identities[number] = replace(identity, cpus=cpus[number])
 
     def _answers(self, numbers: Sequence[int], references: list[Any]) -> list[Any]:
         _, late = ray.wait(references, num_returns=len(references), timeout=START_SECONDS)
@@ -306,7 +312,7 @@ class Workers:
     def _cpus(self, number: int) -> tuple[int, ...]:
         """The processors of a worker: so many as it was given, or an equal share of what its machine has."""
         identity = self.identity(number)
-        cpus = identity.cpus
+        cpus = self._cpus_of_node[identity.node]
         beside = [n for n, other in enumerate(self._identities) if other and other.node == identity.node]
         sizes = [
             int(self._resources[n].get("num_cpus", 0)) or max(1, len(cpus) // len(beside)) for n in beside
@@ -318,21 +324,15 @@ class Workers:
         return tuple(cpus[(first + n) % len(cpus)] for n in range(min(mine, len(cpus)))) if cpus else ()
 
 
-def _connect(count: int) -> None:
-    """See to it that there is a Ray, with room for so many processes where it is started here."""
+def _connect() -> None:
+    """See to it that there is a Ray."""
     global _open_groups, _started_here
     with _starting:
         if not ray.is_initialized():
             if os.environ.get("RAY_ADDRESS"):
                 ray.init(log_to_driver=False, logging_level="ERROR")
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(count, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
+                ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             _started_here = True
         _open_groups += _started_here
 
