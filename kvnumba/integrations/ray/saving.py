@@ -27,7 +27,6 @@ BLOCKS = re.compile(r"worker-\d+-[0-9a-f]{8}\.blocks")
 
 def save(path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fingerprint: str) -> None:
     """Write all sequences and findable blocks of a pool; what a folder had before stays until all is written."""
-    path.mkdir(parents=True, exist_ok=True)
     identity = snapshot.identity(buffers.layout, fingerprint)
     size = snapshot.block_bytes(buffers.layout)
     token = secrets.token_hex(4)
@@ -35,6 +34,8 @@ def save(path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fin
         header, blocks = snapshot.describe(pool)
         places = dict(backend.by_reader(blocks))
         names = {worker: f"worker-{worker}-{token}.blocks" for worker in places}
+        before = path.exists()
+        path.mkdir(parents=True, exist_ok=True)
         try:
             _attempt(
                 backend,
@@ -57,6 +58,8 @@ def save(path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fin
             snapshot.write_file(path / MANIFEST, header, iter(()))
         except BaseException:
             _remove(path, keep=lambda name: token not in name)
+            if not before:
+                path.rmdir()
             raise
     _remove(path, keep=lambda name: token in name)
 

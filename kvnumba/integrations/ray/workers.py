@@ -198,8 +198,9 @@ class Workers:
     ) -> Any:
         """Send what waits and some more commands; `arrays` are those that others got in the same call."""
         garbage = self._garbage[number]
-        message = [("forget", garbage.popleft()) for _ in range(len(garbage))]
-        message += [*self._waiting[number], *commands]
+        message = list(self._waiting[number])  # these may need what is garbage by now
+        message += [("forget", garbage.popleft()) for _ in range(len(garbage))]
+        message += commands
         self._waiting[number], self._waiting_bytes[number] = [], 0
         beside: list[Any] = []
 
