@@ -141,12 +141,12 @@ class Pass:
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
         """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""
-        parts = self._parts(q.shape[2], _may_share(scoring))
+        parts = self._parts(q.shape[2], may_share(scoring))
         return self._backend.decoding(q, k, v, self._written, parts, self._checked(scoring, q.dtype))
 
     def follow(self, decoding: Decoding, num_qo_heads: int, scoring: Scoring, stream: int) -> bool:
         """Take over a decoding of an earlier pass; False if it cannot serve this one, nor any other any more."""
-        return decoding.follow(self._written, self._parts(num_qo_heads, _may_share(scoring)), stream)
+        return decoding.follow(self._written, self._parts(num_qo_heads, may_share(scoring)), stream)
 
     def prepare(self, q: Any, options: AttentionOptions) -> None:
         """Do what `attend` does once for all layers, and once for all passes."""
@@ -174,7 +174,7 @@ class Pass:
         return scoring.in_bfloat16 if dtype is not None and is_bfloat16(dtype) else scoring
 
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
-        shared = _may_share(scoring)
+        shared = may_share(scoring)
         key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared)
         plan = self._plans.get(key)
         if plan is None:
@@ -197,7 +197,7 @@ class Pass:
         return [*parts, Part(self._buffers, batch)]
 
 
-def _may_share(scoring: Scoring) -> bool:
+def may_share(scoring: Scoring) -> bool:
     """Whether a shared prefix may be a part of its own: that is attended without positions, so not with a window."""
     return scoring.window_left < 0 and scoring.alibi_slopes is None
 

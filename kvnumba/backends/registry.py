@@ -67,8 +67,8 @@ class use_backend:  # noqa: N801 (read as a verb: ``with use_backend("cpu"):``)
         _chosen.set(self._before.pop())
 
 
-def get_backend(name: str | None = None, *, on_host: bool = False) -> Backend:
-    """The backend called `name`, or the one that is chosen where None is given.
+def get_backend(name: str | Backend | None = None, *, on_host: bool = False) -> Backend:
+    """The backend called `name`, or the one that is chosen where None is given; a backend is that itself.
 
     With `on_host`, ``auto`` passes over those that keep their storage on a device.
 
@@ -79,6 +79,8 @@ def get_backend(name: str | None = None, *, on_host: bool = False) -> Backend:
     BackendUnavailable
         It was named and cannot run here. ``auto`` goes on to the next one instead.
     """
+    if not (name is None or isinstance(name, str)):
+        return name
     name = chosen_name(name)
     if name == "auto":
         suited = (each for each in available_backends() if not on_host or _load(each).device is None)

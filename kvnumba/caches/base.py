@@ -38,6 +38,11 @@ class Cache:
         return self._backend.name
 
     @property
+    def device(self) -> int | None:
+        """The GPU that holds the storage, by number; None where it is in host memory."""
+        return self._backend.device
+
+    @property
     def num_layers(self) -> int:
         """Layers that the cache holds."""
         return self._layout.num_layers

@@ -73,8 +73,8 @@ class PagedKVCache(Cache):
         self._start(layout, max_num_seqs, get_backend(backend))
 
     @classmethod
-    def from_layout(cls, layout: Layout, max_num_seqs: int, *, backend: str | None = None) -> Self:
-        """A cache of this layout."""
+    def from_layout(cls, layout: Layout, max_num_seqs: int, *, backend: str | Backend | None = None) -> Self:
+        """A cache of this layout, on a backend with this name or on this one."""
         cache = cls.__new__(cls)
         cache._start(layout, max_num_seqs, get_backend(backend))
         return cache

@@ -13,7 +13,8 @@ except ImportError as error:
     raise ImportError("kvnumba.integrations.ray needs the extra: pip install 'kvnumba[ray]'") from error
 
 from kvnumba.errors import WorkerLost
+from kvnumba.integrations.ray.backend import ShardedBackend
 from kvnumba.integrations.ray.cache import ShardedKVCache, WorkerStats
 from kvnumba.integrations.ray.workers import Workers
 
-__all__ = ["ShardedKVCache", "WorkerLost", "WorkerStats", "Workers"]
+__all__ = ["ShardedBackend", "ShardedKVCache", "WorkerLost", "WorkerStats", "Workers"]

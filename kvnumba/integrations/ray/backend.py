@@ -84,7 +84,10 @@ class ShardedPlan:
 
 
 class ShardedBackend:
-    """The storage of caches on workers. One for each cache, which hears of losses.
+    """Workers as the backend of a cache, also of one that takes any: ``KVNumbaCache(config, backend=...)``.
+
+    A `ShardedKVCache` makes its own, and knows which sequences are lost with a worker. With other caches, every call
+    that needs blocks of a lost worker raises WorkerLost.
 
     Parameters
     ----------
@@ -249,7 +252,12 @@ class ShardedBackend:
             buffers.shipped.sent[worker] = self.workers.incarnation(worker)
 
     def available_bytes(self) -> int:
-        return sum(self.call({worker: [("available_bytes",)] for worker in self._alive()}).values())
+        found = self.call({worker: [("available_bytes",)] for worker in self._alive()})
+        by_node: dict[str, int] = {}  # workers of one machine share its memory
+        for worker, size in found.items():
+            node = self.workers.identity(worker).node
+            by_node[node] = max(size, by_node.get(node, 0))
+        return sum(by_node.values())
 
     def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
         raise NotImplementedError("device arrays are not taken here")

@@ -104,7 +104,7 @@ class ShardedKVCache(PagedKVCache):
         self._begin(layout, max_num_seqs, workers, placement, replicas, backend, timeout)
 
     @classmethod
-    def from_layout(
+    def from_layout(  # type: ignore[override]
         cls,
         layout: Layout,
         max_num_seqs: int,

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kvnumba
+from kvnumba.attention.cascade import split_prefixes
+from kvnumba.attention.passes import may_share
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches import snapshot
 from kvnumba.options import Scoring
@@ -138,8 +140,20 @@ class Worker:
     def plan(
         self, number: int, parts: Sequence[LocalPart], num_qo_heads: int, scoring: tuple[Any, ...]
     ) -> None:
-        found = [Part(self._known[part.buffers], part.batch) for part in parts]
-        self._known[number] = self._backend.plan(found, num_qo_heads, self._scoring(scoring))
+        options, limits = self._scoring(scoring), self._backend.cascade
+        found = []
+        for part in parts:
+            buffers, batch = self._known[part.buffers], part.batch
+            if (
+                limits is None
+                or batch.begins is not None
+                or len(batch.seq_lens) == 1
+                or not may_share(options)
+            ):
+                found.append(Part(buffers, batch))
+            else:
+                found += split_prefixes(buffers, batch, num_qo_heads, limits)
+        self._known[number] = self._backend.plan(found, num_qo_heads, options)
 
     def attend(
         self, layer: int, q: np.ndarray, plan: int, value_head_dim: int, scoring: tuple[Any, ...]

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from kvnumba.backends.protocol import Backend
 from kvnumba.backends.registry import chosen_name, get_backend
 from kvnumba.calibration import Calibration
 from kvnumba.integrations.transformers import foreign, saving
@@ -82,8 +83,9 @@ class KVNumbaCache(PassCache):
         In which queries, keys and values are multiplied, as in `kvnumba.options.ScoringOptions`: "bfloat16" makes
         prompts faster on some processors, at its precision. Default: "bfloat16" for models in bfloat16, otherwise what
         is fastest within the rounding of the storage format.
-    backend : {"numpy", "cpu", "cuda", "auto"}, optional
+    backend : {"numpy", "cpu", "cuda", "auto"} or Backend, optional
         Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto": "cuda" for tensors on a GPU, else "cpu".
+        A `kvnumba.integrations.ray.ShardedBackend` keeps the cache on several machines.
     **options
         Group size and dtype of scales, rotation, calibration, tokens kept in float: see `kvnumba.LayoutOptions`. int4
         here means rotated, with float16 scales and the newest 128 tokens in float, unless options say otherwise; give
@@ -101,7 +103,7 @@ class KVNumbaCache(PassCache):
         config: PreTrainedConfig,
         *,
         arithmetic: str | None = None,
-        backend: str | None = None,
+        backend: str | Backend | None = None,
         **options: Unpack[LayoutOptions],
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -109,7 +111,9 @@ class KVNumbaCache(PassCache):
         options = _checked(options)
         arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
-        self._settings = Settings(options, arithmetic, chosen_name(backend))
+        if backend is None or isinstance(backend, str):
+            backend = chosen_name(backend)
+        self._settings = Settings(options, arithmetic, backend)
         self._config = config
         kinds = _kinds(config)
         stored = [kind.group for kind in kinds if kind.group is not None]
@@ -351,6 +355,7 @@ class KVNumbaCache(PassCache):
         ours = sum(isinstance(layer, KVNumbaLayer) for layer in self.layers)
         whose = f" ({ours} kvnumba, {len(self._foreign)} transformers)" if self._foreign else ""
         used = [group.pool.backend for group in self._groups.values() if group.started]
+        backend = settings.backend if isinstance(settings.backend, str) else settings.backend.name
         formats = ("key_format", "value_format")
         kept = {name: value for name, value in settings.options.items() if name not in formats}
         return (
@@ -358,7 +363,7 @@ class KVNumbaCache(PassCache):
             f"keys {settings.options.get('key_format') or 'as given'}, "
             f"values {settings.options.get('value_format') or 'as given'}, "
             f"{''.join(f'{name}={value!r}, ' for name, value in kept.items())}"
-            f"{(used or [settings.backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
+            f"{(used or [backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
 
 

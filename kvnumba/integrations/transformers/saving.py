@@ -56,7 +56,7 @@ def save(
                 value_head_dim=group.pool.value_head_dim,
                 dtypes=[group.pool.key_format, group.pool.value_format],
                 padding=[0] * len(group.ids) if group.padding is None else group.padding.tolist(),
-                on_host=get_backend(group.pool.backend).device is None,
+                on_host=group.pool.device is None,
             )
             group.pool.save(folder / entry["file"], fingerprint=fingerprint)
         manifest["groups"].append(entry)

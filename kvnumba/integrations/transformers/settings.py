@@ -34,7 +34,7 @@ class Settings:
 
     options: LayoutOptions
     arithmetic: str | None
-    backend: str
+    backend: str | Backend
 
     def allocate(
         self,
@@ -79,7 +79,7 @@ class Settings:
             room -= layout.memory(max_num_seqs).floats
         layout = replace(layout, num_blocks=max(1, room // layout.memory_bytes()))
         try:
-            return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend.name)
+            return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend)
         except MemoryError as error:
             if backend.device is not None:
                 raise

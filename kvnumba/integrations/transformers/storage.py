@@ -83,7 +83,7 @@ class LayerGroup:
                 f"Use transformers.DynamicCache for this model"
             )
         backend = get_backend(self.settings.backend, on_host=k.is_cpu)
-        _require_device(k, backend)
+        _require_device(k, backend.device, backend.name)
         head_dims, defaults = (k.shape[3], v.shape[3]), (format_name(k.dtype), format_name(v.dtype))
         pool = self.allocate(k.shape[1], head_dims, defaults, backend)
         _require_rows(len(k), pool)
@@ -184,7 +184,7 @@ class LayerGroup:
         if not self.started:
             self.start(k, v)
         elif not k.is_cpu:
-            _require_device(k, get_backend(self.pool.backend))
+            _require_device(k, self.pool.device, self.pool.backend)
         if k.shape[0] != len(self.ids):
             raise ValueError(
                 f"key_states: expected the {len(self.ids)} sequences that the cache holds; got {len(k)}. "
@@ -458,11 +458,12 @@ def _finish(pool: PagedKVCache, ids: list[int]) -> None:
         pool.finish_sequence(ids.pop())
 
 
-def _require_device(k: torch.Tensor, backend: Backend) -> None:
-    if not (k.is_cpu or (k.is_cuda and k.get_device() == backend.device)):
-        place = "the CPU" if backend.device is None else f"the CPU or cuda:{backend.device}"
+def _require_device(k: torch.Tensor, device: int | None, backend: str) -> None:
+    """Raise unless a tensor is where the backend of this name, whose storage is on a device, takes it."""
+    if not (k.is_cpu or (k.is_cuda and k.get_device() == device)):
+        place = "the CPU" if device is None else f"the CPU or cuda:{device}"
         raise ValueError(
-            f"key_states: expected tensors on {place} for the {backend.name} backend; got {k.device}. "
+            f"key_states: expected tensors on {place} for the {backend} backend; got {k.device}. "
             f"Use transformers.DynamicCache there, or move the model"
         )
 
