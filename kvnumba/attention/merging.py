@@ -27,23 +27,26 @@ def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
     lse : (...) float32
         Where no state saw a key, 0 and -inf.
     """
-    out = _stack("outs", outs)
-    lse = _stack("lses", lses)
-    if out.ndim < 2 or out.shape[:-1] != lse.shape:
-        raise ValueError(f"lses: expected the shape of outs {out.shape} without D; got {lse.shape}")
+    states, lse = _arrays("outs", outs), np.stack(_arrays("lses", lses))
+    if states[0].ndim < 2 or (len(states), *states[0].shape[:-1]) != lse.shape:
+        shape = (len(states), *states[0].shape)
+        raise ValueError(f"lses: expected the shape of outs {shape} without D; got {lse.shape}")
     top = lse.max(axis=0)
     shift = np.where(np.isneginf(top), np.float32(0), top)
     weights = np.exp(lse - shift)
     total = weights.sum(axis=0)
     with np.errstate(divide="ignore"):
         merged_lse = shift + np.log(total)
-    merged = (weights[..., None] * out).sum(axis=0) / np.where(total > 0, total, np.float32(1))[..., None]
+    weights /= np.where(total > 0, total, np.float32(1))
+    merged = weights[0, ..., None] * states[0]
+    for weight, state in zip(weights[1:], states[1:], strict=True):
+        merged += weight[..., None] * state
     return merged, merged_lse
 
 
-def _stack(argument: str, states: Any) -> np.ndarray:
+def _arrays(argument: str, states: Any) -> list[np.ndarray]:
     arrays = [float_array(argument, state) for state in states]
     if not arrays or any(array.shape != arrays[0].shape for array in arrays):
         shapes = [array.shape for array in arrays]
         raise ValueError(f"{argument}: expected one state or more, all of one shape; got shapes {shapes}")
-    return np.stack(arrays)
+    return arrays

@@ -20,7 +20,7 @@ from kvnumba.models.checkpoint import BUNDLED_MODEL, CALIBRATION, Tensors, read_
 from kvnumba.models.config import LlamaConfig
 from kvnumba.models.sampling import checked_temperature, sample
 from kvnumba.recipes import with_recipe
-from kvnumba.storage import LayoutOptions
+from kvnumba.storage import Layout, LayoutOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -174,6 +174,29 @@ class IncrementalDecoder:
     ) -> PagedKVCache:
         """A paged cache of this model's shape with room for `num_tokens` tokens.
 
+        Parameters
+        ----------
+        num_tokens, block_size, max_num_seqs, dtype, **options
+            As in `layout`.
+        backend : str, optional
+            As in `PagedKVCache`.
+        """
+        layout = self.layout(
+            num_tokens, block_size=block_size, max_num_seqs=max_num_seqs, dtype=dtype, **options
+        )
+        return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend)
+
+    def layout(
+        self,
+        num_tokens: int,
+        *,
+        block_size: int = 16,
+        max_num_seqs: int = 1,
+        dtype: Any = "float32",
+        **options: Unpack[LayoutOptions],
+    ) -> Layout:
+        """The layout of a paged cache of this model's shape with room for `num_tokens` tokens.
+
         int4 here means rotated, with float16 scales, the newest 128 tokens in float and, where the model has a
         calibration, calibrated; options change each of these, and ``rotation=False, recent_tokens=0`` makes it plain.
 
@@ -181,7 +204,7 @@ class IncrementalDecoder:
         ----------
         num_tokens, block_size, max_num_seqs : int
             The tokens are rounded up to whole blocks, and every sequence but the first adds a block.
-        dtype, backend, **options
+        dtype, **options
             As in `PagedKVCache`.
         """
         config = self.config
@@ -193,15 +216,9 @@ class IncrementalDecoder:
         recent_tokens = options.get("recent_tokens")
         if recent_tokens and config.sliding_window is not None:
             options["recent_tokens"] = min(recent_tokens, config.sliding_window)
-        return PagedKVCache(
-            -(-num_tokens // block_size) + max_num_seqs - 1,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            max_num_seqs,
-            dtype,
-            backend=backend,
-            **options,
+        num_blocks = -(-num_tokens // block_size) + max_num_seqs - 1
+        return Layout.of(
+            num_blocks, block_size, config.num_key_value_heads, config.head_dim, dtype, **options
         )
 
     def forward(self, token_ids: np.ndarray, positions: np.ndarray, attention: LayerAttention) -> np.ndarray:

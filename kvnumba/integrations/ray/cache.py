@@ -19,13 +19,11 @@ from kvnumba.caches.recent import RecentTokens
 from kvnumba.errors import WorkerLost
 from kvnumba.integrations.ray import saving
 from kvnumba.integrations.ray.backend import ShardedBackend
-from kvnumba.integrations.ray.workers import Workers
+from kvnumba.integrations.ray.workers import TIMEOUT, Workers
 from kvnumba.storage import Layout, LayoutOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-TIMEOUT = 120.0
 
 
 class WorkerStats(NamedTuple):

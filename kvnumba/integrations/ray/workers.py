@@ -24,6 +24,7 @@ from kvnumba.integrations.ray.worker import Identity, Worker
 
 LARGE = 1 << 16  # bytes of an array that travels beside a message, through shared memory on one machine
 FLUSH = 1 << 20  # bytes of commands that wait for no answer, from which on they are sent at once
+TIMEOUT = 300.0  # seconds for an answer, the first of which may wait for a minute of compilation
 START_SECONDS = 120.0  # for processes to start and load what they need
 
 _open_groups = 0  # of a Ray that was started here
@@ -71,7 +72,7 @@ class Workers:
         workers: int | Sequence[Mapping[str, float]] = 2,
         *,
         backend: str | None = None,
-        timeout: float | None = 120.0,
+        timeout: float | None = TIMEOUT,
     ) -> None:
         if isinstance(workers, Sequence):
             resources = [dict(each) for each in workers]
