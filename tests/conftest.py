@@ -2,8 +2,8 @@
 
 NUMBA_ENABLE_CUDASIM=1 with KVNUMBA_BACKEND=cuda runs them in numba's simulator; KVNUMBA_TEST_GPU=1 runs them on a
 GPU, and fails where none answers. KVNUMBA_TEST_TILES=1 takes the CPU's kernels for tile instructions on any processor,
-with the instructions' stand-in. KVNUMBA_TEST_WORKERS=3 puts a cache on so many workers, each on a node of its own, in the
-place of every `PagedKVCache`; what looks into the storage itself is skipped.
+with the instructions' stand-in. KVNUMBA_TEST_WORKERS=3 puts a cache on so many workers, each on a node of its own, in
+the place of every `PagedKVCache`; what looks into the storage itself is skipped.
 """
 
 import os

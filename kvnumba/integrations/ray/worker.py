@@ -10,7 +10,8 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,9 @@ class Worker:
         ] = {}  # buffers, batches and plans, by the numbers that the driver gave them
         self._scorings: dict[Any, Scoring] = {}
         self._failed: BaseException | None = None
+        self._turn = threading.Condition()  # messages come by two ways, each in a thread of its own
+        self._done = 0
+        self._latest: Any = None
 
     def hello(self) -> Identity:
         import ray
@@ -94,18 +98,33 @@ class Worker:
         self._backend = get_backend(backend)
         return self._backend.name
 
-    def run(self, message: bytes, *buffers: Any) -> Any:
-        """Do what a message says; its large arrays lie in `buffers`."""
-        if self._failed is not None:
-            raise self._failed
-        try:
-            result = None
-            for name, *arguments in pickle.loads(message, buffers=buffers):
-                result = getattr(self, name)(*arguments)
-            return result
-        except BaseException as error:
-            self._failed = error
-            raise
+    def run(self, number: int, message: bytes, *buffers: Any) -> Any:
+        """Do what a message says, once those with smaller numbers are done; its large arrays lie in `buffers`.
+
+        The latest message may come again, where its answer was lost: it is not done twice.
+        """
+        with self._turn:
+            self._turn.wait_for(lambda: self._done >= number - 1)
+            if self._done < number:
+                self._latest = None
+                try:
+                    for name, *arguments in (
+                        pickle.loads(message, buffers=buffers) if self._failed is None else ()
+                    ):
+                        self._latest = getattr(self, name)(*arguments)
+                except BaseException as error:
+                    self._failed = error
+                self._done = number
+                self._turn.notify_all()
+            if self._failed is not None:
+                raise self._failed
+            return self._latest
+
+    def answer(self, messages: Mapping[int, tuple[int, bytes]], worker: int) -> bytes | None:
+        """Do what the message to this worker says, if there is one; returns its answer, pickled."""
+        if worker not in messages:
+            return None
+        return pickle.dumps(self.run(*messages[worker]), protocol=5)
 
     # Commands
 

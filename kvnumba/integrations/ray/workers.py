@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import pickle
 import threading
@@ -20,12 +21,16 @@ import ray
 from kvnumba import arguments
 from kvnumba.backends.registry import chosen_name
 from kvnumba.errors import WorkerLost
+from kvnumba.integrations.ray.channels import Channels, ChannelsError, Message
 from kvnumba.integrations.ray.worker import Identity, Worker
 
 LARGE = 1 << 16  # bytes of an array that travels beside a message, through shared memory on one machine
 FLUSH = 1 << 20  # bytes of commands that wait for no answer, from which on they are sent at once
 TIMEOUT = 300.0  # seconds for an answer, the first of which may wait for a minute of compilation
+CALLS_BEFORE_CHANNELS = 100  # to make channels takes a second
 START_SECONDS = 120.0  # for processes to start and load what they need
+
+logger = logging.getLogger("kvnumba")
 
 _open_groups = 0  # of a Ray that was started here
 _started_here = False
@@ -96,6 +101,10 @@ class Workers:
         self._waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
         self._waiting_bytes = [0] * count
         self._garbage: list[deque[int]] = [deque() for _ in range(count)]
+        self._sent = [0] * count  # messages so far
+        self._calls = 0
+        self._channels: Channels | None = None
+        self._in_turn = threading.RLock()  # of those who use channels
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         _connect()
         self._stop = weakref.finalize(self, _stop, self._actors)
@@ -119,6 +128,7 @@ class Workers:
         with self._lock:
             for number in range(len(self)):
                 self._reasons.setdefault(number, "was stopped")
+        self._drop_channels()
         self._stop()
 
     @property
@@ -161,7 +171,7 @@ class Workers:
             self._waiting[number].append(command)
             self._waiting_bytes[number] += sum(x.nbytes for x in command if isinstance(x, np.ndarray))
             if self._waiting_bytes[number] >= FLUSH and number not in self._reasons:
-                self._submit(number, [], {})
+                self._post(number, *self._message(number, [], {}))
 
     def forget(self, number: int, thing: int) -> None:
         """Let a worker forget something, some time; also from where no lock may be taken."""
@@ -175,29 +185,39 @@ class Workers:
         WorkerLost
             A worker is lost, or is from now on. The other ones have done their commands.
         """
-        with self._lock:
-            self.require(commands)
-            references: dict[int, Any] = {}
-            arrays: dict[tuple[int, int], Any] = {}
-            for number, those in commands.items():
-                references[number] = self._submit(number, those, arrays)
         begin = time.monotonic()
-        try:
-            return dict(
-                zip(references, ray.get(list(references.values()), timeout=self.timeout), strict=True)
-            )
-        except ray.exceptions.RayError:
-            spent = time.monotonic() - begin
-        left = None if self.timeout is None else max(self.timeout - spent, 0)
-        ray.wait(list(references.values()), num_returns=len(references), timeout=left)
-        self.give_up({n: why for n, reference in references.items() if (why := self._failure(reference))})
-        self.require(commands)
-        raise AssertionError("a call failed, but no worker did")
+        with self._in_turn if self._may_use_channels() else contextlib.nullcontext():
+            channels = self._channels
+            with self._lock:
+                self.require(commands)
+                arrays: dict[tuple[int, int], Any] = {}
+                messages = {
+                    number: self._message(number, those, arrays) for number, those in commands.items()
+                }
+                sent = None
+                if channels is not None and not any(beside for _, beside in messages.values()):
+                    with contextlib.suppress(ChannelsError):
+                        sent = channels.send({number: message for number, (message, _) in messages.items()})
+                if sent is None:
+                    references = {
+                        number: self._post(number, *message) for number, message in messages.items()
+                    }
+            if sent is None or channels is None:
+                return self._wait(references, begin)
+            try:
+                return self._checked(channels.receive(sent, self.timeout))
+            except ChannelsError:
+                # who has done the message says so again, who is lost says nothing
+                references = {number: self._post(number, *message) for number, message in messages.items()}
+                try:
+                    return self._wait(references, begin)
+                finally:
+                    self._drop_channels()
 
-    def _submit(
+    def _message(
         self, number: int, commands: Sequence[tuple[Any, ...]], arrays: dict[tuple[int, int], Any]
-    ) -> Any:
-        """Send what waits and some more commands; `arrays` are those that others got in the same call."""
+    ) -> tuple[Message, list[Any]]:
+        """What waits and some more commands, and large arrays beside; `arrays` are those of others in the same call."""
         garbage = self._garbage[number]
         message = list(self._waiting[number])  # these may need what is garbage by now
         message += [("forget", garbage.popleft()) for _ in range(len(garbage))]
@@ -217,7 +237,68 @@ class Workers:
             return False
 
         data = pickle.dumps(message, protocol=5, buffer_callback=inside)
-        return self._actors[number].run.remote(data, *beside)
+        self._sent[number] += 1
+        return (self._sent[number], data), beside
+
+    def _post(self, number: int, message: Message, beside: Sequence[Any]) -> Any:
+        return self._actors[number].run.remote(*message, *beside)
+
+    def _wait(self, references: Mapping[int, Any], begin: float) -> dict[int, Any]:
+        """The answers to calls of actors, one of which began at some time."""
+
+        def left() -> float | None:
+            # a moment in any case: to hear from those that have done their part
+            return None if self.timeout is None else max(begin + self.timeout - time.monotonic(), 1.0)
+
+        try:
+            return dict(zip(references, ray.get(list(references.values()), timeout=left()), strict=True))
+        except ray.exceptions.RayError:
+            ray.wait(list(references.values()), num_returns=len(references), timeout=left())
+        answers: dict[int, Any] = {}
+        for number, reference in references.items():
+            try:
+                answers[number] = ray.get(reference, timeout=0)
+            except ray.exceptions.RayError as error:
+                answers[number] = error
+        return self._checked(answers)
+
+    def _checked(self, answers: dict[int, Any]) -> dict[int, Any]:
+        """The answers, if all workers have given one."""
+        failed = {
+            number: answer
+            for number, answer in answers.items()
+            if isinstance(answer, ray.exceptions.RayError)
+        }
+        if failed:
+            self.give_up({number: self._why(error) for number, error in failed.items()})
+            self.require(answers)
+        return answers
+
+    def _why(self, error: Exception) -> str:
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            return f"did not answer within {self.timeout:g} s"
+        if isinstance(error, ray.exceptions.RayTaskError):
+            return f"failed: {type(error.cause).__name__}: {error.cause}"
+        return "died"
+
+    def _may_use_channels(self) -> bool:
+        """Whether there are channels; they are made after some calls in which no worker was lost or replaced."""
+        with self._lock:
+            self._calls += 1
+            due = self._calls == CALLS_BEFORE_CHANNELS
+        if due:
+            alive = {n: actor for n, actor in enumerate(self._actors) if n not in self._reasons}
+            with self._in_turn:
+                try:
+                    self._channels = Channels(alive)
+                except Exception as error:  # they are experimental, and calls do as well
+                    logger.warning("no channels to the workers, which makes each call slower: %s", error)
+        return self._channels is not None
+
+    def _drop_channels(self) -> None:
+        channels, self._channels, self._calls = self._channels, None, 0
+        if channels is not None:
+            channels.close()
 
     def require(self, numbers: Iterable[int]) -> None:
         """Raise WorkerLost if one of these workers is lost."""
@@ -226,19 +307,6 @@ class Workers:
             raise WorkerLost(
                 "; ".join(f"{self.describe(number)} {self._reasons[number]}" for number in lost), lost
             )
-
-    def _failure(self, reference: Any) -> str | None:
-        """Why there is no answer."""
-        try:
-            ray.get(reference, timeout=0)
-        except ray.exceptions.GetTimeoutError:
-            return f"did not answer within {self.timeout:g} s"
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            return f"failed: {type(cause).__name__}: {cause}"
-        except ray.exceptions.RayError:
-            return "died"
-        return None
 
     # Loss and replacement
 
@@ -253,6 +321,7 @@ class Workers:
                 with contextlib.suppress(Exception):  # it may be gone, with its machine
                     ray.kill(self._actors[number], no_restart=True)
         if new:
+            self._drop_channels()  # after that: a worker that hangs would be waited for
             for holder in list(self._holders):
                 holder.lose(new)
 
@@ -264,8 +333,10 @@ class Workers:
         if not self._stop.alive:
             raise RuntimeError("workers: they were stopped")
         self._begin(lost)
+        self._drop_channels()
         with self._lock:
             for number in lost:
+                self._sent[number] = 0
                 self._incarnations[number] += 1
                 del self._reasons[number]
         for holder in list(self._holders):
