@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import borrowed, inlined, kernel, plain
-from kvnumba.backends.cpu.runs import list_runs, next_stored
+from kvnumba.backends.cpu.runs import list_runs
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
@@ -228,11 +228,11 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     unmasked = window < 0 and cap == 0 and scoring.slopes.shape[0] == 0
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
     masks = Masks(reach, piece.position if unmasked else -1, cap)
-    end = piece.end_key
-    key = next_stored(blocks, piece.first_key, end, storage.block_size)
+    key, end = piece.first_key, piece.end_key
     while key < end:
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
-        shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
+        if num_runs > 0:
+            shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
     shape.finish_phases(shape, rows, values.head_dim, scratch.total)
     store_result(shape, reading, piece, work, values.head_dim, transform, scoring, scratch, views)
 
