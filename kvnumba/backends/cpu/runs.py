@@ -16,8 +16,8 @@ RUN_ROW, RUN_TOKENS, RUN_SCORES, RUN_KEY = range(4)
 def list_runs(shape, blocks, key, end, storage, head, runs):
     """List runs from `key` on, up to a phase of them; returns how many, and the key after them.
 
-    Blocks that are not there are passed over, so that the last phase may be without runs. Entries after the last hold the
-    rows of as many following runs as are prefetched.
+    Blocks that are not there are passed over: the last phase may be without runs. Entries after the last hold the rows
+    of as many following runs as are prefetched.
     """
     first_block, block_size, num_heads = storage.first_block, storage.block_size, storage.num_heads
     tokens = max(shape.tokens, 2)  # weights may be taken in pairs

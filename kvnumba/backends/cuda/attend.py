@@ -122,12 +122,15 @@ def attend_kernel(
         for first_key in range(begin, end, KEYS):
             count = min(KEYS, end - first_key)
             for j in range(thread, KEYS, THREADS):
+                number = int32(-1)
                 if j < count:
                     number = find_slab(
                         piece.blocks, first_key + j, work.block_size, work.num_kv_heads, piece.kv_head
                     )
+                    shared_int[index(at_slabs + j)] = number
+                if number >= 0:
                     slab, offset = number * work.slab_bytes, remainder(first_key + j, work.block_size)
-                    shared_int[index(at_slabs + j)], shared_int[index(at_slabs + KEYS + j)] = number, offset
+                    shared_int[index(at_slabs + KEYS + j)] = offset
                     of.clear(scores)
                     for c in range(key_chunks):
                         read_key(
@@ -165,17 +168,16 @@ def attend_kernel(
                 of.scale_rows(weighted, shared, at_factors)
                 single.scale_rows(totals, shared, at_factors)
                 for j in range(share, count, shares):
-                    slab, offset = (
-                        int64(shared_int[index(at_slabs + j)]) * work.slab_bytes,
-                        int64(shared_int[index(at_slabs + KEYS + j)]),
-                    )
-                    read_value(
-                        call.values + slab, call.value_scales + slab, offset, chunk * value_width, value_head_dim,
-                        work.value_group, values,
-                    )  # fmt: skip
-                    of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
-                    if chunk == 0:
-                        of.add_rows(totals, shared, at_scores + j, KEYS)
+                    number = int64(shared_int[index(at_slabs + j)])
+                    if number >= 0:
+                        slab, offset = number * work.slab_bytes, int64(shared_int[index(at_slabs + KEYS + j)])
+                        read_value(
+                            call.values + slab, call.value_scales + slab, offset, chunk * value_width,
+                            value_head_dim, work.value_group, values,
+                        )  # fmt: skip
+                        of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
+                        if chunk == 0:
+                            of.add_rows(totals, shared, at_scores + j, KEYS)
             barrier()
 
         for s in range(shares):

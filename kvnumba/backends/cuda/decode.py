@@ -116,8 +116,33 @@ def _attention(
         value_head_dim // 16,
     )
     element, result = values.element, values.result
+    every = (1 << count) - 1
     zero, one, least, ln_2 = float32(0), float32(1), float32(LEAST), float32(math.log(2))
     loaded_size, sums_size = 4 * TOGETHER, shared_floats(ROWS, value_head_dim, WARPS)
+
+    @device
+    def next_step(work, piece, turn, warp, end_tile, slabs, firsts):
+        """A warp's next step with a block that is there: its turn, its first tile, and which of its tiles are missing.
+
+        In each turn the warps take as many neighbouring steps, rotated, so that blocks in turn are shared by all
+        warps. A tile that is missing leaves the place of the one before it, which is read again and not seen.
+        """
+        tile, missing = int32(0), int32(every)
+        turn -= 1
+        while missing == every and tile < end_tile:
+            turn += 1
+            tile = (piece.begin >> 4) + (turn * WARPS + ((warp + turn) & (WARPS - 1))) * count
+            missing = int32(0)
+            for u in range(count):
+                slab, first = find_tile(
+                    piece.blocks, min(tile + u, end_tile - 1), work.block_size, work.num_kv_heads, piece.kv_head,
+                    work.slab_bytes,
+                )  # fmt: skip
+                if slab < 0:
+                    missing |= 1 << u
+                else:
+                    slabs[u], firsts[u] = slab, first
+        return turn, tile, missing
 
     @device
     def attend(call, work, number):
@@ -140,12 +165,11 @@ def _attention(
         g, c = lane >> int32(2), lane & int32(3)
         piece = open_piece(work, number, cuda.blockIdx.x)
         tile, end_tile = (piece.begin >> 4) + warp * count, (piece.end + TILE - 1) >> 4
+        turn, missing = int32(0), int32(0)
+        for u in range(count):
+            slabs[u], firsts[u] = int64(0), int32(0)
         if tile < end_tile:
-            for u in range(count):
-                slabs[u], firsts[u] = find_tile(
-                    piece.blocks, min(tile + u, end_tile - 1), work.block_size, work.num_kv_heads, piece.kv_head,
-                    work.slab_bytes,
-                )  # fmt: skip
+            turn, tile, missing = next_step(work, piece, turn, warp, end_tile, slabs, firsts)
             for u in range(count):
                 keys.fetch(
                     call.keys + slabs[u], call.key_scales + slabs[u], firsts[u], g, c, kw, u * key_words, ks,
@@ -167,29 +191,24 @@ def _attention(
         units[0], units[1], units[2] = zero, one, one
 
         while tile < end_tile:
-            following = tile + WARPS * count
             for u in range(count):
                 keys.score(query, query_totals, kw, u * key_words, ks, u * key_scales, scores, 4 * u)
-            for u in range(count):
-                slabs[u], firsts[u] = find_tile(
-                    piece.blocks, min(following + u, end_tile - 1), work.block_size, work.num_kv_heads,
-                    piece.kv_head, work.slab_bytes,
-                )  # fmt: skip
+            turn, following, missing_there = next_step(work, piece, turn + 1, warp, end_tile, slabs, firsts)
             for u in range(count):
                 keys.fetch(
                     call.keys + slabs[u], call.key_scales + slabs[u], firsts[u], g, c, kw, u * key_words, ks,
                     u * key_scales,
                 )  # fmt: skip
             step(
-                scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, offsets, slopes, tops,
-                totals, zeros, units, sums,
+                scores, packed, vw, vs, tile * TILE, missing, c, sight, work.soft_cap, last, factors, offsets, slopes,
+                tops, totals, zeros, units, sums,
             )  # fmt: skip
             for u in range(count):
                 values.fetch(
                     call.values + slabs[u], call.value_scales + slabs[u], firsts[u], g, c, vw, u * value_words, vs,
                     u * value_scales,
                 )  # fmt: skip
-            tile = following
+            tile, missing = following, missing_there
 
         at_warps = sums_size
         at_factors = at_warps + 2 * WARPS * ROWS

@@ -314,10 +314,26 @@ def _module(**functions: Any) -> ModuleType:
 
 @device
 def find_tile(blocks, tile, block_size, num_heads, head, slab_bytes):
-    """Where the slab of a tile of keys begins, in bytes from the first slab, and which of its tokens is the first."""
+    """Where the slab of a tile of keys begins, in bytes from the first slab, and which of its tokens is the first.
+
+    The first is negative where the tile's block is not there.
+    """
     key = tile * TILE
     block, offset = tile, int32(0)
     if block_size != TILE:
         block = hw.quotient(key, block_size)
         offset = int32(key - block * block_size)
     return (int64(load_int(blocks + 4 * int64(block))) * num_heads + head) * slab_bytes, offset
+
+
+@device
+def next_tile(blocks, tile, end_tile, block_size, num_heads, head, slab_bytes):
+    """The first tile from `tile` on whose block is there, and where `find_tile` finds it.
+
+    From `end_tile` on nobody asks: what is then found can be read, and that is all.
+    """
+    slab, offset = find_tile(blocks, min(tile, end_tile - 1), block_size, num_heads, head, slab_bytes)
+    while slab < 0 and tile < end_tile:
+        tile += 1
+        slab, offset = find_tile(blocks, min(tile, end_tile - 1), block_size, num_heads, head, slab_bytes)
+    return tile, max(slab, int64(0)), offset

@@ -17,8 +17,8 @@ from kvnumba.backends.cuda.codecs import Codec
 from kvnumba.backends.cuda.fragments import (
     ALL,
     LOG2_E,
-    find_tile,
     key_functions,
+    next_tile,
     sum_of_quad,
     value_functions,
     words_of_tile,
@@ -97,23 +97,24 @@ def prefill_kernel(
 
             tile, end_tile = begin >> 4, (end + TILE - 1) >> 4
             if tile < end_tile:
-                slab, offset = find_tile(
-                    piece.blocks, tile, work.block_size, work.num_kv_heads, piece.kv_head, work.slab_bytes
-                )
+                tile, slab, offset = next_tile(
+                    piece.blocks, tile, end_tile, work.block_size, work.num_kv_heads, piece.kv_head,
+                    work.slab_bytes,
+                )  # fmt: skip
                 keys.fetch(call.keys + slab, call.key_scales + slab, offset, g, c, kw, 0, ks, 0)
                 while tile < end_tile:
                     values.fetch(call.values + slab, call.value_scales + slab, offset, g, c, vw, 0, vs, 0)
                     keys.score(query, query_totals, kw, 0, ks, 0, scores, 0)
-                    slab, offset = find_tile(
-                        piece.blocks, min(tile + 1, end_tile - 1), work.block_size, work.num_kv_heads,
-                        piece.kv_head, work.slab_bytes,
+                    following, slab, offset = next_tile(
+                        piece.blocks, tile + 1, end_tile, work.block_size, work.num_kv_heads, piece.kv_head,
+                        work.slab_bytes,
                     )  # fmt: skip
                     keys.fetch(call.keys + slab, call.key_scales + slab, offset, g, c, kw, 0, ks, 0)
                     step(
-                        scores, packed, vw, vs, tile * TILE, c, sight, work.soft_cap, last, factors, offsets,
-                        slopes, tops, totals, zeros, units, sums,
+                        scores, packed, vw, vs, tile * TILE, int32(0), c, sight, work.soft_cap, last, factors,
+                        offsets, slopes, tops, totals, zeros, units, sums,
                     )  # fmt: skip
-                    tile += 1
+                    tile = following
 
             results = load_int(piece.address + 4 * NUM_SPLITS) != 0  # else partial results, which are merged
             first = load_int(piece.address + 4 * FIRST_PARTIAL)

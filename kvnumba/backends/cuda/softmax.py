@@ -111,7 +111,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
     scores, and `offsets`, which are added to them; `slopes`; and the state of its softmax: `tops`, the maximum score,
     `totals`, the sum of weights, `zeros`, the weighted sum of zeros. `units` are the largest scale so far, the power
     of two by which weights are divided to stay within float16's range once they are multiplied by scales, and the
-    inverse of that power.
+    inverse of that power. `missing` has a bit for each tile, set where its block is not there.
     """
     has_scale = codec.fmt.has_scale
     values = value_functions(codec, head_dim, halves)
@@ -132,6 +132,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
         words,
         scales,
         first_key,
+        missing,
         c,
         sight,
         soft_cap,
@@ -150,6 +151,7 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
             surely_from = max(surely_from, sight.high - sight.window_left)
             never_before = max(never_before, sight.low - sight.window_left)
         edge = first_key + count * TILE > min(sight.end, sight.low + 1) or first_key < surely_from
+        edge = edge or missing != 0
         for i in range(num_scores):
             half = i // 4 % halves
             scores[i] = scores[i] * factors[half] + offsets[half]
@@ -168,11 +170,12 @@ def online_softmax(codec: Codec, head_dim: int, count: int, halves: int, extras:
                 lowest = sight.begin
                 if sight.window_left >= 0:
                     lowest = max(lowest, last[half] - sight.window_left)
-                if key > last[half] or key < lowest or key >= sight.end:
+                out_of_sight = key > last[half] or key < lowest or key >= sight.end
+                if out_of_sight or missing >> (i // per_tile) & 1:
                     scores[i] = hidden
             for t in range(4 * count):
                 key = first_key + t // 4 * TILE + t // 2 % 2 * 8 + t % 2 + 2 * c
-                if key >= sight.end or key < never_before:
+                if key >= sight.end or key < never_before or missing >> (t // 4) & 1:
                     forget(words, t // 4 * tile_words, scales, t // 4 * tile_scales, t % 4)
 
         for half in range(halves):

@@ -103,7 +103,10 @@ def position_of(tables, num_seqs, sequence, token):
 
 @device
 def find_slab(blocks, position, block_size, num_heads, head):
-    """The number of the slab where a token of a sequence lies, whose block ids are at `blocks`."""
+    """The number of the slab where a token of a sequence lies, whose block ids are at `blocks`.
+
+    Negative where the block is not there.
+    """
     return load_int(blocks + 4 * quotient(position, block_size)) * num_heads + head
 
 
