@@ -433,6 +433,39 @@ class TestParts:
             assert np.abs(out[rows] - want).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
             assert np.abs(lse[rows] - want_lse).max() <= UNIT[kind] / 2 * max(1, np.abs(want_lse).max())
 
+    @pytest.mark.parametrize(("fmt", "block_size"), [("float16", 16), ("int8", 16), ("int8", 48)])
+    @pytest.mark.parametrize("new", [1, 40])
+    @pytest.mark.parametrize("options", [{}, {"window_left": 150, "alibi_slopes": np.ones(4) / 64}], ids=str)
+    def test_blocks_that_are_not_there(self, fmt, block_size, new, options, gpu, filled, normal):
+        """Steps of which some tiles are there, all or none; nothing at all; NaN in the memory that is not read."""
+        lengths = [700, 250, 90]
+        cached = filled(lengths, [new] * 3, fmt, block_size=block_size)
+        column = np.arange(cached.batch.block_table.shape[1])
+        there = np.stack((column % 2 == 1, (column < 2) | (column > 12), column < 0))
+        for n in range(3):
+            for block in cached.batch.block_table[n, ~there[n]]:
+                for rows in (cached.buffers.keys, cached.buffers.values):
+                    (rows.scale if fmt == "int8" else rows.codes)[0, block] = np.nan
+        table = np.where(there, cached.batch.block_table, np.int32(-1))
+        batch = dataclasses.replace(cached.batch, block_table=table, kept={})
+        q = normal(1, 3 * new, 4, 64).astype(np.float16).astype(np.float32)
+        scoring = Scoring.of(4, 64, **options)
+        gpu.device.launched.clear()
+        out, lse = self.attend(gpu, [Part(cached.buffers, batch)], q, "float16", scoring)
+        assert gpu.device.launched == ["decode" if new == 1 else "prefill"]
+        for n, length in enumerate(lengths):
+            rows = slice(n * new, (n + 1) * new)
+            present = np.repeat(there[n], block_size)[:length]
+            want, want_lse = oracle.attention(
+                q[0, rows], cached.k[n], cached.v[n], present=present, **options
+            )
+            seen = np.isfinite(want_lse)
+            np.testing.assert_array_equal(lse[rows][~seen], -np.inf)
+            assert np.abs(out[rows] - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
+            got_lse, want_lse = lse[rows][seen], want_lse[seen]
+            largest_lse = np.abs(want_lse).max(initial=1)
+            assert np.abs(got_lse - want_lse).max(initial=0) <= UNIT["float16"] / 2 * largest_lse
+
     @pytest.mark.parametrize("kind", ["float32", "float16"])
     @pytest.mark.parametrize("new", [2, 40])
     def test_tokens_after_all_keys(self, kind, new, gpu, filled, normal):
