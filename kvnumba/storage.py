@@ -431,7 +431,8 @@ class Batch:
     ----------
     block_table : (B, max_blocks) int32
         Block ids of each sequence, in order; entries past its length are not read. -1 is a block that is not there:
-        its keys are not seen, and new tokens that belong there are not written. Positions count its tokens.
+        nothing of it is read, its keys are not seen, and new tokens that belong there are not written. The positions
+        of all others stay what they are.
     seq_lens : (B,) int32
         Keys of each sequence, those of the new tokens included.
     query_start_loc : (B + 1,) int32

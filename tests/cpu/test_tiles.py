@@ -25,8 +25,10 @@ from kvnumba.backends import cpu
 from kvnumba.backends.cpu import few_tiles, many_tiles, tiles
 from kvnumba.backends.cpu.simd import Emitter
 from kvnumba.backends.cpu.tiles import AMX, STAND_IN, Tiles
+from kvnumba.backends.registry import get_backend
 from kvnumba.formats import FORMATS
-from kvnumba.storage import RowLayout
+from kvnumba.options import Scoring
+from kvnumba.storage import Batch, Layout, Part, RowLayout
 
 INSTRUCTIONS = [
     STAND_IN,
@@ -279,6 +281,29 @@ def test_a_query_that_is_not_finite(tiled, normal):
     assert np.isnan(have[0, 2]).all()
     others = np.arange(8) != 2
     np.testing.assert_array_equal(have[0, others], want[0, others])
+
+
+@pytest.mark.parametrize(("new", "kernels"), [(1, few_tiles), (13, many_tiles)])
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("options", [{}, {"window_left": 400, "alibi_slopes": np.arange(8) / 64}], ids=str)
+def test_blocks_that_are_not_there(new, kernels, block_size, options, tiled, normal):
+    """Every second one; phases have tokens from all over the sequence."""
+    backend, blocks = get_backend("cpu"), 800 // block_size
+    buffers = backend.allocate(Layout.of(blocks, block_size, 2, 64, "int8"))
+    table, length = np.arange(blocks, dtype=np.int32)[None], np.array([790], np.int32)
+    backend.write(
+        buffers, 0, normal(1, 790, 2, 64), normal(1, 790, 2, 64), Batch.of(table, length, [790], block_size)
+    )
+    k, v = (x[0] for x in backend.read(buffers, 0, table, 790))
+    there = np.arange(blocks) % 2 == 1
+    batch = Batch.of(np.where(there, table, np.int32(-1)), length, [new], block_size)
+    q, scoring = normal(new, 8, 64), Scoring.of(8, 64, **options)
+    out, lse = np.empty_like(q), np.empty((new, 8), np.float32)
+    plan = backend.plan([Part(buffers, batch)], 8, scoring)
+    backend.attend(0, q[None], plan, scoring, out[None], lse[None])
+    assert kernels.__name__ in tiled
+    present = np.repeat(there, block_size)[:790]
+    oracle.assert_as_exact((out, lse), q, k, v, rounded=oracle.sixteen_bits, present=present, **options)
 
 
 @pytest.mark.parametrize(
