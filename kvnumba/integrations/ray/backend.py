@@ -128,7 +128,7 @@ class ShardedBackend:
 
     def ping(self) -> None:
         """Ask all workers that are not lost for an answer."""
-        self.call({worker: [("nothing",)] for worker in self._alive()})
+        self.call({worker: [("echo",)] for worker in self._alive()})
 
     def _alive(self) -> list[int]:
         return [worker for worker in range(self.num_shards) if worker not in self.workers.lost]

@@ -135,8 +135,9 @@ class Worker:
         except (OSError, ValueError, MemoryError) as error:
             return error
 
-    def nothing(self) -> None:
+    def echo(self, thing: Any = None) -> Any:
         """Show that one is alive."""
+        return thing
 
     def know(self, number: int, thing: Any) -> None:
         self._known[number] = thing
