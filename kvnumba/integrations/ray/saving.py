@@ -81,32 +81,21 @@ def load(
     if into is not None:
         header = of_sequences(header, into)
     alive = [worker for worker in range(backend.num_shards) if worker not in backend.workers.lost]
-    checks: dict[int, list[tuple[Any, ...]]] = {}
-    for n, file in enumerate(header["files"]):
-        checks.setdefault(alive[n % len(alive)], []).append(
-            ("check", path / file["name"], identity, file["bytes"])
-        )
-    for round_of in range(max(map(len, checks.values()), default=0)):
-        _attempt(backend, {w: those[round_of] for w, those in checks.items() if round_of < len(those)})
+    files = [(path / file["name"], file["bytes"]) for file in header["files"]]
+    shared_out = {worker: files[n :: len(alive)] for n, worker in enumerate(alive) if files[n :: len(alive)]}
+    _attempt(backend, {worker: ("check", identity, those) for worker, those in shared_out.items()})
 
     def fill(blocks: np.ndarray) -> None:
-        # the blocks of the files that are wanted, as (file, place in it, block)
-        wanted = [
-            (n, place, int(blocks[number]))
-            for n, file in enumerate(header["files"])
-            for place, number in enumerate(file["blocks"])
-            if number != NO_BLOCK
-        ]
-        if not wanted:
-            return
-        of_file, place_in_file, target = np.array(wanted, np.int64).T
-        for n, file in enumerate(header["files"]):
-            some = np.flatnonzero(of_file == n)
-            for worker, which, local in backend.by_holder(buffers, target[some]):
-                command = (
-                    "load", buffers.shipped.number, path / file["name"], identity, place_in_file[some][which], local
-                )  # fmt: skip
-                _attempt(backend, {worker: command})
+        parts: dict[int, list[tuple[Path, np.ndarray, np.ndarray]]] = {}
+        for file in header["files"]:
+            numbers = np.array(file["blocks"], np.int64)
+            places = np.flatnonzero(numbers != NO_BLOCK)
+            for worker, which, local in backend.by_holder(buffers, blocks[numbers[places]]):
+                parts.setdefault(worker, []).append((path / file["name"], places[which], local))
+        _attempt(
+            backend,
+            {worker: ("load", buffers.shipped.number, identity, those) for worker, those in parts.items()},
+        )
 
     def states(blocks: np.ndarray) -> list[State]:
         return snapshot.recall(header, pool, blocks)

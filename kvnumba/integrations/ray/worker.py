@@ -212,25 +212,27 @@ class Worker:
         """Write blocks to a file, in this order."""
         snapshot.write_file(path, header, snapshot.block_chunks(self._backend, self._known[number], blocks))
 
-    def check(self, path: Path, identity: dict[str, Any], num_bytes: int) -> None:
-        """Raise unless a file has so many bytes of blocks, all of them whole."""
-        with path.open("rb") as file:
-            snapshot.read_header(file, path, identity)
-            snapshot.check_payload(file, path, num_bytes)
+    def check(self, identity: dict[str, Any], files: Sequence[tuple[Path, int]]) -> None:
+        """Raise unless files have so many bytes of blocks each, all of them whole."""
+        for path, num_bytes in files:
+            with path.open("rb") as file:
+                snapshot.read_header(file, path, identity)
+                snapshot.check_payload(file, path, num_bytes)
 
     def load(
-        self, number: int, path: Path, identity: dict[str, Any], places: np.ndarray, blocks: np.ndarray
+        self, number: int, identity: dict[str, Any], files: Sequence[tuple[Path, np.ndarray, np.ndarray]]
     ) -> None:
-        """Fill blocks with those at some places of a file, which are in order."""
+        """Fill blocks from files: of each its path, places in it, in order, and the blocks for which they are."""
         buffers = self._known[number]
         size = snapshot.block_bytes(buffers.layout)
-        with path.open("rb") as file:
-            snapshot.read_header(file, path, identity)
-            begin = file.tell()
-            breaks = np.flatnonzero(np.diff(places) != 1) + 1
-            for run, into in zip(np.split(places, breaks), np.split(blocks, breaks), strict=True):
-                file.seek(begin + int(run[0]) * size)
-                snapshot.fill_blocks(file, self._backend, buffers, into)
+        for path, places, blocks in files:
+            with path.open("rb") as file:
+                snapshot.read_header(file, path, identity)
+                begin = file.tell()
+                breaks = np.flatnonzero(np.diff(places) != 1) + 1
+                for run, into in zip(np.split(places, breaks), np.split(blocks, breaks), strict=True):
+                    file.seek(begin + int(run[0]) * size)
+                    snapshot.fill_blocks(file, self._backend, buffers, into)
 
 
 def local_layout(layout: Layout, num_blocks: int) -> Layout:
