@@ -26,8 +26,9 @@ from kvnumba.storage import Layout
 
 LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = SHAPES["llama-3-8b"]
 BLOCK_SIZE, CHUNK = 16, 4096
-LENGTHS = {4096: (20, 40), 131_072: (12, 5)}
+LENGTHS = {4096: (7, 40), 131_072: (4, 5)}
 """Tokens -> rounds, and calls of each cache in a round."""
+MADE = 4
 FORMATS = ("float32", "float16", "int8", "int4")
 WORKERS = (1, 2, 3, 4)
 SIMULATED_BLOCK = 128  # tokens
@@ -66,42 +67,48 @@ def token(cache: kvnumba.PagedKVCache, length: int) -> Callable[[], None]:
     return call
 
 
-def in_rounds(calls: dict[str, Callable[[], None]], rounds: int, repeats: int) -> dict[str, Timing]:
-    """Seconds a layer: some calls of each in every round, after a pause in which the other's threads fall asleep."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            time.sleep(SETTLE)
-            call()
-            for _ in range(repeats):
-                begin = time.perf_counter()
+def compared(length: int, layout: Layout, workers: Workers) -> dict[str, Timing]:
+    """Seconds a layer, in one process and on workers.
+
+    Each is called some times in every round, after a pause in which the other's threads fall asleep. Caches are made
+    several times: where the system puts their pages decides about a third of the time.
+    """
+    rounds, repeats = LENGTHS[length]
+    seconds: dict[str, list[float]] = {"one": [], "sharded": []}
+    for _ in range(MADE):
+        caches = (
+            kvnumba.PagedKVCache.from_layout(layout, 1, backend="cpu"),
+            ShardedKVCache.from_layout(layout, 1, workers=workers),
+        )
+        calls = [token(cache, length) for cache in caches]
+        for call in calls:
+            for _ in range(60 if length < CHUNK + 1 else 2):  # until kernels are compiled, and channels made
                 call()
-                seconds[name].append((time.perf_counter() - begin) / MEASURED)
+        for _ in range(rounds):
+            for call, found in zip(calls, seconds.values(), strict=True):
+                time.sleep(SETTLE)
+                call()
+                for _ in range(repeats):
+                    begin = time.perf_counter()
+                    call()
+                    found.append((time.perf_counter() - begin) / MEASURED)
     return {name: Timing.of(found) for name, found in seconds.items()}
 
 
 def overhead(workers: Workers) -> tuple[list[list[str]], dict[str, float]]:
     """Rows of the table of costs, and the bytes a second that one process reads in each format."""
     rows, rates = [], {}
-    for length, (rounds, repeats) in LENGTHS.items():
+    for length in LENGTHS:
         for fmt in FORMATS:
             layout = Layout.of(
                 length // BLOCK_SIZE + 1, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, fmt, num_layers=MEASURED
             )
-            caches = {
-                "one": kvnumba.PagedKVCache.from_layout(layout, 1, backend="cpu"),
-                "sharded": ShardedKVCache.from_layout(layout, 1, workers=workers),
-            }
-            calls = {name: token(cache, length) for name, cache in caches.items()}
-            for call in calls.values():
-                for _ in range(60):  # until channels are made
-                    call()
-            times = in_rounds(calls, rounds, repeats)
+            times = compared(length, layout, workers)
             one, sharded = times["one"].median, times["sharded"].median
             rates[fmt] = length * layout.bytes_per_token() / MEASURED / one  # the longest counts
             rows.append(
                 [
-                    f"{length:,}", fmt, f"{1e3 * one:.2f}", f"{1e3 * sharded:.2f}", f"{sharded / one:.2f}x",
+                    f"{length:,}", fmt, times["one"].cell(), times["sharded"].cell(), f"{sharded / one:.2f}x",
                     f"{1e3 * (sharded - one):+.2f}",
                 ]
             )  # fmt: skip
@@ -179,7 +186,8 @@ def main() -> None:
     with Workers(2, backend="cpu") as workers:
         costs, rates = overhead(workers)
     trips = round_trips()
-    fit = np.polyfit(WORKERS, [trips["channels", n] for n in WORKERS], 1)
+    # more workers than cores wait for each other here, not elsewhere
+    fit = np.polyfit(WORKERS[:2], [trips["channels", n] for n in WORKERS[:2]], 1)
     rows, figure = simulation(rates, fit)
     machine = ", ".join(f"{name}: {value}" for name, value in cpu.describe()[:3])
     text = f"""
