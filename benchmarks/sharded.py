@@ -140,8 +140,8 @@ def round_trips() -> dict[tuple[str, int], float]:
     return found
 
 
-def seconds_a_token(tokens: int, workers: int, fmt: str, rate: float, fit: np.ndarray) -> float:
-    """All layers of Llama 3 8B; `fit` are the seconds of a round trip, for each worker more and for none."""
+def seconds_a_token(tokens: int, workers: int, fmt: str, rate: float, message: float) -> float:
+    """All layers of Llama 3 8B; `message` are the seconds that one to a worker and back takes."""
     num_bytes = tokens * Layout.of(1, 1, NUM_KV_HEADS, HEAD_DIM, fmt).bytes_per_token()
     reading = num_bytes / (workers * rate)
     if workers == 1:
@@ -149,16 +149,16 @@ def seconds_a_token(tokens: int, workers: int, fmt: str, rate: float, fit: np.nd
     travels = 4 * NUM_QO_HEADS * HEAD_DIM * 2 * workers  # a query there, an output back
     table = 4 * tokens / SIMULATED_BLOCK * workers  # to every worker, once a token
     network = LATENCY + travels / BANDWIDTH
-    return LAYERS * (reading + fit @ (workers, 1) + network) + table / BANDWIDTH
+    return LAYERS * (reading + workers * message + network) + table / BANDWIDTH
 
 
-def simulation(rates: dict[str, float], fit: np.ndarray) -> tuple[list[list[str]], Figure]:
+def simulation(rates: dict[str, float], message: float) -> tuple[list[list[str]], Figure]:
     """Rows of the table, and the plot: milliseconds a token."""
     rows = []
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, fmt in zip(figure.subplots(1, 2, sharey=True), ("float16", "int4"), strict=True):
         for name, tokens in TOKENS.items():
-            found = [1e3 * seconds_a_token(tokens, n, fmt, rates[fmt], fit) for n in SIMULATED]
+            found = [1e3 * seconds_a_token(tokens, n, fmt, rates[fmt], message) for n in SIMULATED]
             best = int(np.argmin(found))
             cells = [f"{ms:,.0f}" for ms in found]
             cells[best] = f"**{cells[best]}**"
@@ -186,9 +186,10 @@ def main() -> None:
     with Workers(2, backend="cpu") as workers:
         costs, rates = overhead(workers)
     trips = round_trips()
-    # more workers than cores wait for each other here, not elsewhere
-    fit = np.polyfit(WORKERS[:2], [trips["channels", n] for n in WORKERS[:2]], 1)
-    rows, figure = simulation(rates, fit)
+    message = (
+        trips["channels", 2] / 2
+    )  # with more workers than cores they wait for each other, as they would not elsewhere
+    rows, figure = simulation(rates, message)
     machine = ", ".join(f"{name}: {value}" for name, value in cpu.describe()[:3])
     text = f"""
 ({machine}.)
@@ -205,7 +206,7 @@ def main() -> None:
         )
     }
 
-Of channels that is {1e3 * fit[1]:.2f} ms and {1e3 * fit[0]:.2f} ms for each worker. One machine reads {
+The simulation counts {1e3 * message:.2f} ms for each machine and layer. One machine reads {
         ", ".join(f"{rates[fmt] / 1e9:.1f} GB/s in {fmt}" for fmt in FORMATS)
     }.
 
