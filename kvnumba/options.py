@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from kvnumba.arguments import check_shape, integer, known_options, real
 from kvnumba.arrays import DeviceView, device_view, float_array
+from kvnumba.mods import UserFunction, checked_aux, first_numbers, user_function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -18,7 +20,10 @@ ARITHMETICS = ("float32", "bfloat16", "bfloat16x3")
 
 
 class ScoringOptions(TypedDict, total=False):
-    """How scores are made from ``q . k``, in the words of FlashInfer and vLLM. None is the default of each.
+    """How scores are made from ``q . k``, in the words of FlashInfer, vLLM and FlexAttention.
+
+    None is the default of each. In this order: `sm_scale`, `logits_soft_cap`, `alibi_slopes`, `score_mod`, then what
+    masks: causality, `window_left` and `mask_mod`.
 
     Attributes
     ----------
@@ -39,6 +44,19 @@ class ScoringOptions(TypedDict, total=False):
         processors with tile instructions. Default: what is fastest within the rounding of the storage format.
         For codes these are products of 16-bit integers, for queries in bfloat16 as "bfloat16", for queries in
         float16 or bfloat16 on a GPU its matrix instructions, and for floats on tiles three bfloat16 numbers each.
+    score_mod : function
+        ``score_mod(score, q_head, q_pos, kv_pos, *aux)``, the new score: a Python function of numbers, compiled where
+        the backend compiles. Positions are those of the tokens in their sequence, ``kv_pos <= q_pos``. A score of
+        -inf, which is what masks leave, stays.
+    mask_mod : function
+        ``mask_mod(q_head, q_pos, kv_pos, *aux)``: whether the token sees the key. Those after it are not asked about.
+    block_mask : function
+        ``block_mask(q_low, q_high, kv_low, kv_high)``, first and last positions: 0 if `mask_mod` is False for all of
+        these pairs, 1 if it is True for all, else 2. Ranges of any length are asked about, in Python; keys of a 0 are
+        not read. Whether keys come after tokens does not matter. With `mask_mod` only.
+    aux : tuple of arrays and numbers
+        What `score_mod` and `mask_mod` are given besides, the same for both: one that needs less of it ends its
+        parameters in ``*_``. Copied; floats become float32.
     """
 
     sm_scale: float | None
@@ -47,6 +65,10 @@ class ScoringOptions(TypedDict, total=False):
     sinks: Any
     alibi_slopes: Any
     arithmetic: str | None
+    score_mod: Callable[..., Any] | None
+    mask_mod: Callable[..., Any] | None
+    block_mask: Callable[[int, int, int, int], int] | None
+    aux: Sequence[Any] | None
 
 
 class AttentionOptions(ScoringOptions, total=False):
@@ -77,6 +99,10 @@ class Scoring:
     sinks: Any  # (Hq,) float32, NumPy array or DeviceView, or None
     alibi_slopes: Any
     arithmetic: str | None
+    score_mod: UserFunction | None = None
+    mask_mod: UserFunction | None = None
+    block_mask: UserFunction | None = None
+    aux: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, num_qo_heads: int, head_dim: int, **options: Unpack[ScoringOptions]) -> Scoring:
@@ -103,6 +129,16 @@ class Scoring:
         cap = 0.0 if soft_cap is None else float(np.float32(real("logits_soft_cap", soft_cap)))
         if cap < 0:
             raise ValueError(f"logits_soft_cap: expected 0 (off) or more; got {cap}")
+        aux = () if options.get("aux") is None else checked_aux(options["aux"])
+        score_mod = user_function("score_mod", options.get("score_mod"), aux)
+        mask_mod = user_function("mask_mod", options.get("mask_mod"), aux)
+        block_mask = user_function("block_mask", options.get("block_mask"))
+        if block_mask is not None and mask_mod is None:
+            raise ValueError(
+                "block_mask: expected a mask_mod with it, which says what a block seen in part shows"
+            )
+        if aux and score_mod is None and mask_mod is None:
+            raise ValueError("aux: expected a score_mod or a mask_mod with it")
         return cls(
             sm_scale=head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale),
             window_left=-1 if window_left is None else integer("window_left", window_left, minimum=-1),
@@ -110,7 +146,32 @@ class Scoring:
             sinks=_per_head("sinks", options.get("sinks"), num_qo_heads),
             alibi_slopes=_per_head("alibi_slopes", options.get("alibi_slopes"), num_qo_heads),
             arithmetic=arithmetic_name(options.get("arithmetic")),
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            block_mask=block_mask,
+            aux=aux,
         )
+
+    @property
+    def has_mods(self) -> bool:
+        """Whether functions of the user's make scores, or mask them."""
+        return self.score_mod is not None or self.mask_mod is not None
+
+    def watch(self) -> None:
+        """Raise unless the user's functions are as they were."""
+        for function in (self.score_mod, self.mask_mod):
+            if function is not None:
+                function.watch()
+
+    def try_at(self, num_qo_heads: int, first: int, last: int) -> None:
+        """Raise unless the user's functions can be called for tokens at positions from `first` to `last`."""
+        for function in (self.score_mod, self.mask_mod):
+            if function is not None:
+                numbers = first_numbers(function.argument)[:-3]
+                for q_head in (0, num_qo_heads - 1):
+                    for q_pos in (first, last):
+                        for kv_pos in (0, q_pos):
+                            function.try_at(*numbers, *map(np.int64, (q_head, q_pos, kv_pos)), *self.aux)
 
     @functools.cached_property
     def in_bfloat16(self) -> Scoring:

@@ -444,6 +444,8 @@ class Batch:
         tokens: ``seq_lens`` less their number. Tokens that come after all keys have positions from ``seq_lens`` on.
     begins : (B,) int32, optional
         The first key of each sequence that is seen. None: 0.
+    offsets : (B,) int32, optional
+        The position in its sequence of what counts as each sequence's key 0 here. None: 0.
     kept : dict
         What a backend has derived from the batch, to use it again in the next layer.
     """
@@ -454,6 +456,7 @@ class Batch:
     block_size: int
     positions: np.ndarray
     begins: np.ndarray | None = None
+    offsets: np.ndarray | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -515,8 +518,11 @@ class Part(NamedTuple):
         ``query_start_loc`` counts within `tokens`.
     tokens : (T',) int32, optional
         Which of the packed tokens the part's new tokens are. None: they are all the packed tokens, in order.
+    masked : bool
+        Whether `Scoring.mask_mod` is asked about the keys; otherwise it would show them all.
     """
 
     buffers: Buffers
     batch: Batch
     tokens: np.ndarray | None = None
+    masked: bool = True

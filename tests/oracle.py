@@ -16,6 +16,9 @@ def attention(
     sinks=None,
     alibi_slopes=None,
     present=None,
+    score_mod=None,
+    mask_mod=None,
+    aux=(),
     dtype=np.float64,
     rounded=None,
 ):
@@ -46,6 +49,11 @@ def attention(
                 scores = dtype(logits_soft_cap) * np.tanh(scores / dtype(logits_soft_cap))
             if alibi_slopes is not None:
                 scores = scores + dtype(alibi_slopes[h]) * (places[seen] - position).astype(dtype)
+            if score_mod is not None:
+                pairs = zip(scores, places[seen], strict=True)
+                scores = np.array([score_mod(s, h, position, j, *aux) for s, j in pairs]).astype(dtype)
+            if mask_mod is not None:
+                scores[[not mask_mod(h, position, j, *aux) for j in places[seen]]] = -np.inf
             if not len(scores) and sinks is None:
                 out[i, h], lse[i, h] = 0, -np.inf
                 continue

@@ -8,10 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvnumba.arrays import DeviceView, in_precision_of, is_bfloat16
+from kvnumba.attention.block_masks import without_skipped
 from kvnumba.attention.cascade import split_prefixes
 from kvnumba.backends.protocol import Backend, Decoding
+from kvnumba.mods import UserFunction
 from kvnumba.options import AttentionOptions, Scoring, scoring_of
 from kvnumba.storage import Batch, Buffers, Part
+
+ROWS_TOGETHER = 64  # about which a block mask is asked at once, where the backend has no tiles
 
 
 class FloatTokens(NamedTuple):
@@ -98,6 +102,7 @@ class Pass:
         # where new tokens are stored
         self._written = [Part(buffers, batch), *(() if floats is None else floats.newest)]
         self._plans: dict[Any, Any] = {}
+        self._tried: Scoring | None = None
 
     @property
     def complete(self) -> bool:
@@ -137,6 +142,11 @@ class Pass:
         scoring = self._scoring(q, options, dtype)
         if not q.size:
             return
+        if scoring.has_mods:
+            scoring.watch()
+            if scoring is not self._tried:
+                scoring.try_at(q.shape[2], *self._positions())
+                self._tried = scoring
         self._backend.attend(layer, q, self._plan(q.shape[2], scoring), scoring, out, lse)
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
@@ -173,14 +183,35 @@ class Pass:
                     )
         return scoring.in_bfloat16 if dtype is not None and is_bfloat16(dtype) else scoring
 
+    def _positions(self) -> tuple[int, int]:
+        """Of the first of the new tokens, and of the last."""
+        new = np.diff(self.batch.query_start_loc)
+        first = self.batch.positions[new > 0]
+        return int(first.min()), int((first + new[new > 0]).max()) - 1
+
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
         shared = may_share(scoring)
-        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared)
+        block_mask = None if scoring.block_mask is None else scoring.block_mask.function
+        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared, block_mask)
         plan = self._plans.get(key)
         if plan is None:
             parts = self._parts(num_qo_heads, shared)
+            if scoring.block_mask is not None:
+                parts = self._without_skipped(parts, num_qo_heads, scoring.block_mask, scoring.window_left)
             plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring)
         return plan
+
+    def _without_skipped(
+        self, parts: list[Part], num_qo_heads: int, block_mask: UserFunction, window_left: int
+    ) -> list[Part]:
+        """The parts as a block mask leaves them; at least one."""
+        limits = self._backend.cascade
+        rows = ROWS_TOGETHER if limits is None else limits.tile_rows
+        tokens = max(1, rows * self._buffers.layout.num_kv_heads // num_qo_heads)
+        seen = [each for part in parts for each in without_skipped(part, block_mask, window_left, tokens)]
+        return seen or [
+            parts[0]._replace(batch=replace(parts[0].batch, seq_lens=0 * parts[0].batch.seq_lens))
+        ]
 
     def _parts(self, num_qo_heads: int, shared: bool) -> list[Part]:
         """The parts of the keys, short ones first; `shared` says whether a common prefix may be one of its own."""
@@ -199,7 +230,7 @@ class Pass:
 
 def may_share(scoring: Scoring) -> bool:
     """Whether a shared prefix may be a part of its own: that is attended without positions, so not with a window."""
-    return scoring.window_left < 0 and scoring.alibi_slopes is None
+    return scoring.window_left < 0 and scoring.alibi_slopes is None and not scoring.has_mods
 
 
 def room_for_results(

@@ -146,6 +146,7 @@ class RecentTokens:
             RECENT_BLOCK,
             np.array((first - before,), np.int32),
             np.array((begin - before,), np.int32),
+            np.array((before,), np.int32),
         )
         return FloatTokens(batch, np.array((begin,)), [Part(self._buffers, newest)], [], np.array((row,)))
 
@@ -222,6 +223,7 @@ class RecentTokens:
                 RECENT_BLOCK,
                 (batch.positions - before).astype(np.int32),
                 np.where(members, begin - before, 0).astype(np.int32),
+                before.astype(np.int32),
             ),
         )
 

@@ -157,6 +157,11 @@ def with_holes(table, there):
     return np.where(there, table, np.int32(-1))
 
 
+def by_place(score, q_head, q_pos, kv_pos):
+    """A score_mod to which it matters where keys are."""
+    return score + (kv_pos % 7) * 0.25
+
+
 THERE = {
     "every second": lambda column: column % 2 == 1,
     "two of five": lambda column: column % 5 > 2,
@@ -183,7 +188,7 @@ def test_keys_of_blocks_that_are_not_there(backend, fmt, new, block_size, there,
     rounded = oracle.sixteen_bits if backend.name == "cpu" and fmt == "int8" else None
     batch = Batch.of(with_holes(table, columns), np.array([length], np.int32), [new], block_size)
     q, slopes = normal(new, 4, D), np.abs(normal(4))
-    for options in ({}, {"window_left": 37, "alibi_slopes": slopes}):
+    for options in ({}, {"window_left": 37, "alibi_slopes": slopes}, {"score_mod": by_place}):
         found = attend(backend, [Part(buffers, batch)], q, **options)
         oracle.assert_as_exact(found, q, keys, values, rounded=rounded, present=present, **options)
 

@@ -1,7 +1,9 @@
 """Kernels become code for GPUs that need not be there: numba-cuda and NVVM are enough."""
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import SIMULATED
 
@@ -12,10 +14,11 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, copy, decode, merge, prefill, read, write
+from kvnumba.backends.cuda import attend, copy, decode, merge, mods, prefill, read, write
 from kvnumba.backends.cuda.codecs import Codec
 from kvnumba.backends.cuda.transforms import NONE, Transform
 from kvnumba.formats import FORMATS
+from kvnumba.options import Scoring
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -102,7 +105,7 @@ def test_two_parts_in_one_kernel(compile_kernel):
 def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width, transform):
     codec = Codec(FORMATS[fmt], scale)
     for kernel in (
-        attend.attend_kernel(4, kind, width, codec, width, codec, width, transform),
+        attend.attend_kernel(4, kind, width, codec, width, codec, width, transform, None),
         write.write_kernel(kind, kind, codec, codec, width, transform),
         read.read_kernel(codec, width),
         copy.copy_kernel(),
@@ -111,6 +114,47 @@ def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width, transfor
         ptx = compile_kernel(kernel)
         assert ".f64" not in ptx
         assert ".local" not in ptx
+
+
+def alibi(score, q_head, q_pos, kv_pos, slopes, rate):
+    return rate * score - slopes[q_head] * np.float32(q_pos - kv_pos)
+
+
+def document(q_head, q_pos, kv_pos, documents, rate):
+    return documents[q_pos] == documents[kv_pos]
+
+
+def soft_cap(score, q_head, q_pos, kv_pos):
+    return 20.0 * math.tanh(score / 20.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_mod": alibi, "aux": (np.ones(4), 0.5)},
+        {"mask_mod": document, "aux": (np.zeros(100, np.int32), 0.5)},
+        {"score_mod": soft_cap},
+    ],
+    ids=["ALiBi", "document", "soft cap"],
+)
+def test_users_functions(compile_kernel, options):
+    """They are computed in float32, and what they are given besides is read where it lies."""
+    codec = Codec(FORMATS["int8"], "float32")
+    scoring = Scoring.of(4, 128, **options)
+    kernel = attend.attend_kernel(4, "float32", 4, codec, 4, codec, 4, NONE, mods.change_of(scoring, True))
+    ptx = compile_kernel(kernel)
+    assert ".f64" not in ptx
+    assert ".local" not in ptx
+
+
+def test_users_functions_that_do_not_compile(compile_kernel):
+    def textual(score, q_head, q_pos, kv_pos):
+        return score + float(f"{kv_pos}")
+
+    with pytest.raises(
+        ValueError, match=r"score_mod: textual \(test_compile.py, line \d+\) cannot be compiled.*: "
+    ):
+        mods.change_of(Scoring.of(4, 128, score_mod=textual), True)
 
 
 def test_what_is_encoded_is_rounded_as_numpy_rounds(compile_kernel):

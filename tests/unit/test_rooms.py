@@ -59,7 +59,9 @@ def test_backends_do_not_know_each_other():
         if module.startswith(("kvnumba.backends.cpu", "kvnumba.backends.cuda")):
             mine = module.split(".")[2]
             others = [name for name in imported(path) if name.startswith("kvnumba.backends.")]
-            assert [name for name in others if name.split(".")[2] not in (mine, "protocol")] == [], module
+            assert [name for name in others if name.split(".")[2] not in (mine, "protocol", "mods")] == [], (
+                module
+            )
 
 
 def test_block_management_is_integers_only():

@@ -16,6 +16,7 @@ import numpy as np
 from kvnumba.backends.cpu import attend as attention
 from kvnumba.backends.cpu import ceilings, copy, many, read, tiles, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
+from kvnumba.backends.cpu.mods import modification
 from kvnumba.backends.cpu.plan import Plan, plan_parts
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
@@ -54,6 +55,7 @@ VECTOR_FEATURES = (
 )
 
 _NONE = np.empty(0, np.float32)
+_NO_OFFSETS = np.empty(0, np.int32)
 _NO_PARTIALS = np.empty((0, 1), np.float32)
 
 
@@ -151,7 +153,7 @@ class CpuBackend:
                 f"out, lse: expected adjacent last elements of out, and no axis that runs backwards; got strides "
                 f"{out.strides} and {lse.strides}"
             )
-        score = _score(scoring)
+        modification(scoring)  # before anything is written: it may raise
         views = attention.Views(_view(q), out, lse)
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
@@ -165,6 +167,8 @@ class CpuBackend:
                 )
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
+                offsets = planned.part.batch.offsets
+                score = _score(scoring, planned.part.masked)
                 for shape, pieces in planned.pieces:
                     self._counter[0] = 0
                     work = attention.Work(
@@ -172,6 +176,7 @@ class CpuBackend:
                         pieces,
                         planned.tokens,
                         planned.part.batch.block_table,
+                        _NO_OFFSETS if offsets is None else offsets,
                         partials,
                         plan.partial_rows,
                     )
@@ -179,7 +184,7 @@ class CpuBackend:
                     job = attention.Job(views, work, buffers.layers[layer], score, memory)
                     launch(attention.attend, shape, plan.workers, job)
             if plan.num_partials:
-                sinks = score.sinks if plan.counts_sinks else _NONE
+                sinks = _per_head(scoring.sinks) if plan.counts_sinks else _NONE
                 merges = attention.MergeJob(views, plan.merges, plan.sources, partials, sinks)
                 launch(attention.merge, COMMON, plan.workers, merges)
 
@@ -190,7 +195,7 @@ class CpuBackend:
             floats, runs = attention.scratch_sizes(shape, head_dim, value_dim)
             memory = attention.Memory(
                 self._space("floats", (workers, floats), np.float32),
-                self._space("positions", (workers, shape.width), np.int32),
+                self._space("positions", (workers, shape.width + 4 * shape.all_lanes), np.int32),
                 self._space("runs", (workers, runs, 4), np.int64),
             )
             self._memories[key] = memory
@@ -232,7 +237,7 @@ def _bfloat16_products() -> str:
 
 def describe_plan(plan: Plan, scoring: Scoring) -> str:
     """Which kernels `attend` takes for a plan: the file, its rows, and the formats that keys and values have there."""
-    score = _score(scoring)
+    score = _score(scoring, True)
     found = []
     for planned in plan.parts:
         layer = cast(CpuBuffers, planned.part.buffers).layers[0]
@@ -266,14 +271,21 @@ def _is_view(x: np.ndarray) -> bool:
 
 
 @functools.lru_cache(64)
-def _score(scoring: Scoring) -> Score:
-    """Options as the kernels see them."""
+def _score(scoring: Scoring, masked: bool) -> Score:
+    """Options as the kernels see them, for a part with `Part.masked`."""
+    mods = modification(scoring)
     return Score(
         np.float32(scoring.sm_scale),
         scoring.window_left,
         np.float32(scoring.logits_soft_cap),
-        _NONE if scoring.sinks is None else scoring.sinks,
-        _NONE if scoring.alibi_slopes is None else scoring.alibi_slopes,
+        _per_head(scoring.sinks),
+        _per_head(scoring.alibi_slopes),
         scoring.arithmetic == "float32",
         scoring.arithmetic == "bfloat16" and ceilings.bfloat16_is_faster(),
+        mods.masked if masked else mods.unmasked,
+        mods.aux,
     )
+
+
+def _per_head(numbers: Any) -> np.ndarray:
+    return _NONE if numbers is None else numbers

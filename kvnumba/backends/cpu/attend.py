@@ -62,6 +62,8 @@ class Work(NamedTuple):
     tokens : (T',) int32
         `Part.tokens`; empty where it is None.
     block_table : (B, max_blocks) int32
+    offsets : (B,) int32
+        `Batch.offsets`; empty where it is None.
     partials : (partial results * partial_rows, Dv + 1) float32
         Rows of outputs, each followed by its lse.
     partial_rows : int
@@ -71,6 +73,7 @@ class Work(NamedTuple):
     pieces: Any
     tokens: Any
     block_table: Any
+    offsets: Any
     partials: Any
     partial_rows: int
 
@@ -142,8 +145,8 @@ def piece_of(pieces, n):
 def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, scratch):
     """Lay out a piece's queries, and what is known of each column of its scores.
 
-    Where keys are stored shifted, scores lack an OFFSET. Each is given it before a soft cap; where there is none,
-    ROW_MAX lacks it too, until the result is stored.
+    Where keys are stored shifted, scores lack an OFFSET. Each is given it before a soft cap, or before a user's
+    function; where there are none, ROW_MAX lacks it too, until the result is stored.
     """
     rows, heads = piece.num_tokens * piece.num_heads, piece.num_heads
     columns, width = shape.columns, shape.width
@@ -178,9 +181,39 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
                 state[SLOPE, column] = slopes[qo_head]
             if counts_sink:
                 state[ROW_MAX, column] = scoring.sinks[qo_head] - (
-                    offset if scoring.soft_cap == 0 else np.float32(0)
+                    offset if lacks_offset(scoring) else np.float32(0)
                 )
                 state[ROW_SUM, column] = 1 if column < columns else 0
+    if scoring.modify != 0:
+        fill_lanes(shape, piece, position_offset(piece, work), scoring, scratch)
+
+
+@plain
+def lacks_offset(scoring):
+    """Whether scores lack their OFFSET until the result is stored."""
+    return scoring.soft_cap == 0 and scoring.modify == 0
+
+
+@plain
+def position_offset(piece, work):
+    """What is to be added to positions to have those in the piece's sequence."""
+    return np.int64(work.offsets[piece.sequence]) if work.offsets.shape[0] > 0 else 0
+
+
+@inlined
+def fill_lanes(shape, piece, offset, scoring, scratch):
+    """`Scratch.lanes` of a piece. Columns that are not used are like the first."""
+    stride, size, heads = shape.all_lanes, shape.lanes, piece.num_heads
+    columns = shape.group if shape.group > 0 else shape.columns
+    rows = piece.num_tokens * heads
+    lanes, offsets = scratch.lanes, scratch.lanes.view(np.float32)
+    for i in range(stride):
+        r = i // size * columns + i % size % columns
+        r = r if r < rows else 0
+        lanes[i] = piece.first_head + r % heads
+        lanes[stride + i] = piece.position + r // heads + offset
+        lanes[2 * stride + i] = i % size // columns
+        offsets[3 * stride + i] = scratch.state[OFFSET, r] if scoring.soft_cap == 0 else np.float32(0)
 
 
 @inlined
@@ -196,7 +229,7 @@ def store_result(shape, reading, piece, work, value_dim, transform, scoring, scr
             zero_sum += state[ZERO_SUM, column]
         seen = row_sum != 0  # true of NaN too
         inverse = 1 / row_sum if seen else np.float32(0)
-        row_max = state[ROW_MAX, r] + (state[OFFSET, r] if scoring.soft_cap == 0 else np.float32(0))
+        row_max = state[ROW_MAX, r] + (state[OFFSET, r] if lacks_offset(scoring) else np.float32(0))
         row_lse = row_max + np.float32(math.log(row_sum)) if seen else np.float32(-np.inf)
         if partial < 0:
             token, qo_head = piece.token + r // heads, piece.first_head + r % heads
@@ -227,7 +260,8 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     window, cap = scoring.window_left, scoring.soft_cap
     unmasked = window < 0 and cap == 0 and scoring.slopes.shape[0] == 0
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
-    masks = Masks(reach, piece.position if unmasked else -1, cap)
+    offset = position_offset(piece, work)
+    masks = Masks(reach, piece.position if unmasked else -1, cap, scoring.modify, scoring.aux, offset)
     key, end = piece.first_key, piece.end_key
     while key < end:
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)

@@ -23,6 +23,7 @@ from numba.extending import (
 )
 
 from kvnumba import formats
+from kvnumba.backends import mods
 
 
 def _cached(options):
@@ -93,7 +94,7 @@ COMMON = static("float32")
 @functools.cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in [Path(formats.__file__), *sorted(Path(__file__).parent.glob("*.py"))]:
+    for path in [Path(formats.__file__), Path(mods.__file__), *sorted(Path(__file__).parent.glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -153,6 +154,13 @@ def _without_owner(context, builder, kind, value):
     return value
 
 
+def call_at(context, builder, address, kinds, values):
+    """Write a call of a kernel that is compiled for arguments of such types, by its address."""
+    kind = context.call_conv.get_function_type(types.none, kinds)
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    context.call_conv.call_function(builder, pointer, types.none, kinds, values)
+
+
 _WORD = ir.IntType(64)
 
 
@@ -183,12 +191,6 @@ def _spread(typing, loop, address, static, workers, job):
     kinds = (static, types.intp, types.intp, job)
 
     def generate(context, builder, signature, arguments):
-        def call(b, address, kinds, values):
-            kind = context.call_conv.get_function_type(types.none, kinds)
-            context.call_conv.call_function(
-                b, b.inttoptr(address, kind.as_pointer()), types.none, kinds, values
-            )
-
         loop, address, _, workers, job = arguments
         kept = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, [address, job]))
         name = builder.module.get_unique_name("share")
@@ -197,10 +199,10 @@ def _spread(typing, loop, address, static, workers, job):
         b = ir.IRBuilder(share.append_basic_block())
         worker, of, pointer = share.args
         address, job = cgutils.unpack_tuple(b, b.load(b.inttoptr(pointer, kept.type)), 2)
-        call(b, address, kinds, [context.get_dummy_value(), worker, of, job])
+        call_at(context, b, address, kinds, [context.get_dummy_value(), worker, of, job])
         b.ret_void()
         pointers = builder.ptrtoint(share, _WORD), workers, builder.ptrtoint(kept, _WORD)
-        call(builder, loop, _LOOP_KINDS, [context.get_dummy_value(), *pointers])
+        call_at(context, builder, loop, _LOOP_KINDS, [context.get_dummy_value(), *pointers])
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, static, types.intp, job), generate

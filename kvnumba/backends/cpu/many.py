@@ -160,10 +160,10 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
             scratch.tile,
             scratch.tile_halves,
             scratch.tile_bytes,
+            scratch.lanes[column // group * shape.lanes :],
         )
-        phases.attend_phase(
-            shape, reading, storage, runs, seen, used, Masks(masks.reach, known, masks.soft_cap), part
-        )
+        of_part = Masks(masks.reach, known, masks.soft_cap, masks.modify, masks.aux, masks.offset)
+        phases.attend_phase(shape, reading, storage, runs, seen, used, of_part, part)
         runs[seen - 1, RUN_TOKENS] = last
 
 

@@ -31,6 +31,7 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import FLOAT32
 from kvnumba.backends.cpu.jit import inlined, plain
+from kvnumba.backends.cpu.mods import call_modify
 from kvnumba.backends.cpu.runs import runs_ahead
 from kvnumba.backends.cpu.shapes import (
     LEAST,
@@ -123,6 +124,8 @@ class TileScratch(NamedTuple):
         Rows that are decoded; a row of queries that is transformed.
     halves : (n,) uint16
         32 values before they are transposed: (parts, keys, elements).
+    lanes : (n,) int32
+        As in `Scratch`.
     """
 
     state: Any
@@ -136,6 +139,7 @@ class TileScratch(NamedTuple):
     total: Any
     tile: Any
     halves: Any
+    lanes: Any
 
 
 def scratch_floats(shape, head_dim, value_dim):
@@ -193,6 +197,7 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
         total,
         tile,
         halves,
+        positions[shape.width :],
     )
 
 
@@ -226,7 +231,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         seen = count
         while key_positions[seen - 1] > newest:
             seen -= 1
-        known = np.int64(oldest) if masks.seen_by_all >= 0 else np.int64(-1)
+        known = np.int64(oldest) if masks.seen_by_all >= 0 and masks.modify == 0 else np.int64(-1)
         sections = (seen + ELEMENTS - 1) // ELEMENTS
         # the first keys tell about where the maximum is
         late = state[ROW_MAX, column] == np.float32(LEAST)
@@ -267,7 +272,7 @@ class _Group:
 
     def __init__(self, e: Emitter, shape: Shape, column: Int, scratch: Any) -> None:
         self._e, self._shape, self._scratch = e, shape, scratch
-        self._first = column // LANES
+        self.column, self._first = column, column // LANES
         self.vectors = range(shape.group // LANES)
 
     def part(self, v: int) -> Int:
@@ -534,18 +539,56 @@ def _finish(
     """Scale, cap, bias and mask the scores of a section, in place."""
     wide = shape.group // TILE_ROWS
 
-    def one(t: Int, _: list[ir.Value]) -> list[ir.Value]:
-        row = scores + (t // TILE_ROWS * (wide * TILE) + t % TILE_ROWS * TILE_BYTES)
-        position, left = _position(e, scratch, key + t), count - (key + t)
-        for v in group.vectors:
-            where = row + group.offset(v)
-            score = e.mul(e.load(where, vector(F32)), steps[v])
-            score = finish_scores(e, shape, group.part(v), score, position, left, masks, scratch)
-            masked = e.builder.fcmp_ordered("<", score, constant(HIDDEN))  # NaN is not
-            e.store(e.builder.select(masked, constant(HIDDEN), score), where)
-        return []
+    def each(change: Callable[[Int, int, ir.Value], ir.Value]) -> None:
+        """``score = change(t, v, score)`` for key t of the section and vector v of columns."""
 
-    e.loop(ELEMENTS, [], one)
+        def one(t: Int, _: list[ir.Value]) -> list[ir.Value]:
+            row = scores + (t // TILE_ROWS * (wide * TILE) + t % TILE_ROWS * TILE_BYTES)
+            for v in group.vectors:
+                where = row + group.offset(v)
+                e.store(change(t, v, e.load(where, vector(F32))), where)
+            return []
+
+        e.loop(ELEMENTS, [], one)
+
+    def finished(t: Int, v: int, score: ir.Value) -> ir.Value:
+        position, left = _position(e, scratch, key + t), count - (key + t)
+        return finish_scores(e, shape, group.part(v), e.mul(score, steps[v]), position, left, masks, scratch)
+
+    def visible(t: Int, v: int, score: ir.Value) -> ir.Value:
+        masked = e.builder.fcmp_ordered("<", score, constant(HIDDEN))  # NaN is not
+        return e.builder.select(masked, constant(HIDDEN), score)
+
+    def modify_tile(tile: int) -> None:
+        """Of 16 keys and columns: at once, or one key after the other where some between them are not there."""
+        first = key + tile // wide * TILE_ROWS
+        last = (count - 1).at_most(first + (TILE_ROWS - 1))
+        gaps = _position(e, scratch, last) - _position(e, scratch, first) > last - first
+        rows, turns = (
+            Int(e.builder, e.builder.select(gaps, I64(few), I64(all_)))
+            for few, all_ in ((1, TILE_ROWS), (TILE_ROWS, 1))
+        )
+        lanes = scratch.lanes.start + (group.column * 4 + tile % wide * TILE_BYTES)
+
+        def some(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+            at, position = (
+                scores + (i * rows * TILE_BYTES + tile * TILE),
+                _position(e, scratch, first + i * rows),
+            )
+            call_modify(e, masks, at, rows * TILE_ROWS, position, 1, lanes, TILE_ROWS, shape)
+            return []
+
+        e.loop(turns, [], some)
+
+    modified = e.builder.icmp_signed("!=", masks.modify.value, I64(0))
+    with e.builder.if_else(modified) as (by_user, otherwise):
+        with by_user:
+            each(finished)
+            for tile in range(ELEMENTS // TILE_ROWS * wide):
+                modify_tile(tile)
+            each(visible)
+        with otherwise:
+            each(lambda t, v, score: visible(t, v, finished(t, v, score)))
 
 
 @intrinsic

@@ -8,8 +8,9 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import inlined, plain
+from kvnumba.backends.cpu.mods import modify_run
 from kvnumba.backends.cpu.runs import RUN_ROW, run_of, runs_ahead
-from kvnumba.backends.cpu.shapes import RESCALE, STATE_ROWS, Scratch, padded, prefetch_rows
+from kvnumba.backends.cpu.shapes import LEAST, PHASE_MAX, RESCALE, STATE_ROWS, Scratch, padded, prefetch_rows
 from kvnumba.backends.cpu.simd import Emitter
 from kvnumba.backends.cpu.softmax import exponentiate_run, settle
 from kvnumba.backends.cpu.tiles import Tiles
@@ -52,9 +53,8 @@ def cut_scratch(shape, head_dim, value_dim, floats, positions):
     size = shape.tile_floats(shape, head_dim, value_dim)
     tile = floats[used : used + size]
     tile_bytes = tile.view(np.uint8).reshape(1, -1)
-    return Scratch(
-        state, positions[:width], query, total, sums, scores, tile, tile.view(np.uint16), tile_bytes
-    )
+    halves, lanes = tile.view(np.uint16), positions[width:]
+    return Scratch(state, positions[:width], query, total, sums, scores, tile, halves, tile_bytes, lanes)
 
 
 @intrinsic
@@ -97,6 +97,10 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
             prefetch_rows(values.scale, run.row, run.num_tokens)
             prefetch_rows(values.zero, run.row, run.num_tokens)
         shape.score_run(shape, reading, keys, run, following, masks, scratch)
+    if masks.modify != 0:
+        state[PHASE_MAX] = LEAST
+        for n in range(num_runs):
+            modify_run(shape, run_of(runs, n), masks, scratch)
     if settle(shape, scratch):
         for r in range(rows):
             rescale = state[RESCALE, r]

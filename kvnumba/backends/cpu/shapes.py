@@ -88,6 +88,17 @@ class Shape(Static):
         """Lanes of the state: those of whole vectors of columns."""
         return max(self.columns, self.vectors * LANES)
 
+    @property
+    def lanes(self) -> int:
+        """Scores that a user's function is called for in one loop: a group's of several tokens; on tiles of one."""
+        together = self.group or self.width
+        return together if self.parts else -(-LOOP // together) * together
+
+    @property
+    def all_lanes(self) -> int:
+        """Those of all groups."""
+        return self.lanes * (self.columns // self.group if self.group else 1)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -113,6 +124,7 @@ PHASES = "kvnumba.backends.cpu.phases"
 ) = range(11)
 STATE_ROWS = 11
 
+LOOP = 256  # scores that are worth a loop
 AHEAD = 64  # tokens between what is read and what is prefetched
 
 LEAST = float(np.finfo(np.float32).min)  # finite, so that no maximum is infinity less infinity
@@ -155,6 +167,8 @@ class Score(NamedTuple):
     slopes: Any
     exact: bool  # products in float32, whatever the format
     bfloat16: bool  # many rows may be multiplied in bfloat16
+    modify: int  # the address of what changes scores, see `mods.py`; 0: none
+    aux: int  # the address of what that is given besides
 
 
 class Masks(NamedTuple):
@@ -167,11 +181,18 @@ class Masks(NamedTuple):
     seen_by_all : int
         Of keys up to this position nothing is masked, capped or biased.
     soft_cap : float32
+    modify, aux : int
+        As in `Score`.
+    offset : int
+        `Batch.offsets`, of the piece's sequence.
     """
 
     reach: Any
     seen_by_all: int
     soft_cap: Any
+    modify: int
+    aux: int
+    offset: int
 
 
 class Reading(NamedTuple):
@@ -209,6 +230,10 @@ class Scratch(NamedTuple):
     scores : (n,) float32
     tile, tile_halves, tile_bytes : (n,) float32, (2 * n,) uint16, (1, 4 * n) uint8
         The same memory: rows that are staged.
+    lanes : (4 * all_lanes,) int32
+        Of as many scores of each group as a loop takes: the query head, the position of the new token in its sequence,
+        the number of the key among those of the loop, and (float32) the OFFSET, where it is lacking. Only where scores
+        are modified.
     """
 
     state: Any
@@ -220,6 +245,7 @@ class Scratch(NamedTuple):
     tile: Any
     tile_halves: Any
     tile_bytes: Any
+    lanes: Any
 
 
 @plain

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 from numba import float32, int32
 
@@ -19,6 +20,7 @@ from kvnumba.backends.cuda.intrinsics import (
     barrier,
     index,
     load_float,
+    load_int,
     loader,
     quotient,
     remainder,
@@ -27,7 +29,7 @@ from kvnumba.backends.cuda.intrinsics import (
 )
 from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, cuda, int64
 from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
-from kvnumba.backends.cuda.plan import MAX_SPLITS, Shape
+from kvnumba.backends.cuda.plan import MAX_SPLITS, SEQUENCE, Shape
 from kvnumba.backends.cuda.rows import head_of, open_piece, query_of, token_of
 from kvnumba.backends.cuda.tables import find_slab
 from kvnumba.backends.cuda.transforms import Transform, rotation_in_shared
@@ -55,15 +57,19 @@ def attend_kernel(
     value_codec: Codec,
     value_width: int,
     transform: Transform,
+    change: Any,
 ) -> Kernel:
-    """Queries and results of a precision `kind`; the widths say how many neighbours of a head are read together."""
+    """Queries and results of a precision `kind`; the widths say how many neighbours of a head are read together.
+
+    `change` is what `mods.change_of` returns.
+    """
     read_key, read_value = reader(key_codec, key_width), reader(value_codec, value_width)
     load_query, finish = loader(kind, query_width), finisher(rows, value_width, kind, THREADS)
     load_channels = loader("float32", query_width)
     rotate_queries, rotate_sums = (
         rotation_in_shared(size, barrier) for size in (transform.keys, transform.values)
     )
-    calibrated = transform.calibrated
+    calibrated, modified = transform.calibrated, change is not None
     of_queries, of_keys, of = vectors(1, query_width), vectors(rows, key_width), vectors(rows, value_width)
     single = vectors(rows, 1)
     itemsize = FORMATS[kind].bits // 8
@@ -84,6 +90,10 @@ def attend_kernel(
         piece = open_piece(work, cuda.blockIdx.x, cuda.blockIdx.y)
         used, begin, end = piece.used, piece.begin, piece.end
         head_dim, value_head_dim = work.head_dim, work.value_head_dim
+
+        shift = int32(0)
+        if modified and work.offsets != 0:
+            shift = load_int(work.offsets + 4 * load_int(piece.address + 4 * SEQUENCE))
 
         at_scores = rows * max(max(head_dim, value_head_dim), most_merged)
         at_slabs = at_scores + rows * KEYS
@@ -148,6 +158,10 @@ def attend_kernel(
                             if call.slopes != 0:
                                 slope = load_float(call.slopes + 4 * head_of(piece, token, r))
                                 score -= slope * float32(distance)
+                            if modified:
+                                q_pos = piece.position + token + shift
+                                kv_pos = min(q_pos, first_key + j + shift)
+                                score = change(score, head_of(piece, token, r), q_pos, kv_pos, work.aux)
                             if distance < 0 or (work.window_left >= 0 and distance > work.window_left):
                                 score = hidden
                             shared[index(at_scores + r * KEYS + j)] = score

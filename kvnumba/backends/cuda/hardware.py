@@ -15,6 +15,7 @@ from numba import float32, int32, int64, types, uint32
 from numba.cuda.extending import intrinsic
 
 from kvnumba.backends.cuda.jit import cuda, device
+from kvnumba.backends.mods import unpacking
 from kvnumba.formats import FORMATS, Format
 
 _TYPES = {
@@ -69,6 +70,20 @@ def _instruction(text: str, results: str, operands: str, effect: int = PURE) -> 
         10: lambda typing, a, b, c, d, e, f, g, h, i, j: made,
     }
     return intrinsic(shapes[len(operands)])
+
+
+def unpacker(kinds: tuple[Any, ...]) -> Any:
+    """A function that makes a tuple of numbers and arrays, of such types, from the words at an address."""
+    result, make = unpacking(kinds)
+
+    @intrinsic
+    def unpack(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            return make(context, builder, args[0])
+
+        return result(types.int64), generate
+
+    return unpack
 
 
 _LOADS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from kvnumba.backends.cuda.jit import (
 )
 from kvnumba.backends.cuda.memory import Loan, Pool, alignment_of, row_strides
 from kvnumba.backends.cuda.merge import merge_kernel
+from kvnumba.backends.cuda.mods import Change, change_of
 from kvnumba.backends.cuda.parameters import AttendShape, MergeShape
 from kvnumba.backends.cuda.plan import (
     TILE,
@@ -36,6 +37,7 @@ from kvnumba.backends.cuda.plan import (
 from kvnumba.backends.cuda.storage import CudaBuffers
 from kvnumba.backends.cuda.tables import Tables, Upload, tables_of
 from kvnumba.backends.cuda.transforms import transform_of
+from kvnumba.backends.mods import words_of
 from kvnumba.options import Scoring
 from kvnumba.storage import Layout, Part
 
@@ -62,7 +64,7 @@ class Launches(NamedTuple):
 
     of_parts: list[tuple[Launch, list[tuple[tuple[int, ...], ...]]]]
     merge: Launch | None
-    memory: tuple[Upload, Loan, Loan]
+    memory: tuple[Any, ...]
     cuts: list[Cut]
 
     def prepare(self) -> None:
@@ -79,6 +81,7 @@ class _Share(NamedTuple):
     part: Part
     tables: Tables
     tokens: int | None  # where in the upload the part's tokens are
+    offsets: int | None  # and its offsets
     shape: Shape
     sequences: np.ndarray
     heads: int  # of those that share a KV head, how many a block takes
@@ -170,6 +173,7 @@ def launches_of(
         )
 
     base = upload.address(pool, stream)
+    aux = _aux(scoring, pool, stream)
     partials = pool.take(num_partials * partial_bytes, stream)
     num_items = [each.pieces.num_items * each.shares[0].blocks_per_piece for each in cuts]
     counters = pool.take(4 * sum(num_items), stream, zeros=True)
@@ -186,6 +190,8 @@ def launches_of(
                     tables=share.tables.address(pool, stream),
                     pieces=base + begin,
                     tokens=0 if share.tokens is None else base + share.tokens,
+                    offsets=0 if share.offsets is None else base + share.offsets,
+                    aux=0 if aux is None else aux.address,
                     partials=partials.address + (0 if merged_after else partial * partial_bytes),
                     counters=counters.address + 4 * item,
                 ),
@@ -197,7 +203,10 @@ def launches_of(
         for n in range(0, len(used), at_once):
             some, works = zip(*used[n : n + at_once], strict=True)
             buffers = [share.part.buffers for share in some]
-            kernel, shared_bytes = _kernel([each.layout for each in buffers], group[0].shape, q, scoring)
+            change = change_of(scoring, some[0].part.masked)
+            kernel, shared_bytes = _kernel(
+                [each.layout for each in buffers], group[0].shape, q, scoring, change
+            )
             grid = (sum(work.num_pieces for work in works), group[0].blocks_per_piece)
             if (
                 group[0].shape.name == "decode"
@@ -222,7 +231,28 @@ def launches_of(
         blocks = -(-num_tokens * num_qo_heads * WARP // THREADS)
         width = width_of(value_head_dim)
         merge = Launch(merge_kernel(q.dtype, width), (blocks, 1), 0, work_of_merge)
-    return Launches(of_parts, merge, (upload, partials, counters), cuts)
+    return Launches(of_parts, merge, (upload, partials, counters, aux), cuts)
+
+
+class _Aux(NamedTuple):
+    """The address of `words_of` on the device, and the memory of all that it refers to."""
+
+    address: int
+    loans: list[Loan]
+
+
+def _aux(scoring: Scoring, pool: Pool, stream: int) -> _Aux | None:
+    """What users' functions are given besides, uploaded."""
+    if not scoring.aux:
+        return None
+    loans: list[Loan] = []
+
+    def address_of(array: np.ndarray) -> int:
+        loans.append(pool.put(array, stream))
+        return loans[-1].address
+
+    words = words_of(scoring.aux, address_of)
+    return _Aux(address_of(words), loans)
 
 
 def _work(share: _Share, num_pieces: int, q: DeviceView, scoring: Scoring, **addresses: int) -> AttendShape:
@@ -275,7 +305,9 @@ def _upload_of(plan: AttentionPlan) -> Upload:
     return Upload()
 
 
-def _kernel(layouts: list[Layout], shape: Shape, q: DeviceView, scoring: Scoring) -> tuple[Kernel, int]:
+def _kernel(
+    layouts: list[Layout], shape: Shape, q: DeviceView, scoring: Scoring, change: Change | None
+) -> tuple[Kernel, int]:
     """The kernel of a shape for parts that are stored so, and the bytes of shared memory of its blocks."""
     layout = layouts[0]
     head_dim, value_head_dim, transform = layout.head_dim, layout.value_head_dim, transform_of(layout)
@@ -291,6 +323,7 @@ def _kernel(layouts: list[Layout], shape: Shape, q: DeviceView, scoring: Scoring
             values,
             width_of(value_head_dim, layout.values.group_size),
             transform,
+            change,
         )
         return kernel, attend.shared_bytes(shape.rows, head_dim, value_head_dim)
     extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
@@ -305,13 +338,14 @@ def _shares(plan: AttentionPlan, q: DeviceView, scoring: Scoring, upload: Upload
     shares = []
     for part in plan.parts:
         tables = tables_of(part.batch, upload)
-        tokens = None if part.tokens is None else upload.add(part.tokens)
+        shifts = part.batch.offsets if scoring.has_mods else None
+        tokens, offsets = (None if x is None else upload.add(x) for x in (part.tokens, shifts))
         num_kv_heads = part.buffers.layout.num_kv_heads
         group = q.shape[2] // num_kv_heads
         for shape, sequences in _shapes_of(part, plan, q, scoring, group):
             heads = min(group, shape.rows)
             blocks_per_piece = num_kv_heads * -(-group // heads)
-            shares.append(_Share(part, tables, tokens, shape, sequences, heads, blocks_per_piece))
+            shares.append(_Share(part, tables, tokens, offsets, shape, sequences, heads, blocks_per_piece))
     return shares
 
 
@@ -340,7 +374,7 @@ def _shapes_of(
 def _matrices_serve(part: Part, q: DeviceView, scoring: Scoring) -> bool:
     """Whether the kernels with matrix instructions can take queries out of such a storage."""
     layout, batch = part.buffers.layout, part.batch
-    if scoring.arithmetic == "float32" or q.dtype == "float32":
+    if scoring.arithmetic == "float32" or q.dtype == "float32" or scoring.has_mods:
         return False
     both = (layout.keys, layout.values)
     matrices: list[Matrix | None] = [codec_of(rows).matrix for rows in both]
