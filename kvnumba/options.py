@@ -44,12 +44,15 @@ class ScoringOptions(TypedDict, total=False):
         processors with tile instructions. Default: what is fastest within the rounding of the storage format.
         For codes these are products of 16-bit integers, for queries in bfloat16 as "bfloat16", for queries in
         float16 or bfloat16 on a GPU its matrix instructions, and for floats on tiles three bfloat16 numbers each.
+    causal : bool
+        False: a token sees the later keys too that the cache holds of its sequence, where `mask_mod` lets it, as in a
+        prompt that is read in both directions. Not with `window_left` or `alibi_slopes`. Default: True.
     score_mod : function
         ``score_mod(score, q_head, q_pos, kv_pos, *aux)``, the new score: a Python function of numbers, compiled where
-        the backend compiles. Positions are those of the tokens in their sequence, ``kv_pos <= q_pos``. A score of
-        -inf, which is what masks leave, stays.
+        the backend compiles. Positions are those of the tokens in their sequence; ``kv_pos <= q_pos`` if `causal`. A
+        score of -inf, which is what masks leave, stays.
     mask_mod : function
-        ``mask_mod(q_head, q_pos, kv_pos, *aux)``: whether the token sees the key. Those after it are not asked about.
+        ``mask_mod(q_head, q_pos, kv_pos, *aux)``: whether the token sees the key.
     block_mask : function
         ``block_mask(q_low, q_high, kv_low, kv_high)``, first and last positions: 0 if `mask_mod` is False for all of
         these pairs, 1 if it is True for all, else 2. Ranges of any length are asked about, in Python; keys of a 0 are
@@ -65,6 +68,7 @@ class ScoringOptions(TypedDict, total=False):
     sinks: Any
     alibi_slopes: Any
     arithmetic: str | None
+    causal: bool | None
     score_mod: Callable[..., Any] | None
     mask_mod: Callable[..., Any] | None
     block_mask: Callable[[int, int, int, int], int] | None
@@ -99,6 +103,7 @@ class Scoring:
     sinks: Any  # (Hq,) float32, NumPy array or DeviceView, or None
     alibi_slopes: Any
     arithmetic: str | None
+    causal: bool = True
     score_mod: UserFunction | None = None
     mask_mod: UserFunction | None = None
     block_mask: UserFunction | None = None
@@ -139,13 +144,20 @@ class Scoring:
             )
         if aux and score_mod is None and mask_mod is None:
             raise ValueError("aux: expected a score_mod or a mask_mod with it")
+        window = -1 if window_left is None else integer("window_left", window_left, minimum=-1)
+        causal = True if options.get("causal") is None else options["causal"]
+        if not isinstance(causal, (bool, np.bool_)):
+            raise TypeError(f"causal: expected True or False; got {causal!r}")
+        if not causal and (window >= 0 or options.get("alibi_slopes") is not None):
+            raise ValueError("causal: expected True with window_left or alibi_slopes; got False")
         return cls(
             sm_scale=head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale),
-            window_left=-1 if window_left is None else integer("window_left", window_left, minimum=-1),
+            window_left=window,
             logits_soft_cap=cap,
             sinks=_per_head("sinks", options.get("sinks"), num_qo_heads),
             alibi_slopes=_per_head("alibi_slopes", options.get("alibi_slopes"), num_qo_heads),
             arithmetic=arithmetic_name(options.get("arithmetic")),
+            causal=bool(causal),
             score_mod=score_mod,
             mask_mod=mask_mod,
             block_mask=block_mask,
@@ -163,14 +175,14 @@ class Scoring:
             if function is not None:
                 function.watch()
 
-    def try_at(self, num_qo_heads: int, first: int, last: int) -> None:
+    def try_at(self, num_qo_heads: int, first: int, last: int, last_key: int) -> None:
         """Raise unless the user's functions can be called for tokens at positions from `first` to `last`."""
         for function in (self.score_mod, self.mask_mod):
             if function is not None:
                 numbers = first_numbers(function.argument)[:-3]
                 for q_head in (0, num_qo_heads - 1):
                     for q_pos in (first, last):
-                        for kv_pos in (0, q_pos):
+                        for kv_pos in (0, q_pos if self.causal else last_key):
                             function.try_at(*numbers, *map(np.int64, (q_head, q_pos, kv_pos)), *self.aux)
 
     @functools.cached_property

@@ -446,6 +446,8 @@ class Batch:
         The first key of each sequence that is seen. None: 0.
     offsets : (B,) int32, optional
         The position in its sequence of what counts as each sequence's key 0 here. None: 0.
+    shifts : (B,) int32, optional
+        How much earlier each sequence's new tokens stand than `positions` say, where they see later keys. None: 0.
     kept : dict
         What a backend has derived from the batch, to use it again in the next layer.
     """
@@ -457,6 +459,7 @@ class Batch:
     positions: np.ndarray
     begins: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    shifts: np.ndarray | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -477,6 +480,11 @@ class Batch:
             block_size,
             np.array((seq_len - num_new_tokens,), np.int32),
         )
+
+    def after_all_keys(self) -> Batch:
+        """The same, where new tokens see all keys: as if they stood behind them."""
+        positions = np.maximum(self.positions, self.seq_lens)
+        return replace(self, positions=positions, shifts=positions - self.positions, kept={})
 
     @property
     def num_tokens(self) -> int:

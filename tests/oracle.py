@@ -16,6 +16,7 @@ def attention(
     sinks=None,
     alibi_slopes=None,
     present=None,
+    causal=True,
     score_mod=None,
     mask_mod=None,
     aux=(),
@@ -41,7 +42,8 @@ def attention(
     for i in range(n):
         position = length - n + i
         first = 0 if window_left < 0 else max(0, position - window_left)
-        seen = slice(*np.searchsorted(places, (first, position + 1)))
+        last = position if causal else length - 1
+        seen = slice(*np.searchsorted(places, (first, last + 1)))
         for h in range(num_qo_heads):
             kv_head = h * num_kv_heads // num_qo_heads
             scores = (k[kv_head, seen] @ q[i, h]) * dtype(scale)

@@ -55,6 +55,7 @@ def _part_of(part: Part, ranges: list[_Range], masked: bool) -> Part:
         batch.positions[sequence] + first,
         begin,
         None if batch.offsets is None else batch.offsets[sequence],
+        None if batch.shifts is None else batch.shifts[sequence],
     )
     return Part(part.buffers, of_ranges, None if in_order else tokens, masked)
 
@@ -65,6 +66,7 @@ def _ranges(
     """What new tokens see of a batch, the tokens that see most first; and whether they see all of it."""
     for sequence, new in enumerate(np.diff(batch.query_start_loc).tolist()):
         offset = 0 if batch.offsets is None else int(batch.offsets[sequence])
+        shift = 0 if batch.shifts is None else int(batch.shifts[sequence])
         for first in range((new - 1) // tokens * tokens, -1, -tokens):
             count = min(tokens, new - first)
             position = int(batch.positions[sequence]) + first
@@ -72,7 +74,7 @@ def _ranges(
             if window_left >= 0:
                 begin = max(begin, position - window_left)
             end = min(position + count, int(batch.seq_lens[sequence]))
-            queries = position + offset, position + count - 1 + offset
+            queries = position + offset - shift, position + count - 1 + offset - shift
             for low, high, masked in _seen(block_mask, queries, begin + offset, end + offset):
                 yield _Range(sequence, first, count, low - offset, high - offset), masked
 

@@ -183,19 +183,21 @@ class Pass:
                     )
         return scoring.in_bfloat16 if dtype is not None and is_bfloat16(dtype) else scoring
 
-    def _positions(self) -> tuple[int, int]:
-        """Of the first of the new tokens, and of the last."""
+    def _positions(self) -> tuple[int, int, int]:
+        """Of the first of the new tokens, of the last, and of the last key."""
         new = np.diff(self.batch.query_start_loc)
         first = self.batch.positions[new > 0]
-        return int(first.min()), int((first + new[new > 0]).max()) - 1
+        return int(first.min()), int((first + new[new > 0]).max()) - 1, int(self.batch.seq_lens.max()) - 1
 
     def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
         shared = may_share(scoring)
         block_mask = None if scoring.block_mask is None else scoring.block_mask.function
-        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, shared, block_mask)
+        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, scoring.causal, shared, block_mask)
         plan = self._plans.get(key)
         if plan is None:
             parts = self._parts(num_qo_heads, shared)
+            if not scoring.causal:
+                parts = [part._replace(batch=part.batch.after_all_keys()) for part in parts]
             if scoring.block_mask is not None:
                 parts = self._without_skipped(parts, num_qo_heads, scoring.block_mask, scoring.window_left)
             plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring)
@@ -230,7 +232,9 @@ class Pass:
 
 def may_share(scoring: Scoring) -> bool:
     """Whether a shared prefix may be a part of its own: that is attended without positions, so not with a window."""
-    return scoring.window_left < 0 and scoring.alibi_slopes is None and not scoring.has_mods
+    return (
+        scoring.window_left < 0 and scoring.alibi_slopes is None and not scoring.has_mods and scoring.causal
+    )
 
 
 def room_for_results(

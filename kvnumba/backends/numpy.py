@@ -235,12 +235,13 @@ class NumpyBackend:
         if scoring.window_left >= 0:
             first_key = max(first_key, positions[0] - scoring.window_left)
         before = 0 if part.batch.offsets is None else part.batch.offsets[sequence]
+        behind = 0 if part.batch.shifts is None else part.batch.shifts[sequence]
         seen = np.arange(first_key, min(positions[-1] + 1, seq_len))
         seen = seen[block_ids[seen // part.batch.block_size] >= 0]
         for start in range(0, len(seen), KEY_TILE):
             keys = seen[start : start + KEY_TILE]
             k, v = self._gather(part.buffers, layer, block_ids, keys)
-            scores = score(query, k, offsets, positions + before, keys + before, scoring, part.masked)
+            scores = score(query, k, offsets, positions + before, keys + before, scoring, part.masked, behind)
             tile_max = np.maximum(row_max, scores.max(axis=-1))
             # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
             shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
@@ -275,6 +276,7 @@ def score(
     keys: np.ndarray,
     scoring: Scoring,
     masked: bool,
+    shift: int,
 ) -> np.ndarray:
     """The definition of a score, which every kernel follows: scale, cap, bias, the user's function and masks, in order.
 
@@ -291,6 +293,8 @@ def score(
     scoring : Scoring
     masked : bool
         As `Part.masked`.
+    shift : int
+        As in `Batch.shifts`.
 
     Returns
     -------
@@ -310,8 +314,8 @@ def score(
     if scoring.window_left >= 0:
         seen &= distance <= scoring.window_left
     heads = np.arange(scores.shape[0] * scores.shape[1]).reshape(*scores.shape[:2], 1, 1)
-    # users' functions need not know of keys that come after a token
-    where = heads, positions[:, None], np.minimum(keys, positions[:, None])
+    # users' functions need not know of keys that a token does not see for coming after it
+    where = heads, positions[:, None] - shift, np.minimum(keys, positions[:, None])
     if scoring.score_mod is not None:
         scores = scoring.score_mod.on_arrays((scores, *where), scoring.aux, np.float32)
     if masked and scoring.mask_mod is not None:

@@ -11,6 +11,7 @@ import kvnumba
 
 HEADS, LENGTH = 4, 150
 CAP = 2.0
+PREFIX = 40
 
 
 def alibi(score, q_head, q_pos, kv_pos, slopes):
@@ -39,6 +40,20 @@ def prefix_and_window(q_head, q_pos, kv_pos, prefix, width):
     return (kv_pos < prefix) | (q_pos - kv_pos <= width)
 
 
+def prefix_lm(q_head, q_pos, kv_pos, prefix):
+    return (kv_pos < prefix) | (kv_pos <= q_pos)
+
+
+def prefix_blocks(q_low, q_high, kv_low, kv_high):
+    if kv_high < PREFIX or kv_high <= q_low:
+        return 1
+    return 0 if kv_low >= PREFIX and kv_low > q_high else 2
+
+
+def both_directions(score, q_head, q_pos, kv_pos, *_):
+    return score - 0.1 * abs(q_pos - kv_pos)
+
+
 def document(q_head, q_pos, kv_pos, documents):
     return documents[q_pos] == documents[kv_pos]
 
@@ -61,6 +76,16 @@ EXAMPLES = {
     "branching": lambda rng: {"score_mod": branching, "mask_mod": window, "aux": (70,)},
     "window": lambda rng: {"mask_mod": window, "aux": (9,)},
     "prefix": lambda rng: {"mask_mod": prefix_and_window, "aux": (20, np.int32(3))},
+    "prefix-LM": lambda rng: {"mask_mod": prefix_lm, "aux": (PREFIX,), "causal": False},
+    "prefix-LM blocks": lambda rng: {
+        "score_mod": both_directions,
+        "mask_mod": prefix_lm,
+        "block_mask": prefix_blocks,
+        "aux": (PREFIX,),
+        "causal": False,
+        "logits_soft_cap": 3.0,
+    },
+    "not causal": lambda rng: {"causal": False, "sinks": rng.standard_normal(HEADS)},
     "document": lambda rng: {"mask_mod": document, "aux": (DOCUMENTS,)},
     "document blocks": lambda rng: {"mask_mod": document, "block_mask": document_blocks, "aux": (DOCUMENTS,)},
     "all": lambda rng: {
@@ -118,6 +143,24 @@ def test_positions_of_tokens_kept_in_float(backend, normal, rng):
         )
         np.testing.assert_allclose(out.swapaxes(0, 1), want, atol=0.05)  # a step of int8
         np.testing.assert_allclose(lse.swapaxes(0, 1), want_lse, atol=0.05)
+
+
+def test_later_keys_in_several_parts(backend, normal):
+    """Tokens see later keys also where some are kept in float, and in sequences of different lengths."""
+    cache = kvnumba.PagedKVCache(40, 16, 2, 16, 2, "int8", backend=backend, recent_tokens=24)
+    ids, lengths, new = [cache.add_sequence(), cache.add_sequence()], (LENGTH, 60), (50, 4)
+    k, v = normal(2, LENGTH, 16), normal(2, LENGTH, 16)
+    for seq_id, length, count in zip(ids, lengths, new, strict=True):
+        cache.update(seq_id, k[:, : length - count], v[:, : length - count])
+    step = cache.step(ids, new)
+    parts = [slice(length - count, length) for length, count in zip(lengths, new, strict=True)]
+    step.write(*(np.concatenate([x[:, part] for part in parts], axis=1).swapaxes(0, 1) for x in (k, v)))
+    q = normal(54, HEADS, 16)
+    options = {"score_mod": both_directions, "mask_mod": prefix_lm, "aux": (PREFIX + 80,), "causal": False}
+    out = step.attend(q, **options)
+    for rows, length in ((slice(0, 50), LENGTH), (slice(50, 54), 60)):
+        want = oracle.attention(q[rows], k[:, :length], v[:, :length], **options)[0]
+        np.testing.assert_allclose(out[rows], want, rtol=0, atol=0.05)  # a step of int8
 
 
 def test_a_step_of_sequences_with_a_common_prefix(backend, normal, rng):
@@ -249,6 +292,12 @@ BAD = {
     "aux": ({"score_mod": alibi, "aux": np.zeros(4)}, TypeError, "aux: expected a tuple .*got a ndarray"),
     "aux of text": ({"score_mod": alibi, "aux": ("x",)}, TypeError, r"aux\[0\]: expected numbers; got 'x'"),
     "aux alone": ({"aux": (1,)}, ValueError, "aux: expected a score_mod or a mask_mod with it"),
+    "causal": ({"causal": 1}, TypeError, "causal: expected True or False; got 1"),
+    "causal with a window": (
+        {"causal": False, "window_left": 3},
+        ValueError,
+        "causal: expected True with window_left or alibi_slopes; got False",
+    ),
     "blocks alone": ({"block_mask": odd_blocks}, ValueError, "block_mask: expected a mask_mod with it"),
     "odd blocks": (
         {"mask_mod": window, "aux": (3,), "block_mask": odd_blocks},

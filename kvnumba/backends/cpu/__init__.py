@@ -55,7 +55,7 @@ VECTOR_FEATURES = (
 )
 
 _NONE = np.empty(0, np.float32)
-_NO_OFFSETS = np.empty(0, np.int32)
+_NO_NUMBERS = np.empty(0, np.int32)
 _NO_PARTIALS = np.empty((0, 1), np.float32)
 
 
@@ -167,7 +167,7 @@ class CpuBackend:
                 )
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
-                offsets = planned.part.batch.offsets
+                batch = planned.part.batch
                 score = _score(scoring, planned.part.masked)
                 for shape, pieces in planned.pieces:
                     self._counter[0] = 0
@@ -175,8 +175,9 @@ class CpuBackend:
                         self._counter,
                         pieces,
                         planned.tokens,
-                        planned.part.batch.block_table,
-                        _NO_OFFSETS if offsets is None else offsets,
+                        batch.block_table,
+                        _NO_NUMBERS if batch.offsets is None else batch.offsets,
+                        _NO_NUMBERS if batch.shifts is None else batch.shifts,
                         partials,
                         plan.partial_rows,
                     )

@@ -62,8 +62,8 @@ class Work(NamedTuple):
     tokens : (T',) int32
         `Part.tokens`; empty where it is None.
     block_table : (B, max_blocks) int32
-    offsets : (B,) int32
-        `Batch.offsets`; empty where it is None.
+    offsets, shifts : (B,) int32
+        Those of the batch; empty where they are None.
     partials : (partial results * partial_rows, Dv + 1) float32
         Rows of outputs, each followed by its lse.
     partial_rows : int
@@ -74,6 +74,7 @@ class Work(NamedTuple):
     tokens: Any
     block_table: Any
     offsets: Any
+    shifts: Any
     partials: Any
     partial_rows: int
 
@@ -185,7 +186,7 @@ def load_queries(shape, reading, piece, work, q, head_dim, transform, scoring, s
                 )
                 state[ROW_SUM, column] = 1 if column < columns else 0
     if scoring.modify != 0:
-        fill_lanes(shape, piece, position_offset(piece, work), scoring, scratch)
+        fill_lanes(shape, piece, of_sequence(work.offsets, piece), scoring, scratch)
 
 
 @plain
@@ -195,9 +196,9 @@ def lacks_offset(scoring):
 
 
 @plain
-def position_offset(piece, work):
-    """What is to be added to positions to have those in the piece's sequence."""
-    return np.int64(work.offsets[piece.sequence]) if work.offsets.shape[0] > 0 else 0
+def of_sequence(numbers, piece):
+    """The number of the piece's sequence; 0 where there are none."""
+    return np.int64(numbers[piece.sequence]) if numbers.shape[0] > 0 else 0
 
 
 @inlined
@@ -260,8 +261,9 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     window, cap = scoring.window_left, scoring.soft_cap
     unmasked = window < 0 and cap == 0 and scoring.slopes.shape[0] == 0
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
-    offset = position_offset(piece, work)
-    masks = Masks(reach, piece.position if unmasked else -1, cap, scoring.modify, scoring.aux, offset)
+    offset, shift = of_sequence(work.offsets, piece), of_sequence(work.shifts, piece)
+    known = piece.position if unmasked else -1
+    masks = Masks(reach, known, cap, scoring.modify, scoring.aux, offset, shift)
     key, end = piece.first_key, piece.end_key
     while key < end:
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)

@@ -119,7 +119,7 @@ def modification(scoring: Scoring) -> Modification:
 
 
 def _address(static: Mods) -> int:
-    return entry(modify, static, *[0] * 8)[0]
+    return entry(modify, static, *[0] * 9)[0]
 
 
 def _static(
@@ -224,15 +224,15 @@ def all_seen(*numbers):
 
 
 @kernel
-def modify(static, scores, count, key, line, lanes, size, stride, aux_address):
+def modify(static, scores, count, key, shift, line, lanes, size, stride, aux_address):
     """Change `count` scores in place.
 
     Parameters
     ----------
     scores, lanes, aux_address : address
         Of float32 scores; of four rows, see `attend.fill_lanes`; of `words_of`.
-    key : int
-        The position of the first token.
+    key, shift : int
+        The position of the first token; how much earlier the new tokens stand than their lanes say.
     line, size, stride : int
         Every `size` scores stand for `line` further tokens, and are those of the first `size` lanes; a row of lanes
         begins `stride` after the one before.
@@ -251,8 +251,8 @@ def modify(static, scores, count, key, line, lanes, size, stride, aux_address):
         part = carray(pointer_to_float(scores + 4 * first), used)
         for i in range(used):
             score = part[i] + offsets[i]
-            q_head, q_pos = np.int64(heads[i]), np.int64(positions[i])
-            kv_pos = min(key + tokens[i], q_pos)
+            q_head, q_pos = np.int64(heads[i]), np.int64(positions[i]) - shift
+            kv_pos = min(key + tokens[i], np.int64(positions[i]))
             value = np.float32(static.score_mod(score, q_head, q_pos, kv_pos, *aux))
             seen = bool(static.mask_mod(q_head, q_pos, kv_pos, *aux))
             found[i] = value if seen & (score != HIDDEN) else HIDDEN
@@ -261,7 +261,7 @@ def modify(static, scores, count, key, line, lanes, size, stride, aux_address):
         key += line
 
 
-_KINDS = (typeof(COMMON), *[types.intp] * 8)  # of `modify`; all statics are the same to LLVM
+_KINDS = (typeof(COMMON), *[types.intp] * 9)  # of `modify`; all statics are the same to LLVM
 
 
 def call_modify(
@@ -283,7 +283,7 @@ def call_modify(
             return b.ptrtoint(x.value, I64)
         return x.value if isinstance(x, Int) else I64(x)
 
-    given = (scores, count, key + masks.offset, line, lanes, size, shape.all_lanes, masks.aux)
+    given = (scores, count, key + masks.offset, masks.shift, line, lanes, size, shape.all_lanes, masks.aux)
     call_at(e.context, b, masks.modify.value, _KINDS, [e.context.get_dummy_value(), *map(word, given)])
 
 

@@ -183,8 +183,8 @@ class Masks(NamedTuple):
     soft_cap : float32
     modify, aux : int
         As in `Score`.
-    offset : int
-        `Batch.offsets`, of the piece's sequence.
+    offset, shift : int
+        `Batch.offsets` and `Batch.shifts` of the piece's sequence.
     """
 
     reach: Any
@@ -193,6 +193,7 @@ class Masks(NamedTuple):
     modify: int
     aux: int
     offset: int
+    shift: int
 
 
 class Reading(NamedTuple):
@@ -231,7 +232,7 @@ class Scratch(NamedTuple):
     tile, tile_halves, tile_bytes : (n,) float32, (2 * n,) uint16, (1, 4 * n) uint8
         The same memory: rows that are staged.
     lanes : (4 * all_lanes,) int32
-        Of as many scores of each group as a loop takes: the query head, the position of the new token in its sequence,
+        Of as many scores of each group as a loop takes: the query head, the position of the new token (less the shift),
         the number of the key among those of the loop, and (float32) the OFFSET, where it is lacking. Only where scores
         are modified.
     """

@@ -262,7 +262,7 @@ class CudaBackend:
     def decoding(
         self, q: Any, k: Any, v: Any, written: Sequence[Part], parts: Sequence[Part], scoring: Scoring
     ) -> Decoding | None:
-        if scoring.has_mods or not all(isinstance(x, DeviceView) for x in (q, k, v)):
+        if scoring.has_mods or not scoring.causal or not all(isinstance(x, DeviceView) for x in (q, k, v)):
             return None
         if any(part.tokens is not None or (np.diff(part.batch.query_start_loc) != 1).any() for part in parts):
             return None
@@ -314,7 +314,7 @@ class CudaBackend:
         key = (
             buffers, q.dtype, q.shape, q.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
             scoring.logits_soft_cap, scoring.alibi_slopes is None, scoring.arithmetic,
-            scoring if scoring.has_mods else None,
+            scoring.causal, scoring if scoring.has_mods else None,
         )  # fmt: skip
         found: Launches | None = plan.launches.get(key)
         if found is None:

@@ -167,7 +167,7 @@ class Decoding:
 
     def _serves(self, scoring: Scoring) -> bool:
         ours = self._scoring
-        same = ("sm_scale", "window_left", "logits_soft_cap", "arithmetic")
+        same = ("sm_scale", "window_left", "logits_soft_cap", "arithmetic", "causal", "has_mods")
         return scoring.alibi_slopes is ours.alibi_slopes and all(
             getattr(scoring, name) == getattr(ours, name) for name in same
         )

@@ -81,7 +81,8 @@ class _Share(NamedTuple):
     part: Part
     tables: Tables
     tokens: int | None  # where in the upload the part's tokens are
-    offsets: int | None  # and its offsets
+    offsets: int | None  # and its offsets and shifts
+    shifts: int | None
     shape: Shape
     sequences: np.ndarray
     heads: int  # of those that share a KV head, how many a block takes
@@ -191,6 +192,7 @@ def launches_of(
                     pieces=base + begin,
                     tokens=0 if share.tokens is None else base + share.tokens,
                     offsets=0 if share.offsets is None else base + share.offsets,
+                    shifts=0 if share.shifts is None else base + share.shifts,
                     aux=0 if aux is None else aux.address,
                     partials=partials.address + (0 if merged_after else partial * partial_bytes),
                     counters=counters.address + 4 * item,
@@ -338,14 +340,16 @@ def _shares(plan: AttentionPlan, q: DeviceView, scoring: Scoring, upload: Upload
     shares = []
     for part in plan.parts:
         tables = tables_of(part.batch, upload)
-        shifts = part.batch.offsets if scoring.has_mods else None
-        tokens, offsets = (None if x is None else upload.add(x) for x in (part.tokens, shifts))
+        users = (part.batch.offsets, part.batch.shifts) if scoring.has_mods else (None, None)
+        tokens, offsets, shifts = (None if x is None else upload.add(x) for x in (part.tokens, *users))
         num_kv_heads = part.buffers.layout.num_kv_heads
         group = q.shape[2] // num_kv_heads
         for shape, sequences in _shapes_of(part, plan, q, scoring, group):
             heads = min(group, shape.rows)
             blocks_per_piece = num_kv_heads * -(-group // heads)
-            shares.append(_Share(part, tables, tokens, offsets, shape, sequences, heads, blocks_per_piece))
+            shares.append(
+                _Share(part, tables, tokens, offsets, shifts, shape, sequences, heads, blocks_per_piece)
+            )
     return shares
 
 

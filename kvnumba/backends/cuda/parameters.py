@@ -120,9 +120,9 @@ class StorageAddresses(NamedTuple):
 class AttendShape(NamedTuple):
     """Tables of the batch and of its pieces (`plan.py`), shapes, and how scores are made.
 
-    `tokens` says which packed token each of the batch's tokens is; 0: they are all of them, in order. `offsets` are
-    those of the batch, `aux` is what users' functions are given besides; 0: there are none. `group` query heads share a
-    KV head, of which a block takes `heads`.
+    `tokens` says which packed token each of the batch's tokens is; 0: they are all of them, in order. `offsets` and
+    `shifts` are those of the batch, `aux` is what users' functions are given besides; 0: there are none. `group` query
+    heads share a KV head, of which a block takes `heads`.
     """
 
     tables: Long
@@ -132,6 +132,7 @@ class AttendShape(NamedTuple):
     counters: Long
     aux: Long
     offsets: Long
+    shifts: Long
     q_batch: Long
     q_token: Long
     q_head: Long

@@ -455,9 +455,10 @@ class ShardedBackend:
 
 def _fields(scoring: Scoring) -> tuple[Any, ...]:
     """A scoring as it travels. Sinks do not: the driver counts them, once."""
-    if scoring.has_mods:
+    if scoring.has_mods or not scoring.causal:
         raise ValueError(
-            "score_mod, mask_mod: expected none for a cache on workers; caches of the backends numpy, cpu and cuda take them"
+            "score_mod, mask_mod, causal: expected none for a cache on workers; caches of the backends numpy, cpu and "
+            "cuda take them"
         )
     return (
         scoring.sm_scale, scoring.window_left, scoring.logits_soft_cap, scoring.arithmetic, scoring.alibi_slopes
