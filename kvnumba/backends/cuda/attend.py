@@ -91,11 +91,11 @@ def attend_kernel(
         used, begin, end = piece.used, piece.begin, piece.end
         head_dim, value_head_dim = work.head_dim, work.value_head_dim
 
-        offset, shift = int32(0), int32(0)
+        origin, shift = int32(0), int32(0)
         if modified:
             sequence = load_int(piece.address + 4 * SEQUENCE)
             if work.offsets != 0:
-                offset = load_int(work.offsets + 4 * sequence)
+                origin = load_int(work.offsets + 4 * sequence)
             if work.shifts != 0:
                 shift = load_int(work.shifts + 4 * sequence)
 
@@ -163,8 +163,8 @@ def attend_kernel(
                                 slope = load_float(call.slopes + 4 * head_of(piece, token, r))
                                 score -= slope * float32(distance)
                             if modified:
-                                q_pos = piece.position + token + offset
-                                kv_pos = min(q_pos, first_key + j + offset)
+                                q_pos = piece.position + token + origin
+                                kv_pos = min(q_pos, first_key + j + origin)
                                 q_pos -= shift
                                 score = change(score, head_of(piece, token, r), q_pos, kv_pos, work.aux)
                             if distance < 0 or (work.window_left >= 0 and distance > work.window_left):
