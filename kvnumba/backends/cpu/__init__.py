@@ -153,7 +153,7 @@ class CpuBackend:
                 f"out, lse: expected adjacent last elements of out, and no axis that runs backwards; got strides "
                 f"{out.strides} and {lse.strides}"
             )
-        modification(scoring)  # before anything is written: it may raise
+        with_mask, without_mask, kept = _scores(scoring)
         views = attention.Views(_view(q), out, lse)
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
@@ -168,7 +168,7 @@ class CpuBackend:
             for planned in plan.parts:
                 buffers: Any = planned.part.buffers
                 batch = planned.part.batch
-                score = _score(scoring, planned.part.masked)
+                score = with_mask if planned.part.masked else without_mask
                 for shape, pieces in planned.pieces:
                     self._counter[0] = 0
                     work = attention.Work(
@@ -185,7 +185,7 @@ class CpuBackend:
                     job = attention.Job(views, work, buffers.layers[layer], score, memory)
                     launch(attention.attend, shape, plan.workers, job)
             if plan.num_partials:
-                sinks = _per_head(scoring.sinks) if plan.counts_sinks else _NONE
+                sinks = with_mask.sinks if plan.counts_sinks else _NONE
                 merges = attention.MergeJob(views, plan.merges, plan.sources, partials, sinks)
                 launch(attention.merge, COMMON, plan.workers, merges)
 
@@ -238,7 +238,7 @@ def _bfloat16_products() -> str:
 
 def describe_plan(plan: Plan, scoring: Scoring) -> str:
     """Which kernels `attend` takes for a plan: the file, its rows, and the formats that keys and values have there."""
-    score = _score(scoring, True)
+    score, _, _ = _scores(scoring)
     found = []
     for planned in plan.parts:
         layer = cast(CpuBuffers, planned.part.buffers).layers[0]
@@ -272,21 +272,18 @@ def _is_view(x: np.ndarray) -> bool:
 
 
 @functools.lru_cache(64)
-def _score(scoring: Scoring, masked: bool) -> Score:
-    """Options as the kernels see them, for a part with `Part.masked`."""
+def _scores(scoring: Scoring) -> tuple[Score, Score, Any]:
+    """Options as the kernels see them, with and without the mask, see `Part.masked`; and what keeps `Score.aux` alive."""
     mods = modification(scoring)
-    return Score(
+    with_mask = Score(
         np.float32(scoring.sm_scale),
         scoring.window_left,
         np.float32(scoring.logits_soft_cap),
-        _per_head(scoring.sinks),
-        _per_head(scoring.alibi_slopes),
+        _NONE if scoring.sinks is None else scoring.sinks,
+        _NONE if scoring.alibi_slopes is None else scoring.alibi_slopes,
         scoring.arithmetic == "float32",
         scoring.arithmetic == "bfloat16" and ceilings.bfloat16_is_faster(),
-        mods.masked if masked else mods.unmasked,
+        mods.masked,
         mods.aux,
     )
-
-
-def _per_head(numbers: Any) -> np.ndarray:
-    return _NONE if numbers is None else numbers
+    return with_mask, with_mask._replace(modify=mods.unmasked), mods.kept

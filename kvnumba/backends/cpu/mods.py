@@ -7,7 +7,6 @@ instructions where LLVM finds that it can.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -97,7 +96,6 @@ class Modification(NamedTuple):
 NOTHING = Modification(0, 0, 0, None)
 
 
-@functools.lru_cache(64)
 def modification(scoring: Scoring) -> Modification:
     """The functions of a scoring, compiled.
 
