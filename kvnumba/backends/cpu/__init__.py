@@ -153,7 +153,7 @@ class CpuBackend:
                 f"out, lse: expected adjacent last elements of out, and no axis that runs backwards; got strides "
                 f"{out.strides} and {lse.strides}"
             )
-        with_mask, without_mask, kept = _scores(scoring)
+        with_mask, without_mask, _kept = _scores(scoring)
         views = attention.Views(_view(q), out, lse)
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
@@ -273,7 +273,7 @@ def _is_view(x: np.ndarray) -> bool:
 
 @functools.lru_cache(64)
 def _scores(scoring: Scoring) -> tuple[Score, Score, Any]:
-    """Options as the kernels see them, with and without the mask, see `Part.masked`; and what keeps `Score.aux` alive."""
+    """Options as the kernels see them, with and without the mask (`Part.masked`), and what lies at `Score.aux`."""
     mods = modification(scoring)
     with_mask = Score(
         np.float32(scoring.sm_scale),
