@@ -321,7 +321,7 @@ class PagedKVCache(Cache):
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         with self._pool.lock:
-            self._pool.row(seq_id, away=True)
+            self._pool.row(seq_id, away=seq_id in self._swapped)
             if seq_id not in self._swapped:
                 raise ValueError(f"seq_id: sequence {seq_id} is not swapped out")
             swapped = self._swapped[seq_id]
