@@ -121,6 +121,7 @@ class Step:
         """Let the sequences hold the new tokens, if all layers do."""
         if self._pass.complete:
             with self._pool.lock:
+                self._require_latest()  # while it was written, blocks may have been lost
                 if self._recent is not None and self._pass.floats is not None:
                     self._recent.commit(self._pass.floats)  # first: only this can fail
                 self._pool.commit(self.seq_ids, self.batch, self._token_ids)
