@@ -340,7 +340,9 @@ class ShardedBackend:
         for worker, tokens, batches, shipped in shares.shares:
             if self._is_new(worker, shipped):
                 self.workers.send(worker, "know", shipped.number, batches[0].batch)
-            rows = [x if tokens is None else x[tokens] for x in (k, v)]
+            rows = [
+                x.copy() if tokens is None else x[tokens] for x in (k, v)
+            ]  # they wait, and x is the user's
             self.workers.send(worker, "write", buffers.shipped.number, layer, *rows, shipped.number)
 
     def _write_shares(self, buffers: ShardedBuffers, batch: Batch) -> Iterator[Share]:
