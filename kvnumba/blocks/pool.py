@@ -336,6 +336,12 @@ class BlockPool:
                 self.version += 1
             return lost
 
+    def expire(self) -> None:
+        """Make all steps and plans stale."""
+        with self.lock:
+            self._generations += 1
+            self.version += 1
+
     # Forward passes
 
     def book(

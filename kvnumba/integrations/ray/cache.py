@@ -178,7 +178,9 @@ class ShardedKVCache(PagedKVCache):
         """
         with self._pool.lock:
             self._dealer.close(np.flatnonzero(gone))
-            self._recent = None
+            if self._recent is not None:
+                self._recent = None
+                self._pool.expire()
             blocks = np.arange(self.num_blocks)
             ids = self._pool.lose(gone[blocks % len(self.workers)], error)
             for seq_id in ids:
