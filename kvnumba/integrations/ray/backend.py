@@ -7,9 +7,10 @@ are, so causality, windows and biases need no second thought, and results are me
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,21 @@ from kvnumba.integrations.ray.worker import LocalPart, local_layout, specs_of
 from kvnumba.integrations.ray.workers import Workers
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Part, RowLayout, array_specs
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_replicas(
+    method: Callable[Concatenate[ShardedBackend, P], R],
+) -> Callable[Concatenate[ShardedBackend, P], R]:
+    """Let a method that asks workers do it by `ShardedBackend.again`."""
+
+    @functools.wraps(method)
+    def asking(self: ShardedBackend, /, *args: P.args, **options: P.kwargs) -> R:
+        return self.again(method, self, *args, **options)
+
+    return asking
 
 
 class Shipped:
@@ -126,6 +142,17 @@ class ShardedBackend:
         """Which shards no living worker keeps: (num_shards,) bool."""
         return self._readers < 0
 
+    def again(self, ask: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+        """What a call that asks workers returns; made again where others have all that a lost one was asked for."""
+        while True:
+            before = self._readers
+            try:
+                return ask(*args, **options)
+            except WorkerLost:
+                if self._readers is before or (self.gone & (before >= 0)).any():
+                    raise
+
+    @_with_replicas
     def ping(self) -> None:
         """Ask all workers that are not lost for an answer."""
         self.call({worker: [("echo",)] for worker in self._alive()})
@@ -156,32 +183,30 @@ class ShardedBackend:
         self._readers = readers
 
     def refill(self, empty: Sequence[int]) -> None:
-        """Give workers that took the places of lost ones what other replicas have."""
-        gone = self._readers < 0
+        """Give workers that take the places of lost ones what other replicas have; none is read before `reread`."""
         for buffers in list(self._buffers):
             self._allocate(buffers, empty)
-            for shard in np.flatnonzero(~gone).tolist():
+            for shard in np.flatnonzero(~self.gone).tolist():
                 for region in range(self.replicas):
                     worker = (shard + region) % self.num_shards
                     if worker in empty:
                         self._copy_shard(buffers, shard, worker, region)
+
+    def reread(self) -> None:
+        """Read workers that are there again; shards that were gone begin anew."""
+        gone = self.gone
         self._choose_readers()
-        if self.on_return is not None and gone.any():
-            self.on_return(gone & (self._readers >= 0))
+        back = gone & ~self.gone
+        if self.on_return is not None and back.any():
+            self.on_return(back)
 
     def _copy_shard(self, buffers: ShardedBuffers, shard: int, worker: int, region: int) -> None:
         blocks = np.arange(shard, buffers.layout.num_blocks, self.num_shards)
         for start in range(0, len(blocks), 64):
             some = blocks[start : start + 64]
-            arrays = self.call(
-                {
-                    int(self._readers[shard]): [
-                        ("read_blocks", buffers.shipped.number, self.local(buffers, some))
-                    ]
-                }
-            )
+            keys, values = self.read_blocks(buffers, some)
             there = region * buffers.capacity + some // self.num_shards
-            self.call({worker: [("write_blocks", buffers.shipped.number, there, *arrays.values())]})
+            self.call({worker: [("write_blocks", buffers.shipped.number, there, [*keys, *values])]})
 
     def call(self, commands: Mapping[int, Sequence[tuple[Any, ...]]]) -> dict[int, Any]:
         """`Workers.call`, whose error names the sequences of this cache that had blocks on lost workers."""
@@ -233,6 +258,7 @@ class ShardedBackend:
 
     # Storage
 
+    @_with_replicas
     def allocate(self, layout: Layout) -> Buffers:
         buffers = ShardedBuffers(layout, self.num_shards, Shipped(self.workers))
         self._allocate(buffers, self._alive())
@@ -251,6 +277,7 @@ class ShardedBackend:
                 )
             buffers.shipped.sent[worker] = self.workers.incarnation(worker)
 
+    @_with_replicas
     def available_bytes(self) -> int:
         found = self.call({worker: [("available_bytes",)] for worker in self._alive()})
         by_node: dict[str, int] = {}  # workers of one machine share its memory
@@ -268,6 +295,7 @@ class ShardedBackend:
     def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
         return get_backend("numpy").decode(encoded, rows)
 
+    @_with_replicas
     def copy_blocks(self, buffers: Any, pairs: np.ndarray) -> None:
         moved = pairs[:, 0] % self.num_shards != pairs[:, 1] % self.num_shards
         if moved.any():
@@ -280,6 +308,7 @@ class ShardedBackend:
             commands.setdefault(worker, []).append(("copy_blocks", buffers.shipped.number, local_pairs))
         self.call(commands)
 
+    @_with_replicas
     def read_blocks(self, buffers: Any, blocks: np.ndarray) -> tuple[Encoded, Encoded]:
         parts = [np.empty(shape, dtype) for shape, dtype in array_specs(buffers.layout, len(blocks))]
         local = self.local(buffers, blocks)
@@ -295,6 +324,7 @@ class ShardedBackend:
                 part[:, places[worker]] = array
         return Encoded(*parts[:3]), Encoded(*parts[3:])
 
+    @_with_replicas
     def write_blocks(self, buffers: Any, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         commands: dict[int, list[tuple[Any, ...]]] = {}
         for worker, which, local in self.by_holder(buffers, blocks):
@@ -302,6 +332,7 @@ class ShardedBackend:
             commands.setdefault(worker, []).append(("write_blocks", buffers.shipped.number, local, arrays))
         self.call(commands)
 
+    @_with_replicas
     def read(
         self, buffers: Any, layer: int, block_table: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -370,28 +401,27 @@ class ShardedBackend:
     ) -> None:
         return None
 
+    @_with_replicas
     def attend(
         self, layer: int, q: np.ndarray, plan: ShardedPlan, scoring: Scoring, out: np.ndarray, lse: np.ndarray
     ) -> None:
         query = q.reshape(-1, *q.shape[2:])
         value_dim = out.shape[-1]
         fields = _fields(scoring)
-        while True:
-            shares = self._attention_shares(plan)
-            commands = {}
-            for worker, tokens, parts, shipped in shares:
-                those: list[tuple[Any, ...]] = []
-                if self._is_new(worker, shipped):
-                    those.append(("plan", shipped.number, parts, plan.num_qo_heads, plan.scoring))
-                rows = query if tokens is None else query[tokens]
-                those.append(("attend", layer, rows, shipped.number, value_dim, fields))
-                commands[worker] = those
-            try:
-                answers = self.call(commands)
-                break
-            except WorkerLost as error:
-                if error.seq_ids or self.replicas == 1:
-                    raise
+        shares = self._attention_shares(plan)
+        commands = {}
+        for worker, tokens, parts, shipped in shares:
+            those: list[tuple[Any, ...]] = []
+            if self._is_new(worker, shipped):
+                those.append(("plan", shipped.number, parts, plan.num_qo_heads, plan.scoring))
+            rows = query if tokens is None else query[tokens]
+            those.append(("attend", layer, rows, shipped.number, value_dim, fields))
+            commands[worker] = those
+        try:
+            answers = self.call(commands)
+        except BaseException:
+            plan.shares = None  # it may not have come to the workers
+            raise
         states = [
             answers[share.worker]
             if share.tokens is None

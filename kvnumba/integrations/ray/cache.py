@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,7 @@ class ShardedKVCache(PagedKVCache):
             self.close()
             raise
         self._sharded = sharded
+        self._name = secrets.token_hex(8)  # in what is saved: ids are those of this cache
         here = weakref.ref(self)
         sharded.on_loss = lambda gone, error: _told(here, lambda cache: cache._lose(gone, error)) or []
         sharded.on_return = lambda shards: _told(here, lambda cache: cache._reopen(shards))
@@ -206,7 +208,15 @@ class ShardedKVCache(PagedKVCache):
         As `PagedKVCache.save`. All workers must see the folder under this path. What was saved there before stays as it
         is until all is written.
         """
-        saving.save(Path(path).absolute(), self._sharded, self._buffers, self._pool, fingerprint)
+        self._sharded.again(
+            saving.save,
+            Path(path).absolute(),
+            self._sharded,
+            self._buffers,
+            self._pool,
+            fingerprint,
+            self._name,
+        )
 
     def load(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> dict[int, int]:
         """Add the sequences and findable blocks of a folder that `save` wrote, all or nothing.
@@ -214,17 +224,21 @@ class ShardedKVCache(PagedKVCache):
         As `PagedKVCache.load`. The cache that was saved may have had more or fewer workers.
         """
         with self._pool.lock:
-            ids = saving.load(Path(path).absolute(), self._sharded, self._buffers, self._pool, fingerprint)
+            ids = self._sharded.again(
+                saving.load, Path(path).absolute(), self._sharded, self._buffers, self._pool, fingerprint
+            )
             self._start_recent(ids.values())
         return ids
 
     def restore(self, path: str | os.PathLike[str] | None = None, *, fingerprint: str = "") -> list[int]:
         """Start workers in the places of lost ones, and bring lost sequences back as they were saved.
 
+        Nothing else may use the workers meanwhile.
+
         Parameters
         ----------
         path : path, optional
-            What `save` wrote. None: blocks come from replicas alone.
+            What `save` of this cache wrote. None: blocks come from replicas alone.
         fingerprint : str
             As it was given to `save`.
 
@@ -245,7 +259,12 @@ class ShardedKVCache(PagedKVCache):
             if path is None or not lost:
                 return []
             where = Path(path).absolute()
-            back = list(saving.load(where, self._sharded, self._buffers, self._pool, fingerprint, into=lost))
+            into = saving.Into(self._name, lost)
+            back = list(
+                self._sharded.again(
+                    saving.load, where, self._sharded, self._buffers, self._pool, fingerprint, into
+                )
+            )
             self._start_recent(back)
             return back
 

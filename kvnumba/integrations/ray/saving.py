@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,16 @@ MANIFEST = "manifest"
 BLOCKS = re.compile(r"worker-\d+-[0-9a-f]{8}\.blocks")
 
 
-def save(path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fingerprint: str) -> None:
+class Into(NamedTuple):
+    """Lost sequences that are to be read back, and the name of their cache."""
+
+    cache: str
+    seq_ids: list[int]
+
+
+def save(
+    path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fingerprint: str, cache: str
+) -> None:
     """Write all sequences and findable blocks of a pool; what a folder had before stays until all is written."""
     identity = snapshot.identity(buffers.layout, fingerprint)
     size = snapshot.block_bytes(buffers.layout)
@@ -54,7 +63,7 @@ def save(path: Path, backend: ShardedBackend, buffers: Any, pool: BlockPool, fin
                 {"name": names[worker], "blocks": which.tolist(), "bytes": len(which) * size}
                 for worker, which in places.items()
             ]
-            header.update(identity, block_bytes=size, files=files)
+            header.update(identity, block_bytes=size, files=files, cache=cache)
             snapshot.write_file(path / MANIFEST, header, iter(()))
         except BaseException:
             _remove(path, keep=lambda name: token not in name)
@@ -70,17 +79,23 @@ def load(
     buffers: Any,
     pool: BlockPool,
     fingerprint: str,
-    into: Sequence[int] | None = None,
+    into: Into | None = None,
 ) -> dict[int, int]:
     """Add what a folder holds to a pool; returns the new id of each sequence by the one it was saved under.
 
-    `into` are ids of lost sequences of this pool: only those of them that were saved are read, and they keep their ids.
+    Given lost sequences to read `into`, only those of them that were saved are read, and they keep their ids.
     """
     header = read_manifest(path, buffers.layout, fingerprint)
     identity = snapshot.identity(buffers.layout, fingerprint)
     if into is not None:
-        header = of_sequences(header, into)
+        if header.get("cache") != into.cache:
+            raise ValueError(
+                f"{path}: another cache was saved there, in which other sequences have these ids"
+            )
+        header = of_sequences(header, into.seq_ids)
     alive = [worker for worker in range(backend.num_shards) if worker not in backend.workers.lost]
+    if not alive:
+        backend.workers.require(backend.workers.lost)
     files = [(path / file["name"], file["bytes"]) for file in header["files"]]
     shared_out = {worker: files[n :: len(alive)] for n, worker in enumerate(alive) if files[n :: len(alive)]}
     _attempt(backend, {worker: ("check", identity, those) for worker, those in shared_out.items()})
@@ -111,7 +126,7 @@ def load(
 def read_manifest(path: Path, layout: Any, fingerprint: str) -> dict[str, Any]:
     """The header of a folder's manifest, after a check that it is of a cache like this one."""
     manifest = path / MANIFEST
-    if path.is_dir() and not manifest.exists():
+    if path.exists() and not manifest.exists():
         raise ValueError(
             f"{path}: no manifest: not a folder that a cache was saved to, or not all of it was written"
         )
@@ -149,7 +164,10 @@ def _attempt(backend: ShardedBackend, commands: dict[int, tuple[Any, ...]]) -> N
     answers = backend.call({worker: [("attempt", *command)] for worker, command in commands.items()})
     for worker, answer in answers.items():
         if isinstance(answer, Exception):
-            raise type(answer)(f"{backend.workers.describe(worker)}: {answer}") from answer
+            text = f"{backend.workers.describe(worker)}: {answer}"
+            if isinstance(answer, OSError):
+                raise OSError(answer.errno, text) from answer  # FileNotFoundError and so on, by its number
+            raise (ValueError if isinstance(answer, ValueError) else MemoryError)(text) from answer
 
 
 def _remove(path: Path, keep: Any) -> None:

@@ -44,6 +44,8 @@ class Holder(Protocol):
 
     def refill(self, empty: Sequence[int]) -> None: ...
 
+    def reread(self) -> None: ...
+
 
 class Workers:
     """Processes that hold the blocks of caches, on this machine or on those of a Ray cluster.
@@ -80,13 +82,21 @@ class Workers:
         timeout: float | None = TIMEOUT,
     ) -> None:
         if isinstance(workers, Sequence):
+            unfit = [each for each in workers if not isinstance(each, Mapping)]
+            if unfit:
+                raise TypeError(
+                    f"workers: expected a number, or the resources of each as a dict; got {unfit[0]!r}"
+                )
             resources = [dict(each) for each in workers]
         else:
             resources = [{} for _ in range(arguments.integer("workers", workers, minimum=1))]
         if not resources:
             raise ValueError("workers: expected at least one; got none")
-        if timeout is not None and not arguments.real("timeout", timeout) > 0:
-            raise ValueError(f"timeout: expected a number of seconds greater than 0, or None; got {timeout}")
+        timeout = None if timeout is None else arguments.real("timeout", timeout)
+        if timeout is not None and timeout <= 0:
+            raise ValueError(
+                f"timeout: expected a number of seconds greater than 0, or None; got {timeout:g}"
+            )
         self.timeout = timeout
         self._resources = resources
         self._backend_name = chosen_name(backend)
@@ -98,6 +108,9 @@ class Workers:
         self._incarnations = [0] * count
         self._cpus_of_node: dict[str, tuple[int, ...]] = {}
         self._reasons: dict[int, str] = {}  # why a worker is lost
+        self._filling: set[int] = (
+            set()
+        )  # of these, those in whose places others are, which lack their blocks still
         self._waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
         self._waiting_bytes = [0] * count
         self._garbage: list[deque[int]] = [deque() for _ in range(count)]
@@ -168,9 +181,11 @@ class Workers:
     def send(self, number: int, *command: Any) -> None:
         """Let a worker do something, not before the next message to it; its error comes with the next answer."""
         with self._lock:
+            if number in self._reasons:
+                return
             self._waiting[number].append(command)
             self._waiting_bytes[number] += sum(x.nbytes for x in command if isinstance(x, np.ndarray))
-            if self._waiting_bytes[number] >= FLUSH and number not in self._reasons:
+            if self._waiting_bytes[number] >= FLUSH:
                 self._post(number, *self._message(number, [], {}))
 
     def forget(self, number: int, thing: int) -> None:
@@ -222,7 +237,6 @@ class Workers:
         message = list(self._waiting[number])  # these may need what is garbage by now
         message += [("forget", garbage.popleft()) for _ in range(len(garbage))]
         message += commands
-        self._waiting[number], self._waiting_bytes[number] = [], 0
         beside: list[Any] = []
 
         def inside(buffer: pickle.PickleBuffer) -> bool:
@@ -237,6 +251,7 @@ class Workers:
             return False
 
         data = pickle.dumps(message, protocol=5, buffer_callback=inside)
+        self._waiting[number], self._waiting_bytes[number] = [], 0
         self._sent[number] += 1
         return (self._sent[number], data), beside
 
@@ -287,7 +302,11 @@ class Workers:
             self._calls += 1
             due = self._calls == CALLS_BEFORE_CHANNELS
         if due:
-            alive = {n: actor for n, actor in enumerate(self._actors) if n not in self._reasons}
+            alive = {
+                n: actor
+                for n, actor in enumerate(self._actors)
+                if n not in self._reasons or n in self._filling
+            }
             with self._in_turn:
                 try:
                     self._channels = Channels(alive)
@@ -302,7 +321,7 @@ class Workers:
 
     def require(self, numbers: Iterable[int]) -> None:
         """Raise WorkerLost if one of these workers is lost."""
-        lost = tuple(number for number in numbers if number in self._reasons)
+        lost = tuple(n for n in numbers if n in self._reasons and n not in self._filling)
         if lost:
             raise WorkerLost(
                 "; ".join(f"{self.describe(number)} {self._reasons[number]}" for number in lost), lost
@@ -314,13 +333,15 @@ class Workers:
         """Count workers as lost, stop what is left of them, and tell all that had something there."""
         with self._lock:
             new = {number: why for number, why in reasons.items() if number not in self._reasons}
-            self._reasons.update(new)
-            for number in new:
-                self._waiting[number] = []
+            again = {number: why for number, why in reasons.items() if number in self._filling}
+            self._filling -= again.keys()
+            self._reasons.update(new | again)
+            for number in new | again:
+                self._waiting[number], self._waiting_bytes[number] = [], 0
                 self._garbage[number].clear()
                 with contextlib.suppress(Exception):  # it may be gone, with its machine
                     ray.kill(self._actors[number], no_restart=True)
-        if new:
+        if new or again:
             self._drop_channels()  # after that: a worker that hangs would be waited for
             for holder in list(self._holders):
                 holder.lose(new)
@@ -338,9 +359,19 @@ class Workers:
             for number in lost:
                 self._sent[number] = 0
                 self._incarnations[number] += 1
+            self._filling.update(lost)
+        try:
+            for holder in list(self._holders):
+                holder.refill(lost)
+        except BaseException as error:
+            self.give_up(dict.fromkeys(lost, f"was not filled again: {type(error).__name__}"))
+            raise
+        with self._lock:
+            self._filling.clear()
+            for number in lost:
                 del self._reasons[number]
         for holder in list(self._holders):
-            holder.refill(lost)
+            holder.reread()
 
     def _begin(self, numbers: Sequence[int]) -> None:
         """Start processes, on processors of their own, and check that they mean the same by all that is sent."""
