@@ -1,6 +1,11 @@
 """Workers for tests: a cluster of several nodes on this machine, and paged caches on it instead of here."""
 
+import contextlib
 import functools
+import os
+import signal
+import time
+from unittest import mock
 
 import pytest
 import ray
@@ -10,6 +15,7 @@ import kvnumba
 from kvnumba import PagedKVCache
 from kvnumba.integrations.ray import ShardedKVCache, Workers
 from kvnumba.integrations.ray.backend import ShardedBuffers
+from kvnumba.integrations.ray.channels import Channels
 
 
 @functools.cache
@@ -25,8 +31,50 @@ def cluster(num_nodes):
 @functools.cache
 def workers(count, backend):
     """Workers that are shared by tests."""
-    cluster(count)
+    if not ray.is_initialized():
+        cluster(count)
     return Workers(count, backend=backend)
+
+
+def kill(workers, number):
+    """End the process of a worker at once, as a machine ends that loses its power."""
+    process = workers.identity(number).process
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(process, signal.SIGKILL)
+        while True:  # until it is gone, or a zombie that its parent has not seen yet
+            with open(f"/proc/{process}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+            time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def killing(workers, number, after, *, at_the_end=True):
+    """Kill a worker once so many messages have been sent to any; otherwise at the end, or not at all."""
+    left = after
+
+    def then_kill(real):
+        def send(*args):
+            nonlocal left
+            answer = real(*args)
+            left -= 1
+            if left == 0:
+                kill(workers, number)
+            return answer
+
+        return send
+
+    if after == 0:
+        kill(workers, number)
+    with (
+        mock.patch.object(workers, "_post", then_kill(workers._post)),
+        mock.patch.object(Channels, "send", then_kill(Channels.send)),
+    ):
+        try:
+            yield
+        finally:
+            if left > 0 and at_the_end:
+                kill(workers, number)
 
 
 class OnWorkers(ShardedKVCache):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import one_file
 
 import kvnumba
 from kvnumba.caches import snapshot, swap
@@ -193,6 +194,7 @@ class TestSave:
         ids = other.load(tmp_path / "saved")
         assert_same(contents(other, ids[live[0]]), contents(cache, live[0]))
 
+    @one_file
     def test_files_that_do_not_fit_change_nothing(self, make, tmp_path, normal):
         cache = make()
         self.fill(cache, normal)
@@ -229,6 +231,7 @@ class TestSave:
         assert_same(contents(other, kept), want)
         other.check_integrity()
 
+    @one_file
     def test_another_version_is_named(self, make, tmp_path):
         cache = make()
         path = tmp_path / "saved"
@@ -242,6 +245,7 @@ class TestSave:
         with pytest.raises(ValueError, match="version: expected 1; the file has 99"):
             cache.load(path)
 
+    @one_file
     def test_a_full_disk_leaves_the_old_file(self, make, tmp_path, normal, monkeypatch):
         cache = make()
         self.fill(cache, normal)
@@ -339,6 +343,7 @@ class TestReplacing:
         assert os.listdir(tmp_path) == ["saved"]
 
 
+@one_file
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
 @pytest.mark.parametrize("unnamed", [True, False])
 def test_a_process_killed_while_saving(backend, unnamed, tmp_path, rng):

@@ -13,14 +13,14 @@ from unittest import mock
 import numpy as np
 import oracle
 import pytest
-from hypothesis import settings
+from conftest import ON_WORKERS
+from hypothesis import settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
-    rule,
     run_state_machine_as_test,
 )
 
@@ -49,6 +49,22 @@ MOSTLY = st.sampled_from([True, True, True, False])
 
 class BackendError(Exception):
     """What a backend is made to raise."""
+
+
+def rule(**draws):
+    """A rule of hypothesis, which ends where a worker is lost: tests/ray/test_random_loss.py kills some."""
+
+    def as_rule(function):
+        @functools.wraps(function)
+        def called(self, **drawn):
+            try:
+                function(self, **drawn)
+            except kvnumba.WorkerLost as error:
+                self.lose(error)
+
+        return stateful.rule(**draws)(called)
+
+    return as_rule
 
 
 @dataclass
@@ -95,6 +111,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.passes = 0  # forward passes since the last restart
         self.fault = None
 
+    def lose(self, error):
+        raise error
+
     def teardown(self):
         if self.fault is not None:
             self.fault.stop()
@@ -120,8 +139,13 @@ class CacheMachine(RuleBasedStateMachine):
             sink_tokens=self.sinks,
             **self.formats,
         )
-        for pool in (cache.k_pool, cache.v_pool):  # a stale read shows
-            pool[:] = {"u1": 77, "u2": 0x7FC0}.get(pool.dtype.str[1:], np.nan)
+        stale = [  # what shows if it is read
+            np.full(shape, {"u1": 77, "u2": 0x7FC0}.get(dtype.str[1:], np.nan), dtype)
+            for shape, dtype in storage.array_specs(cache.layout, num_blocks)
+        ]
+        backend = cache._backend
+        parts = storage.Encoded(*stale[:3]), storage.Encoded(*stale[3:])
+        type(backend).write_blocks(backend, cache._buffers, np.arange(num_blocks), *parts)  # not a broken one
         return cache
 
     def ids(self, swapped=False):
@@ -136,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             return True, call()
         except kvnumba.CacheFull as error:
-            assert needed > self.cache.num_free_blocks or len(self.models) == MAX_SEQS
+            assert needed > self.cache.num_free_blocks or len(self.cache.seq_lens) == MAX_SEQS
             assert self.seen() == before
             return False, error
         except BackendError as error:
@@ -520,7 +544,8 @@ def test_random_use(backend, formats, monkeypatch):
     def machine():
         return CacheMachine(backend, *formats)
 
-    examples = 2 if backend == "cuda" else settings.default.max_examples // 2  # a simulated GPU is slow
+    slow = backend == "cuda" or ON_WORKERS  # a simulated GPU, messages
+    examples = 2 if slow else settings.default.max_examples // 2
     run_state_machine_as_test(
         machine, settings=settings(max_examples=examples, stateful_step_count=50, deadline=None)
     )
