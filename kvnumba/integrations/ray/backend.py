@@ -208,13 +208,15 @@ class ShardedBackend:
             there = region * buffers.capacity + some // self.num_shards
             self.call({worker: [("write_blocks", buffers.shipped.number, there, [*keys, *values])]})
 
-    def call(self, commands: Mapping[int, Sequence[tuple[Any, ...]]]) -> dict[int, Any]:
+    def call(
+        self, commands: Mapping[int, Sequence[tuple[Any, ...]]], *, patient: bool = False
+    ) -> dict[int, Any]:
         """`Workers.call`, whose error names the sequences of this cache that had blocks on lost workers."""
         if not commands:
             return {}
         self._lost_ids = []
         try:
-            return self.workers.call(commands)
+            return self.workers.call(commands, patient=patient)
         except WorkerLost as error:
             ids = tuple(self._lost_ids)
             held = f"; it held blocks of sequences {', '.join(map(str, ids))}" if ids else ""

@@ -1,4 +1,4 @@
-"""A faster way for small messages: a compiled graph of Ray, whose channels are shared memory on one machine.
+"""A faster way for small messages on one machine: a compiled graph of Ray, whose channels are shared memory.
 
 An ordinary call of an actor takes about half a millisecond, one through a channel a tenth of that. To make channels
 takes a second; each call goes to all workers that they were made for, and once one of these fails, they are of no use.

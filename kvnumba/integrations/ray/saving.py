@@ -161,7 +161,8 @@ def of_sequences(header: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
 
 def _attempt(backend: ShardedBackend, commands: dict[int, tuple[Any, ...]]) -> None:
     """Let workers do a command each that may fail without harm; raises the first error."""
-    answers = backend.call({worker: [("attempt", *command)] for worker, command in commands.items()})
+    attempts = {worker: [("attempt", *command)] for worker, command in commands.items()}
+    answers = backend.call(attempts, patient=True)
     for worker, answer in answers.items():
         if isinstance(answer, Exception):
             text = f"{backend.workers.describe(worker)}: {answer}"

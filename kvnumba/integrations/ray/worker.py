@@ -26,6 +26,7 @@ from kvnumba.caches import snapshot
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Encoded, Layout, Part, array_specs
 
+REMEMBERED = 16  # answers that may be asked for again
 NODES = Path("/sys/devices/system/node")
 
 
@@ -84,7 +85,7 @@ class Worker:
         self._failed: BaseException | None = None
         self._turn = threading.Condition()  # messages come by two ways, each in a thread of its own
         self._done = 0
-        self._latest: Any = None
+        self._answers: dict[int, Any] = {}  # to the latest messages
 
     def hello(self) -> Identity:
         import ray
@@ -101,24 +102,26 @@ class Worker:
     def run(self, number: int, message: bytes, *buffers: Any) -> Any:
         """Do what a message says, once those with smaller numbers are done; its large arrays lie in `buffers`.
 
-        The latest message may come again, where its answer was lost: it is not done twice.
+        One of the latest messages may come again, where its answer was lost: it is not done twice.
         """
         with self._turn:
             self._turn.wait_for(lambda: self._done >= number - 1)
             if self._done < number:
-                self._latest = None
+                answer = None
                 try:
                     for name, *arguments in (
                         pickle.loads(message, buffers=buffers) if self._failed is None else ()
                     ):
-                        self._latest = getattr(self, name)(*arguments)
+                        answer = getattr(self, name)(*arguments)
                 except BaseException as error:
                     self._failed = error
                 self._done = number
+                self._answers[number] = answer
+                self._answers.pop(number - REMEMBERED, None)
                 self._turn.notify_all()
             if self._failed is not None:
                 raise self._failed
-            return self._latest
+            return self._answers[number]
 
     def answer(self, messages: Mapping[int, tuple[int, bytes]], worker: int) -> bytes | None:
         """Do what the message to this worker says, if there is one; returns its answer, pickled."""

@@ -192,15 +192,20 @@ class Workers:
         """Let a worker forget something, some time; also from where no lock may be taken."""
         self._garbage[number].append(thing)
 
-    def call(self, commands: Mapping[int, Sequence[tuple[Any, ...]]]) -> dict[int, Any]:
+    def call(
+        self, commands: Mapping[int, Sequence[tuple[Any, ...]]], *, patient: bool = False
+    ) -> dict[int, Any]:
         """Let workers do some commands each, all at the same time; returns what the last one of each returned.
+
+        Who is patient waits for an answer as long as the worker lives: a disk may be slow.
 
         Raises
         ------
         WorkerLost
             A worker is lost, or is from now on. The other ones have done their commands.
         """
-        begin = time.monotonic()
+        timeout = None if patient else self.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._in_turn if self._may_use_channels() else contextlib.nullcontext():
             channels = self._channels
             with self._lock:
@@ -218,14 +223,14 @@ class Workers:
                         number: self._post(number, *message) for number, message in messages.items()
                     }
             if sent is None or channels is None:
-                return self._wait(references, begin)
+                return self._wait(references, deadline)
             try:
-                return self._checked(channels.receive(sent, self.timeout))
+                return self._checked(channels.receive(sent, timeout))
             except ChannelsError:
                 # who has done the message says so again, who is lost says nothing
                 references = {number: self._post(number, *message) for number, message in messages.items()}
                 try:
-                    return self._wait(references, begin)
+                    return self._wait(references, deadline)
                 finally:
                     self._drop_channels()
 
@@ -258,12 +263,12 @@ class Workers:
     def _post(self, number: int, message: Message, beside: Sequence[Any]) -> Any:
         return self._actors[number].run.remote(*message, *beside)
 
-    def _wait(self, references: Mapping[int, Any], begin: float) -> dict[int, Any]:
-        """The answers to calls of actors, one of which began at some time."""
+    def _wait(self, references: Mapping[int, Any], deadline: float | None) -> dict[int, Any]:
+        """The answers to calls of actors."""
 
         def left() -> float | None:
             # a moment in any case: to hear from those that have done their part
-            return None if self.timeout is None else max(begin + self.timeout - time.monotonic(), 1.0)
+            return None if deadline is None else max(deadline - time.monotonic(), 1.0)
 
         try:
             return dict(zip(references, ray.get(list(references.values()), timeout=left()), strict=True))
@@ -307,6 +312,9 @@ class Workers:
                 for n, actor in enumerate(self._actors)
                 if n not in self._reasons or n in self._filling
             }
+            # between nodes they take down Ray's daemon with a worker that dies (ray 2.60)
+            if {self.identity(n).node for n in alive} != {ray.get_runtime_context().get_node_id()}:
+                return False
             with self._in_turn:
                 try:
                     self._channels = Channels(alive)
