@@ -188,10 +188,7 @@ def main() -> None:
     with Workers(2, backend="cpu") as workers:
         costs, rates = overhead(workers)
     trips = round_trips()
-    message = (
-        trips["channels", 2] / 2
-    )  # with more workers than cores they wait for each other, as they would not elsewhere
-    rows, figure = simulation(rates, message)
+    rows, figure = simulation(rates, trips["calls", 1], trips["work", 2])
     machine = ", ".join(f"{name}: {value}" for name, value in cpu.describe()[:3])
     text = f"""
 ({machine}.)
