@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import numpy as np
 from kvnumba.arrays import DeviceView, in_precision_of, is_bfloat16
 from kvnumba.attention.block_masks import without_skipped
 from kvnumba.attention.cascade import split_prefixes
+from kvnumba.attention.windows import begin_in_window
 from kvnumba.backends.protocol import Backend, Decoding
+from kvnumba.blocks.kept import Kept
 from kvnumba.mods import UserFunction
 from kvnumba.options import AttentionOptions, Scoring, scoring_of
 from kvnumba.storage import Batch, Buffers, Part
@@ -79,6 +82,8 @@ class Pass:
         The widest window with which the tokens may attend, where tokens before it have been given back.
     floats : FloatTokens, optional
         What is kept in float besides.
+    kept : sequence of Kept, optional
+        Of each sequence, where its tokens stand if it has dropped some. None: none has.
     written : bool
         Whether the batch's tokens are in all layers already: then the pass only attends.
     """
@@ -91,6 +96,7 @@ class Pass:
         widest_window: int | None = None,
         *,
         floats: FloatTokens | None = None,
+        kept: Sequence[Kept] | None = None,
         written: bool = False,
     ) -> None:
         self.batch = batch
@@ -99,6 +105,7 @@ class Pass:
         self._backend = backend
         self._buffers = buffers
         self._widest_window = widest_window
+        self._kept = kept
         # where new tokens are stored
         self._written = [Part(buffers, batch), *(() if floats is None else floats.newest)]
         self._plans: dict[Any, Any] = {}
@@ -151,12 +158,12 @@ class Pass:
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
         """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""
-        parts = self._parts(q.shape[2], may_share(scoring))
+        parts = self._parts(q.shape[2], scoring)
         return self._backend.decoding(q, k, v, self._written, parts, self._checked(scoring, q.dtype))
 
     def follow(self, decoding: Decoding, num_qo_heads: int, scoring: Scoring, stream: int) -> bool:
         """Take over a decoding of an earlier pass; False if it cannot serve this one, nor any other any more."""
-        return decoding.follow(self._written, self._parts(num_qo_heads, may_share(scoring)), stream)
+        return decoding.follow(self._written, self._parts(num_qo_heads, scoring), stream)
 
     def prepare(self, q: Any, options: AttentionOptions) -> None:
         """Do what `attend` does once for all layers, and once for all passes."""
@@ -173,6 +180,11 @@ class Pass:
         if widest is not None and not 0 <= scoring.window_left <= widest:
             raise ValueError(
                 f"window_left: expected 0 to {widest}, earlier tokens may be given back; got {scoring.window_left}"
+            )
+        if self._kept is not None and scoring.alibi_slopes is not None:
+            raise ValueError(
+                "alibi_slopes: expected None, a sequence has dropped tokens by `keep`, and its keys no longer lie at their "
+                "positions"
             )
         if self._backend.device is None:
             for name in ("sinks", "alibi_slopes"):
@@ -195,7 +207,7 @@ class Pass:
         key = (num_qo_heads, scoring.window_left, scoring.arithmetic, scoring.causal, shared, block_mask)
         plan = self._plans.get(key)
         if plan is None:
-            parts = self._parts(num_qo_heads, shared)
+            parts = self._parts(num_qo_heads, scoring)
             if not scoring.causal:
                 parts = [part._replace(batch=part.batch.after_all_keys()) for part in parts]
             if scoring.block_mask is not None:
@@ -215,8 +227,8 @@ class Pass:
             parts[0]._replace(batch=replace(parts[0].batch, seq_lens=0 * parts[0].batch.seq_lens))
         ]
 
-    def _parts(self, num_qo_heads: int, shared: bool) -> list[Part]:
-        """The parts of the keys, short ones first; `shared` says whether a common prefix may be one of its own."""
+    def _parts(self, num_qo_heads: int, scoring: Scoring) -> list[Part]:
+        """The parts of the keys, short ones first."""
         batch, parts = self.batch, []
         if self.floats is not None:
             parts = [*self.floats.newest, *self.floats.sinks]
@@ -224,8 +236,11 @@ class Pass:
             begins = 0 if batch.begins is None else batch.begins
             if (batch.seq_lens == begins).all():
                 return parts
+        # what is in float was written after all that was kept: there slots are as far from each other as positions
+        if self._kept is not None and scoring.window_left >= 0:
+            return [*parts, Part(self._buffers, begin_in_window(batch, self._kept, scoring.window_left))]
         limits = self._backend.cascade
-        if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
+        if may_share(scoring) and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
             return parts + split_prefixes(self._buffers, batch, num_qo_heads, limits)
         return [*parts, Part(self._buffers, batch)]
 

@@ -40,6 +40,8 @@ def _check_rows(pool: BlockPool, live: np.ndarray) -> None:
     empty = np.setdiff1d(np.arange(pool.max_num_seqs), live)
     if pool.end[empty].any() or pool.lens[empty].any() or set(pool.chains) != set(live.tolist()):
         raise RuntimeError("a row without a sequence is not empty")
+    if not set(pool.kept) <= set(live.tolist()):
+        raise RuntimeError("a row without a sequence has positions of tokens")
     if pool.num_windowed != (pool.windows[live] >= 0).sum() or (pool.windows[empty] >= 0).any():
         raise RuntimeError("sequences with a window are counted wrongly")
     for row in live.tolist():
@@ -49,6 +51,7 @@ def _check_rows(pool: BlockPool, live: np.ndarray) -> None:
         if (table[: pool.begin[row]] != NO_BLOCK).any():
             raise RuntimeError(f"sequence {pool.ids[row]} still lists a block that it has given back")
         _check_chain(pool, row)
+        _check_kept(pool, row)
 
 
 def _check_chain(pool: BlockPool, row: int) -> None:
@@ -63,3 +66,14 @@ def _check_chain(pool: BlockPool, row: int) -> None:
         if entry.key.parent != parent:
             raise RuntimeError(f"sequence {pool.ids[row]}: its known tokens do not follow each other")
         parent = entry.number
+
+
+def _check_kept(pool: BlockPool, row: int) -> None:
+    kept = pool.kept.get(row)
+    if kept is None:
+        return
+    if len(kept) - 1 > pool.lens[row] or (np.diff(kept, prepend=-1) < 1).any() or kept[-1] < len(kept):
+        raise RuntimeError(f"sequence {pool.ids[row]}: its tokens do not stand one after the other")
+    known = pool.chains[row].length
+    if known > len(kept) - 1 or (kept[:known] != np.arange(known)).any():
+        raise RuntimeError(f"sequence {pool.ids[row]}: tokens are known beyond the first that it has dropped")

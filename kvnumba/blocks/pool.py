@@ -11,6 +11,7 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.blocks.allocator import BlockAllocator, Fill
+from kvnumba.blocks.kept import Kept, positions_at, shortened, slots_from
 from kvnumba.blocks.prefix import NO_BLOCK, Chain, PrefixIndex
 from kvnumba.errors import CacheFull, WorkerLost
 from kvnumba.storage import Batch
@@ -24,6 +25,11 @@ class State(NamedTuple):
     begin: int
     blocks: np.ndarray
     chain: Chain
+    kept: Kept = None
+
+
+Move = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Called with slots (N, block_size), blocks (N,) to fill with their tokens, and those of them that are in use."""
 
 
 class BlockPool:
@@ -62,6 +68,7 @@ class BlockPool:
         self.away = np.zeros(max_num_seqs, bool)  # swapped out, or lost
         self.lost: dict[int, WorkerLost] = {}  # rows of lost sequences, and why
         self.chains: dict[int, Chain] = {}
+        self.kept: dict[int, np.ndarray] = {}  # of rows that have dropped tokens, see `kept.py`
         self._generations = np.zeros(max_num_seqs, np.int64)
         self.version = 0
         """Another number after every change that makes steps and plans stale."""
@@ -127,8 +134,26 @@ class BlockPool:
         return self.state(self.row(seq_id)).blocks
 
     def first_position(self, seq_id: int) -> int:
-        """The first position of a sequence whose block it still holds."""
+        """The first slot of a sequence whose block it still holds: a position, if it has dropped no tokens."""
         return int(self.begin[self.row(seq_id)]) * self.block_size
+
+    def positions(self, seq_id: int) -> np.ndarray:
+        """The positions of the tokens that a sequence still holds, in order."""
+        row = self.row(seq_id)
+        slots = np.arange(int(self.begin[row]) * self.block_size, int(self.lens[row]))
+        return positions_at(self.kept.get(row), slots)
+
+    def next_position(self, seq_id: int) -> int:
+        """Where the next token of a sequence will stand."""
+        row = self.row(seq_id, away=True)
+        return int(positions_at(self.kept.get(row), int(self.lens[row])))
+
+    def kept_of(self, seq_ids: Any) -> list[Kept] | None:
+        """`kept` of each of some sequences; None if none of them has dropped tokens."""
+        if not self.kept:
+            return None
+        found = [self.kept.get(row) for row in self.rows(seq_ids).tolist()]
+        return None if all(each is None for each in found) else found
 
     def widest_window(self, seq_ids: Any, batch: Batch) -> int | None:
         """The widest window that stays within blocks the sequences still hold; None if they hold all."""
@@ -139,6 +164,10 @@ class BlockPool:
         if (windows < 0).all():
             return None
         seen = batch.positions - self.begin[rows].astype(np.int64) * self.block_size
+        for n in [n for n, row in enumerate(rows.tolist()) if row in self.kept and self.begin[row]]:
+            kept = self.kept[int(rows[n])]
+            given_back = positions_at(kept, int(self.begin[rows[n]]) * self.block_size - 1)
+            seen[n] = positions_at(kept, int(batch.positions[n])) - given_back - 1
         return int(np.minimum(windows, np.where(self.begin[rows] > 0, seen, windows))[windows >= 0].min())
 
     def live(self) -> dict[int, int]:
@@ -201,21 +230,106 @@ class BlockPool:
                 raise ValueError(
                     f"length: expected at most the sequence's {self.lens[row]} tokens; got {length}"
                 )
-            first = int(self.begin[row]) * self.block_size
+            first, kept = int(self.begin[row]) * self.block_size, self.kept.get(row)
             window = int(self.windows[row])
-            if first and length - window < first:
-                raise ValueError(
-                    f"length: expected {first + window} or more, tokens before {first} fell out of "
-                    f"the window and were given back; got {length}"
-                )
+            if first:
+                least = int(slots_from(kept, positions_at(kept, first - 1) + 1 + window))
+                if length < least:
+                    raise ValueError(
+                        f"length: expected {least} or more, tokens before {first} fell out of "
+                        f"the window and were given back; got {length}"
+                    )
             keep = -(-length // self.block_size)
             released = self.table[row, keep : self.end[row]].copy()
             self.end[row] = min(keep, self.end[row])
             self.lens[row] = length
+            self._remember(row, shortened(kept, length))
             self._generations[row] += 1
             self.version += 1
             self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
+
+    def keep(self, seq_id: int, positions: np.ndarray, move: Move) -> bool:
+        """Drop all tokens of a sequence but those at some positions, which move together; False if it holds no others.
+
+        Blocks before the first dropped token stay as they are. What comes after it is moved to new blocks, or, where
+        these are too few, within blocks that only this sequence holds.
+        """
+        with self.lock:
+            row = self.row(seq_id)
+            begin, end, length = int(self.begin[row]), int(self.end[row]), int(self.lens[row])
+            before = self.kept.get(row)
+            slots = self._slots_of(row, positions)
+            if len(slots) == length - begin * self.block_size:
+                return False
+            moved = slots != np.arange(len(slots))
+            stay = (
+                int(moved.argmax()) if moved.any() else len(slots)
+            )  # tokens before the first that is dropped
+            columns = np.arange(
+                stay // self.block_size, -(-len(slots) // self.block_size) if moved.any() else 0
+            )
+            blocks = self.table[row, columns]
+            ours = np.flatnonzero((columns >= begin) & (self.allocator.references[blocks] == 1))
+            ours = ours[: max(len(columns) - self.num_free_blocks, 0)]
+            new = np.delete(np.arange(len(columns)), ours)
+            self.allocator.require(len(new), self.num_free_blocks)
+            sources = self._sources(row, slots, columns)
+
+            def fill(taken: np.ndarray) -> None:
+                blocks[new] = taken
+                move(sources, blocks, blocks[ours])
+
+            self.allocator.take_like(self.table[row, columns[new]], fill)
+            first = max(begin, stay // self.block_size if moved.any() else -(-stay // self.block_size))
+            released = np.setdiff1d(self.table[row, first:end], blocks[ours], assume_unique=True)
+            for block in blocks[ours][self.prefixes.findable[blocks[ours]]].tolist():
+                self.prefixes.forget(block)
+            following = positions_at(before, length)
+            self.table[row, columns] = blocks
+            self.begin[row], self.end[row] = 0, -(-len(slots) // self.block_size)
+            self.lens[row] = len(slots)
+            self.kept[row] = np.append(positions, following)
+            self.chains[row].truncate(stay, self.block_size)
+            self._generations[row] += 1
+            self.version += 1
+            self.allocator.release(released[::-1])
+            return True
+
+    def _slots_of(self, row: int, positions: np.ndarray) -> np.ndarray:
+        """Where the tokens at some positions lie; ValueError unless they are sorted, and of tokens that are held."""
+        falls = np.flatnonzero(np.diff(positions) <= 0)
+        if len(falls):
+            one, two = positions[falls[0] : falls[0] + 2].tolist()
+            raise ValueError(
+                f"positions: expected each once, in order, as np.unique returns them; got {two} after {one}"
+            )
+        kept, first = self.kept.get(row), int(self.begin[row]) * self.block_size
+        slots = slots_from(kept, positions)
+        unknown = (slots < first) | (slots >= self.lens[row]) | (positions_at(kept, slots) != positions)
+        if unknown.any():
+            raise ValueError(
+                f"positions: expected some of those that sequence {self.ids[row]} holds, of which `positions` is the "
+                f"list; got {positions[unknown][0]}"
+            )
+        return slots
+
+    def _sources(self, row: int, slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Which token of the pool comes to each place of some columns, (N, block_size); the last, after the end."""
+        if not len(columns):
+            return np.empty((0, self.block_size), np.int64)
+        places = columns[:, None] * self.block_size + np.arange(self.block_size)
+        wanted = slots[np.minimum(places, len(slots) - 1)]
+        return (
+            self.table[row, wanted // self.block_size].astype(np.int64) * self.block_size
+            + wanted % self.block_size
+        )
+
+    def _remember(self, row: int, kept: Kept) -> None:
+        if kept is None:
+            self.kept.pop(row, None)
+        else:
+            self.kept[row] = kept
 
     def finish(self, seq_id: int) -> None:
         """Take back a sequence's blocks and its row. Findable blocks become idle, its last one first to be evicted."""
@@ -427,7 +541,7 @@ class BlockPool:
             if token_ids is not None:
                 for row, tokens in zip(rows, token_ids, strict=True):
                     chain = self.chains[row]
-                    if tokens is not None and chain.length == self.lens[row]:
+                    if tokens is not None and chain.length == self.lens[row] and row not in self.kept:
                         self.prefixes.extend(chain, tokens, self.table[row])
             self.lens[rows] = batch.seq_lens
 
@@ -451,6 +565,7 @@ class BlockPool:
         self.away[row] = False
         self.lost.pop(row, None)
         self.chains.pop(row, None)
+        self.kept.pop(row, None)
         self._generations[row] += 1
         self.version += 1
 
@@ -467,7 +582,9 @@ class BlockPool:
         """What makes a sequence what it is, without blocks that hold no token yet."""
         begin, length = int(self.begin[row]), int(self.lens[row])
         blocks = self.table[row, begin : -(-length // self.block_size)].copy()
-        return State(length, int(self.windows[row]), begin, blocks, self.chains[row].copy())
+        return State(
+            length, int(self.windows[row]), begin, blocks, self.chains[row].copy(), self.kept.get(row)
+        )
 
     def _become(self, row: int, state: State) -> None:
         """Fill an empty row from a state."""
@@ -475,6 +592,7 @@ class BlockPool:
         self.windows[row] = state.window_left
         self.num_windowed += state.window_left >= 0
         self.chains[row] = state.chain
+        self._remember(row, state.kept)
         self._install(row, state.begin, state.blocks)
         self.allocator.hold(state.blocks)
 
@@ -506,6 +624,9 @@ class BlockPool:
             return []
         windows = self.windows[rows]
         first = np.maximum(lens - windows, 0) // self.block_size
+        for n in [n for n, row in enumerate(rows.tolist()) if row in self.kept]:
+            kept = self.kept[int(rows[n])]
+            first[n] = slots_from(kept, positions_at(kept, int(lens[n])) - windows[n]) // self.block_size
         moved = np.flatnonzero((windows >= 0) & (new > 0) & (first > self.begin[rows]))
         return [(int(rows[n]), int(first[n])) for n in moved]
 

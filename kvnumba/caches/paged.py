@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from kvnumba.blocks.prefix import PrefixIndex
 from kvnumba.blocks.stats import CacheStats, collect
 from kvnumba.caches import snapshot
 from kvnumba.caches.base import Cache
+from kvnumba.caches.moving import move_tokens
 from kvnumba.caches.step import Step
 from kvnumba.caches.swap import SwappedBlocks, fill_blocks, save_blocks
 from kvnumba.options import AttentionOptions
@@ -39,7 +41,8 @@ class PagedKVCache(Cache):
 
     After PagedAttention (Kwon et al., 2023) and the block manager of vLLM. Sequences share blocks after `fork`,
     and when `add_sequence` finds their first tokens in blocks of earlier ones; a block that is shared, or that
-    may be found, is copied before a sequence writes to it. Calls for different sequences of one cache may come
+    may be found, is copied before a sequence writes to it. A sequence may also drop tokens that it no longer needs,
+    with `keep`. Calls for different sequences of one cache may come
     from different threads at once; calls for the same sequence may not.
 
     Parameters
@@ -130,6 +133,14 @@ class PagedKVCache(Cache):
     def seq_len(self, seq_id: int) -> int:
         """Tokens that a sequence holds: right after `add_sequence`, what was found of its tokens."""
         return self._pool.length(arguments.integer("seq_id", seq_id, minimum=0), away=True)
+
+    def positions(self, seq_id: int) -> np.ndarray:
+        """Where the tokens stand that `get_kv` returns, (T,) int64: 0, 1, ... until `keep` drops some."""
+        return self._pool.positions(arguments.integer("seq_id", seq_id, minimum=0))
+
+    def next_position(self, seq_id: int) -> int:
+        """Where a sequence's next token will stand: `seq_len` and the tokens that `keep` has dropped."""
+        return self._pool.next_position(arguments.integer("seq_id", seq_id, minimum=0))
 
     def block_table(self, seq_id: int) -> np.ndarray:
         """The block ids of a sequence, in order: (blocks,) int32, a copy; -1 for blocks outside its window."""
@@ -262,6 +273,40 @@ class PagedKVCache(Cache):
             self._pool.truncate(seq_id, length)
             if self._recent is not None:
                 self._recent.truncate(self._pool.row(seq_id), length)
+        self._steps.pop(seq_id, None)
+
+    def keep(self, seq_id: int, positions: Any) -> None:
+        """Drop all tokens of a sequence but those at some positions, and give back the blocks that become free.
+
+        What stays is moved together, bit for bit, in the blocks of this sequence alone: those that others hold or may
+        find are copied. `seq_len` counts what stays, and `positions` says where it stood: the next tokens stand where
+        they would have stood (`Step.positions`), and windows go by positions. New tokens are not found by
+        `add_sequence` any more, and what was kept in float besides is attended to in the cache's format. A later
+        `truncate` counts tokens that are held; the next token then stands where the first of those forgotten stood.
+
+        Parameters
+        ----------
+        seq_id : int
+        positions : (n,) int
+            In order, each once; all are of tokens that the sequence holds. An empty list drops all, and a list of all
+            changes nothing. Tokens of a pass that has layers to go are dropped.
+
+        Raises
+        ------
+        CacheFull
+            There are too few free blocks for what has to be copied; nothing has changed. Blocks that only this sequence
+            holds need none.
+        ValueError
+            Positions are not as above, or the id is unknown, finished or swapped out. The cache is as it was.
+        """
+        seq_id = arguments.integer("seq_id", seq_id, minimum=0)
+        wanted = arguments.integers("positions", positions)
+        with self._pool.lock:
+            if not self._pool.keep(
+                seq_id, wanted, functools.partial(move_tokens, self._backend, self._buffers)
+            ):
+                return
+            self._start_recent([seq_id])
         self._steps.pop(seq_id, None)
 
     def finish_sequence(self, seq_id: int) -> None:
@@ -511,8 +556,11 @@ class PagedKVCache(Cache):
         if latest is None or latest[0] != key:
             batch = self._pool.view(seq_id, length, count)
             widest = self._pool.widest_window([seq_id], batch)
-            floats = self._floats(seq_id, layer, batch)
-            latest = (key, Pass(self._backend, self._buffers, batch, widest, floats=floats, written=True))
+            floats, kept = self._floats(seq_id, layer, batch), self._pool.kept_of([seq_id])
+            latest = (
+                key,
+                Pass(self._backend, self._buffers, batch, widest, floats=floats, kept=kept, written=True),
+            )
             self._latest = latest
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))

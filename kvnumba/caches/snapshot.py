@@ -216,6 +216,7 @@ def describe(pool: BlockPool) -> tuple[dict[str, Any], np.ndarray]:
                 "salt": state.chain.salt,
                 "entries": [order[entry.number] for entry in state.chain.entries],
                 "tail": state.chain.tail.hex(),
+                **({} if state.kept is None else {"kept": state.kept.tolist()}),
             }
             for row, state in zip(rows[np.argsort(pool.ids[rows])], states, strict=True)
         ],
@@ -253,6 +254,7 @@ def recall(header: dict[str, Any], pool: BlockPool, blocks: np.ndarray) -> list[
                 sequence["begin"],
                 blocks[np.array(sequence["blocks"], np.int64)],
                 chain,
+                np.array(sequence["kept"], np.int64) if "kept" in sequence else None,
             )
         )
     return states

@@ -10,6 +10,7 @@ from kvnumba import arguments, arrays
 from kvnumba.attention import passes
 from kvnumba.attention.passes import Pass, as_returned, room_for_results
 from kvnumba.backends.protocol import Backend, Decoding
+from kvnumba.blocks.kept import positions_at
 from kvnumba.blocks.pool import BlockPool
 from kvnumba.caches.recent import RecentTokens
 from kvnumba.options import AttentionOptions, Scoring
@@ -57,7 +58,9 @@ class Step:
         self._generations = pool.generations(seq_ids)
         self._version = pool.version  # of the pool, when this step was last found to be the latest
         floats = None if recent is None else recent.book(pool.rows(seq_ids), batch)
-        self._pass = Pass(backend, buffers, batch, pool.widest_window(seq_ids, batch), floats=floats)
+        self._kept = pool.kept_of(seq_ids)
+        widest = pool.widest_window(seq_ids, batch)
+        self._pass = Pass(backend, buffers, batch, widest, floats=floats, kept=self._kept)
 
     @property
     def batch(self) -> Batch:
@@ -66,9 +69,16 @@ class Step:
 
     @property
     def positions(self) -> np.ndarray:
-        """Where each new token stands in its sequence, (T,) int32: what rotary embeddings need."""
+        """Where each new token stands in its sequence, (T,) int32: what rotary embeddings need.
+
+        Tokens that `PagedKVCache.keep` has dropped count here, though not in ``batch.positions``.
+        """
         batch = self.batch
-        first = batch.positions - batch.query_start_loc[:-1]
+        first = batch.positions
+        if self._kept is not None:
+            pairs = zip(self._kept, first.tolist(), strict=True)
+            first = np.array([positions_at(kept, slot) for kept, slot in pairs], np.int32)
+        first = first - batch.query_start_loc[:-1]
         return np.arange(self.num_tokens, dtype=np.int32) + np.repeat(first, np.diff(batch.query_start_loc))
 
     @property

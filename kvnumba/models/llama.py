@@ -299,7 +299,7 @@ class IncrementalDecoder:
         new = [len(ids) for ids in tokens]
         lengths = cache.seq_lens
         for seq_id, count in zip(seq_ids, new, strict=False):  # `step` refuses ids and counts that do not fit
-            self._check_end(lengths.get(seq_id, 0) + count)
+            self._check_end((cache.next_position(seq_id) if seq_id in lengths else 0) + count)
         step = cache.step(seq_ids, new, token_ids=tokens)
         return self.forward(np.concatenate(tokens), step.positions, self.attention_of(step)), step
 
