@@ -183,8 +183,8 @@ class Pass:
             )
         if self._kept is not None and scoring.alibi_slopes is not None:
             raise ValueError(
-                "alibi_slopes: expected None, a sequence has dropped tokens by `keep`, and its keys no longer lie at their "
-                "positions"
+                "alibi_slopes: expected None, keep has dropped tokens of a sequence, and its keys no longer lie where "
+                "they stand"
             )
         if self._backend.device is None:
             for name in ("sinks", "alibi_slopes"):

@@ -258,42 +258,35 @@ class BlockPool:
         with self.lock:
             row = self.row(seq_id)
             begin, end, length = int(self.begin[row]), int(self.end[row]), int(self.lens[row])
-            before = self.kept.get(row)
             slots = self._slots_of(row, positions)
             if len(slots) == length - begin * self.block_size:
                 return False
-            moved = slots != np.arange(len(slots))
-            stay = (
-                int(moved.argmax()) if moved.any() else len(slots)
-            )  # tokens before the first that is dropped
-            columns = np.arange(
-                stay // self.block_size, -(-len(slots) // self.block_size) if moved.any() else 0
-            )
-            blocks = self.table[row, columns]
-            ours = np.flatnonzero((columns >= begin) & (self.allocator.references[blocks] == 1))
-            ours = ours[: max(len(columns) - self.num_free_blocks, 0)]
-            new = np.delete(np.arange(len(columns)), ours)
-            self.allocator.require(len(new), self.num_free_blocks)
+            moved = np.flatnonzero(slots != np.arange(len(slots)))
+            stay = int(moved[0]) if len(moved) else len(slots)  # tokens before the first that is dropped
+            num_columns = -(-len(slots) // self.block_size)
+            first = stay // self.block_size if len(moved) else num_columns
+            columns = np.arange(first, num_columns)
+            dropped = self.table[row, max(first, begin) : end].copy()
+            reused = dropped[self.allocator.references[dropped] == 1]
+            reused = reused[: max(len(columns) - self.num_free_blocks, 0)]
+            num_new = len(columns) - len(reused)
+            self.allocator.require(num_new, self.num_free_blocks)
             sources = self._sources(row, slots, columns)
-
-            def fill(taken: np.ndarray) -> None:
-                blocks[new] = taken
-                move(sources, blocks, blocks[ours])
-
-            self.allocator.take_like(self.table[row, columns[new]], fill)
-            first = max(begin, stay // self.block_size if moved.any() else -(-stay // self.block_size))
-            released = np.setdiff1d(self.table[row, first:end], blocks[ours], assume_unique=True)
-            for block in blocks[ours][self.prefixes.findable[blocks[ours]]].tolist():
+            taken = self.allocator.take_like(
+                self.table[row, columns[:num_new]],
+                lambda taken: move(sources, np.concatenate((taken, reused)), reused),
+            )
+            for block in reused[self.prefixes.findable[reused]].tolist():
                 self.prefixes.forget(block)
-            following = positions_at(before, length)
-            self.table[row, columns] = blocks
-            self.begin[row], self.end[row] = 0, -(-len(slots) // self.block_size)
+            following = positions_at(self.kept.get(row), length)
+            self.table[row, columns] = np.concatenate((taken, reused))
+            self.begin[row], self.end[row] = 0, num_columns
             self.lens[row] = len(slots)
             self.kept[row] = np.append(positions, following)
             self.chains[row].truncate(stay, self.block_size)
             self._generations[row] += 1
             self.version += 1
-            self.allocator.release(released[::-1])
+            self.allocator.release(np.setdiff1d(dropped, reused, assume_unique=True)[::-1])
             return True
 
     def _slots_of(self, row: int, positions: np.ndarray) -> np.ndarray:

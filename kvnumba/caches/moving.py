@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from kvnumba.backends.protocol import Backend
@@ -20,25 +22,34 @@ def move_tokens(
     sources : (N, block_size) int64
         For each slot to fill, the one that its token is in: ``block * block_size + offset``.
     into : (N,) int32
-        The blocks to fill, none of which is read after it is filled.
+        The blocks to fill.
     overwritten : (M,) int32
-        Those of them that are in use.
+        Those of them that are in use. If there are any, all tokens are read before the first is written.
     """
     before = backend.read_blocks(buffers, overwritten) if len(overwritten) else None
     each = max(1, CHUNK // sources.shape[1])
+    chunks = [slice(start, start + each) for start in range(0, len(into), each)]
+    filled: Iterable[tuple[Encoded, Encoded]] = (
+        _filled(backend, buffers, sources[chunk]) for chunk in chunks
+    )
+    if before is not None:
+        filled = list(filled)
     try:
-        for start in range(0, len(into), each):
-            chunk = slice(start, start + each)
-            blocks, which = np.unique(sources[chunk] // sources.shape[1], return_inverse=True)
-            keys, values = backend.read_blocks(buffers, blocks)
-            which, offsets = which.reshape(sources[chunk].shape), sources[chunk] % sources.shape[1]
-            backend.write_blocks(
-                buffers, into[chunk], _picked(keys, which, offsets), _picked(values, which, offsets)
-            )
+        for chunk, (keys, values) in zip(chunks, filled, strict=True):
+            backend.write_blocks(buffers, into[chunk], keys, values)
     except BaseException:
         if before is not None:
             backend.write_blocks(buffers, overwritten, *before)
         raise
+
+
+def _filled(backend: Backend, buffers: Buffers, sources: np.ndarray) -> tuple[Encoded, Encoded]:
+    """Blocks with the tokens that are in some slots (N, block_size) now, as `Backend.read_blocks` returns them."""
+    block_size = sources.shape[1]
+    blocks, which = np.unique(sources // block_size, return_inverse=True)
+    keys, values = backend.read_blocks(buffers, blocks)
+    which, offsets = which.reshape(sources.shape), sources % block_size
+    return _picked(keys, which, offsets), _picked(values, which, offsets)
 
 
 def _picked(encoded: Encoded, which: np.ndarray, offsets: np.ndarray) -> Encoded:

@@ -80,11 +80,30 @@ class Model:
     path: Path | None = None
     float_from: int = 0  # the ring of recent tokens holds those from here on
     num_sinks: int = 0  # and so many first ones are held besides
+    positions: tuple[int, ...] = ()
+    next_position: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 2, LAYERS, H, D), np.float32))
 
     def append(self, new):
-        self.rows = np.concatenate([self.rows, rows_of(self.salt, self.tokens, new)])
+        self.rows = np.concatenate([self.rows, self.rows_of(new)])
         self.tokens += new
+        self.positions += tuple(range(self.next_position, self.next_position + len(new)))
+        self.next_position += len(new)
+
+    def rows_of(self, new):
+        """Keys and values of tokens to come; others than those of a sequence that has not dropped the same."""
+        whole = self.positions == tuple(range(self.next_position))
+        return rows_of(self.salt if whole else f"{self.salt} {self.positions}", self.tokens, new)
+
+    def cut(self, length):
+        self.wanted = self.tokens[length:] + self.wanted
+        self.next_position = (*self.positions, self.next_position)[length]
+        self.hold(range(length))
+
+    def hold(self, slots):
+        """Have the tokens in these slots alone."""
+        self.tokens, self.rows = bytes(self.tokens[n] for n in slots), self.rows[list(slots)]
+        self.positions = tuple(self.positions[n] for n in slots)
 
     def copy(self):
         return replace(self, wanted=b"", path=None)
@@ -240,18 +259,33 @@ class CacheMachine(RuleBasedStateMachine):
         model = self.models[seq_id]
         length = data.draw(st.integers(0, len(model.tokens)))
         first = len(model.tokens) - self.kept(seq_id).shape[1]
-        if first and length - model.window_left < first:
+        next_position = (*model.positions, model.next_position)[length]
+        if first and next_position - model.window_left <= model.positions[first - 1]:
             with pytest.raises(ValueError, match="fell out of the window"):
                 self.cache.truncate(seq_id, length)
             assert length < model.kept_from  # where the latest step began, at the latest
             return
         self.cut(seq_id, length)
 
+    @precondition(lambda self: self.ids())
+    @rule(data=st.data())
+    def keep(self, data):
+        seq_id = self.some(data)
+        model = self.models[seq_id]
+        first, length = len(model.tokens) - self.kept(seq_id).shape[1], len(model.tokens)
+        drop = data.draw(st.sets(st.integers(first, length - 1))) if first < length else set()
+        slots = [n for n in range(first, length) if n not in drop]
+        positions = [model.positions[n] for n in slots]
+        done, _ = self.attempt(lambda: self.cache.keep(seq_id, positions), -(-len(slots) // self.block_size))
+        if done and drop:
+            model.hold(slots)
+            model.kept_from, model.float_from, model.num_sinks = 0, len(slots), 0
+            assert len(self.cache.block_table(seq_id)) == -(-len(slots) // self.block_size)
+
     def cut(self, seq_id, length):
         model = self.models[seq_id]
         self.cache.truncate(seq_id, length)
-        model.wanted = model.tokens[length:] + model.wanted
-        model.tokens, model.rows = model.tokens[:length], model.rows[:length]
+        model.cut(length)
         model.float_from, model.num_sinks = min(model.float_from, length), min(model.num_sinks, length)
         assert len(self.cache.block_table(seq_id)) == -(-length // self.block_size)
 
@@ -303,7 +337,7 @@ class CacheMachine(RuleBasedStateMachine):
         seq_id = self.some(data)
         new = self.draw_new(data, seq_id)
         model = self.models[seq_id]
-        rows = rows_of(model.salt, model.tokens, new)
+        rows = model.rows_of(new)
 
         def call():
             for layer in range(LAYERS):
@@ -335,7 +369,7 @@ class CacheMachine(RuleBasedStateMachine):
     def run(self, ids, new, tell, end="complete"):
         """A forward pass, up to its end, its middle or its beginning."""
         self.passes += 1
-        rows = [rows_of(self.models[i].salt, self.models[i].tokens, n) for i, n in zip(ids, new, strict=True)]
+        rows = [self.models[i].rows_of(n) for i, n in zip(ids, new, strict=True)]
         packed = np.concatenate([np.empty((0, 2, LAYERS, H, D), np.float32), *rows])
         told = {"token_ids": new} if tell else {}
         done, step = self.attempt(
@@ -348,6 +382,12 @@ class CacheMachine(RuleBasedStateMachine):
                 self.models[i].kept_from = len(self.models[i].tokens)
         if not done:
             return
+        stand = [
+            self.models[i].next_position + n
+            for i, more in zip(ids, new, strict=True)
+            for n in range(len(more))
+        ]
+        assert step.positions.tolist() == stand
         begins = self.book_floats(ids, new)
         for layer in range({"complete": LAYERS, "half": 1, "dropped": 0}[end]):
             k, v = packed[:, 0, layer], packed[:, 1, layer]
@@ -397,12 +437,28 @@ class CacheMachine(RuleBasedStateMachine):
         for i, n, float_from, num_sinks in zip(ids, new, begins, sinks, strict=True):
             if n:
                 part = slice(begin, begin + len(n))
-                k, v = self.stored(i, LAYERS - 1, float_from, num_sinks)
+                found, present = self.in_place(i, self.stored(i, LAYERS - 1, float_from, num_sinks))
                 rounded = oracle.rounding_of(self.cache)
                 oracle.assert_as_exact(
-                    (out[part], lse[part]), q[part], k, v, window_left=window, rounded=rounded
+                    (out[part], lse[part]),
+                    q[part],
+                    *found,
+                    present=present,
+                    window_left=window,
+                    rounded=rounded,
                 )
                 begin += len(n)
+
+    def in_place(self, seq_id, found):
+        """Keys and values where they stand, from the first that is held on, and which of them there are."""
+        model = self.models[seq_id]
+        held = np.array(model.positions[len(model.positions) - found[0].shape[1] :])
+        places = held - held[0]
+        present = np.isin(np.arange(model.next_position - held[0]), places)
+        stand = [np.full((H, len(present), D), np.nan, np.float32) for _ in found]
+        for rows, x in zip(stand, found, strict=True):
+            rows[:, places] = x
+        return stand, present
 
     # To other places and back
 
@@ -504,13 +560,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert self.cache.seq_lens == {i: len(model.tokens) for i, model in sorted(self.models.items())}
         for i, model in self.models.items():
+            assert self.cache.next_position(i) == model.next_position
             if model.swapped:
                 continue
+            held = model.positions[len(model.positions) - len(self.cache.positions(i)) :]
+            assert self.cache.positions(i).tolist() == list(held)
             for layer in range(LAYERS):
                 kept = self.cache.get_kv(i, layer=layer)
                 count = kept[0].shape[1]
                 length, window = len(model.tokens), model.window_left
-                assert count >= (length if window < 0 else min(length, window))
+                first = model.next_position - window
+                assert count >= (length if window < 0 else sum(n >= first for n in model.positions))
                 begin = max(model.float_from, length - self.recent)
                 seen = self.stored(i, layer, begin, min(model.num_sinks, begin))
                 blocks = self.stored(i, layer, length, 0)
