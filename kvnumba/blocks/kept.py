@@ -30,8 +30,9 @@ def slots_from(kept: Kept, positions: Any) -> Any:
     return within + np.maximum(positions - kept[-1], 0)
 
 
-def shortened(kept: Kept, length: int) -> Kept:
-    """The same of the first `length` tokens alone, as if the others had never been."""
+def shortened(kept: Kept, length: int, following: int | None = None) -> Kept:
+    """The same of the first `length` tokens alone, and a next one at `following`, or where there was one before."""
     if kept is None or length >= len(kept):
         return kept
-    return None if kept[length] == length else kept[: length + 1]
+    following = int(kept[length]) if following is None else following
+    return None if following == length else np.append(kept[:length], following)

@@ -32,11 +32,29 @@ Move = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Called with slots (N, block_size), blocks (N,) to fill with their tokens, and those of them that are in use."""
 
 
+class Keeping(NamedTuple):
+    """What a sequence needs to drop all tokens but some.
+
+    `stay` of its tokens come before the first that is dropped. Blocks filled from slots `sources` (N, block_size) take
+    the places of `like` (N,), and those `dropped` from the first of these on are given back.
+    """
+
+    row: int
+    stay: int
+    like: np.ndarray
+    sources: np.ndarray
+    dropped: np.ndarray
+    kept: np.ndarray
+
+
 class BlockPool:
     """Books blocks for sequences, all or nothing; every operation costs O(blocks touched).
 
     A live sequence has a row in the tables. Its id is the row plus a multiple of ``max_num_seqs`` that grows
     each time the row is given away, so no id is used twice, and that of a finished sequence is always recognised.
+
+    With `rows_each` the rows from ``n * rows_each`` on are one sequence of the cache above, which has them come and go
+    together: errors speak of that.
 
     Internal: `snapshot.py` and `integrity.py` read the tables, nothing else writes them.
     """
@@ -47,7 +65,9 @@ class BlockPool:
         block_size: int,
         max_num_seqs: int,
         allocator: Callable[[int, int, PrefixIndex], BlockAllocator] = BlockAllocator,
+        rows_each: int = 1,
     ) -> None:
+        self.rows_each = rows_each
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -97,14 +117,14 @@ class BlockPool:
         return row
 
     def _refuse(self, seq_id: int) -> NoReturn:
-        row = seq_id % self.max_num_seqs
+        row, name = seq_id % self.max_num_seqs, seq_id // self.rows_each
         if row in self.lost and self.ids[row] == seq_id:
             before = self.lost[row]
-            raise WorkerLost(f"seq_id: sequence {seq_id} is lost: {before}", before.workers, (seq_id,))
+            raise WorkerLost(f"seq_id: sequence {name} is lost: {before}", before.workers, (name,))
         if self.ids[row] == seq_id >= 0:
-            raise ValueError(f"seq_id: sequence {seq_id} is swapped out")
+            raise ValueError(f"seq_id: sequence {name} is swapped out")
         finished = 0 <= seq_id < self._next_id[row]
-        raise ValueError(f"seq_id: sequence {seq_id} is {'finished' if finished else 'unknown'}")
+        raise ValueError(f"seq_id: sequence {name} is {'finished' if finished else 'unknown'}")
 
     def is_away(self, seq_id: int) -> bool:
         """Whether a sequence is swapped out or lost."""
@@ -222,8 +242,11 @@ class BlockPool:
             for blocks in before:  # last, so that no block is free in between
                 self.allocator.release(blocks[::-1])
 
-    def truncate(self, seq_id: int, length: int) -> None:
-        """Forget a sequence's tokens from `length` on, and give back the blocks that are empty then."""
+    def truncate(self, seq_id: int, length: int, following: int | None = None) -> None:
+        """Forget a sequence's tokens from `length` on, and give back the blocks that are empty then.
+
+        The next token stands at `following`; by default where the first of those forgotten stood.
+        """
         with self.lock:
             row = self.row(seq_id)
             if length > self.lens[row]:
@@ -243,51 +266,73 @@ class BlockPool:
             released = self.table[row, keep : self.end[row]].copy()
             self.end[row] = min(keep, self.end[row])
             self.lens[row] = length
-            self._remember(row, shortened(kept, length))
+            self._remember(row, shortened(kept, length, following))
             self._generations[row] += 1
             self.version += 1
             self.chains[row].truncate(length, self.block_size)
             self.allocator.release(released[::-1])
 
-    def keep(self, seq_id: int, positions: np.ndarray, move: Move) -> bool:
-        """Drop all tokens of a sequence but those at some positions, which move together; False if it holds no others.
+    def keep(self, seq_ids: list[int], positions: list[np.ndarray], move: Move) -> bool:
+        """Drop all tokens of sequences but those at some positions of each, all or none; False if they hold no others.
 
-        Blocks before the first dropped token stay as they are. What comes after it is moved to new blocks, or, where
-        these are too few, within blocks that only this sequence holds.
+        What stays moves together. Blocks before the first dropped token stay as they are; what comes after it is moved
+        to new blocks, or, where these are too few, within blocks that only one of these sequences holds.
         """
         with self.lock:
-            row = self.row(seq_id)
-            begin, end, length = int(self.begin[row]), int(self.end[row]), int(self.lens[row])
-            slots = self._slots_of(row, positions)
-            if len(slots) == length - begin * self.block_size:
+            rows = [self.row(seq_id) for seq_id in seq_ids]
+            slots = [self._slots_of(row, wanted) for row, wanted in zip(rows, positions, strict=True)]
+            plans = [
+                self._plan_of(row, some, wanted)
+                for row, some, wanted in zip(rows, slots, positions, strict=True)
+                if len(some) < self.lens[row] - self.begin[row] * self.block_size
+            ]
+            if not plans:
                 return False
-            moved = np.flatnonzero(slots != np.arange(len(slots)))
-            stay = int(moved[0]) if len(moved) else len(slots)  # tokens before the first that is dropped
-            num_columns = -(-len(slots) // self.block_size)
-            first = stay // self.block_size if len(moved) else num_columns
-            columns = np.arange(first, num_columns)
-            dropped = self.table[row, max(first, begin) : end].copy()
+            like, sources, dropped = (
+                np.concatenate(each)
+                for each in zip(*((plan.like, plan.sources, plan.dropped) for plan in plans), strict=True)
+            )
             reused = dropped[self.allocator.references[dropped] == 1]
-            reused = reused[: max(len(columns) - self.num_free_blocks, 0)]
-            num_new = len(columns) - len(reused)
+            reused = reused[: max(len(like) - self.num_free_blocks, 0)]
+            num_new = len(like) - len(reused)
             self.allocator.require(num_new, self.num_free_blocks)
-            sources = self._sources(row, slots, columns)
             taken = self.allocator.take_like(
-                self.table[row, columns[:num_new]],
-                lambda taken: move(sources, np.concatenate((taken, reused)), reused),
+                like[:num_new], lambda taken: move(sources, np.concatenate((taken, reused)), reused)
             )
             for block in reused[self.prefixes.findable[reused]].tolist():
                 self.prefixes.forget(block)
-            following = positions_at(self.kept.get(row), length)
-            self.table[row, columns] = np.concatenate((taken, reused))
-            self.begin[row], self.end[row] = 0, num_columns
-            self.lens[row] = len(slots)
-            self.kept[row] = np.append(positions, following)
-            self.chains[row].truncate(stay, self.block_size)
-            self._generations[row] += 1
+            ends = np.cumsum([len(plan.like) for plan in plans])
+            blocks = np.split(np.concatenate((taken, reused)), ends[:-1])
+            for plan, filled in zip(plans, blocks, strict=True):
+                row, length = plan.row, len(plan.kept) - 1
+                self.begin[row], self.end[row] = 0, -(-length // self.block_size)
+                self.table[row, self.end[row] - len(filled) : self.end[row]] = filled
+                self.lens[row] = length
+                self.kept[row] = plan.kept
+                self.chains[row].truncate(plan.stay, self.block_size)
+                self._generations[row] += 1
+                self.allocator.release(plan.dropped[~np.isin(plan.dropped, reused)][::-1])
             self.version += 1
-            self.allocator.release(np.setdiff1d(dropped, reused, assume_unique=True)[::-1])
             return True
+
+    def _plan_of(self, row: int, slots: np.ndarray, positions: np.ndarray) -> Keeping:
+        """What it takes to keep the tokens of a row that are in some slots."""
+        moved = np.flatnonzero(slots != np.arange(len(slots)))
+        stay = int(moved[0]) if len(moved) else len(slots)
+        num_columns = -(-len(slots) // self.block_size)
+        first = stay // self.block_size if len(moved) else num_columns
+        # where the tokens come from; places after the last get that one again
+        places = np.arange(first * self.block_size, num_columns * self.block_size)
+        wanted = slots[np.minimum(places, len(slots) - 1)] if len(places) else places
+        sources = self.table[row, wanted // self.block_size].astype(np.int64) * self.block_size
+        return Keeping(
+            row,
+            stay,
+            self.table[row, first:num_columns].copy(),
+            (sources + wanted % self.block_size).reshape(-1, self.block_size),
+            self.table[row, max(first, int(self.begin[row])) : self.end[row]].copy(),
+            np.append(positions, positions_at(self.kept.get(row), int(self.lens[row]))),
+        )
 
     def _slots_of(self, row: int, positions: np.ndarray) -> np.ndarray:
         """Where the tokens at some positions lie; ValueError unless they are sorted, and of tokens that are held."""
@@ -302,21 +347,10 @@ class BlockPool:
         unknown = (slots < first) | (slots >= self.lens[row]) | (positions_at(kept, slots) != positions)
         if unknown.any():
             raise ValueError(
-                f"positions: expected some of those that sequence {self.ids[row]} holds, of which `positions` is the "
-                f"list; got {positions[unknown][0]}"
+                f"positions: expected some of those that sequence {self.ids[row] // self.rows_each} holds, of which "
+                f"`positions` is the list; got {positions[unknown][0]}"
             )
         return slots
-
-    def _sources(self, row: int, slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Which token of the pool comes to each place of some columns, (N, block_size); the last, after the end."""
-        if not len(columns):
-            return np.empty((0, self.block_size), np.int64)
-        places = columns[:, None] * self.block_size + np.arange(self.block_size)
-        wanted = slots[np.minimum(places, len(slots) - 1)]
-        return (
-            self.table[row, wanted // self.block_size].astype(np.int64) * self.block_size
-            + wanted % self.block_size
-        )
 
     def _remember(self, row: int, kept: Kept) -> None:
         if kept is None:
@@ -393,10 +427,10 @@ class BlockPool:
                 self.allocator.release(self._slice(row)[::-1])
                 self.end[row] = self.begin[row]
             if rows is None and num_sequences > len(self._free_rows):
-                raise CacheFull(
-                    f"{num_sequences} sequences are to be added, {len(self._free_rows)} of "
-                    f"max_num_seqs={self.max_num_seqs} are free"
+                wanted, free, most = (
+                    n // self.rows_each for n in (num_sequences, len(self._free_rows), self.max_num_seqs)
                 )
+                raise CacheFull(f"{wanted} sequences are to be added, {free} of max_num_seqs={most} are free")
             counts = np.array([len(run) for run in runs], np.int64)
             order = np.array([place for run in runs for place in run], np.int64)
             taken = np.empty(len(order), np.int32)
@@ -543,7 +577,8 @@ class BlockPool:
     def _new_row(self, width: int = 0) -> int:
         """A row for a new sequence, in tables of at least so many columns."""
         if not self._free_rows:
-            raise CacheFull(f"max_num_seqs={self.max_num_seqs} sequences are live already")
+            most = self.max_num_seqs // self.rows_each
+            raise CacheFull(f"max_num_seqs={most} sequences are live already")
         self._widen(width)
         row = self._free_rows.popleft()
         self.ids[row] = self._next_id[row]

@@ -302,9 +302,8 @@ class PagedKVCache(Cache):
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         wanted = arguments.integers("positions", positions)
         with self._pool.lock:
-            if not self._pool.keep(
-                seq_id, wanted, functools.partial(move_tokens, self._backend, self._buffers)
-            ):
+            move = functools.partial(move_tokens, self._backend, self._buffers)
+            if not self._pool.keep([seq_id], [wanted], move):
                 return
             self._start_recent([seq_id])
         self._steps.pop(seq_id, None)
