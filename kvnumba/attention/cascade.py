@@ -77,18 +77,18 @@ def _best(
 ) -> tuple[int, list[Prefix]]:
     """The best grouping of sequences that agree in the columns before `column`, and how many reads it saves."""
     saved, prefixes = 0, []
-    for block in np.unique(table[sequences, column]):
+    blocks, counts = np.unique(table[sequences, column], return_counts=True)
+    for block in blocks[counts > 1]:
         members = sequences[table[sequences, column] == block]
-        if len(members) > 1:
-            width = int(limits[members].min())
-            same = (table[members, column:width] == table[members[0], column:width]).all(axis=0)
-            end = width if same.all() else column + int(same.argmin())
-            best = ((len(members) - 1) * end, [Prefix(members, end)])
-            deeper = members[limits[members] > end]
-            if len(deeper) > 1:
-                best = max(best, _best(table, limits, deeper, end), key=lambda choice: choice[0])
-            saved += best[0]
-            prefixes += best[1]
+        width = int(limits[members].min())
+        same = (table[members, column:width] == table[members[0], column:width]).all(axis=0)
+        end = width if same.all() else column + int(same.argmin())
+        best = ((len(members) - 1) * end, [Prefix(members, end)])
+        deeper = members[limits[members] > end]
+        if len(deeper) > 1:
+            best = max(best, _best(table, limits, deeper, end), key=lambda choice: choice[0])
+        saved += best[0]
+        prefixes += best[1]
     return saved, prefixes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from kvnumba.arrays import DeviceView, in_precision_of, is_bfloat16
 from kvnumba.attention.block_masks import without_skipped
 from kvnumba.attention.cascade import split_prefixes
-from kvnumba.attention.windows import begin_in_window
+from kvnumba.attention.windows import apart, begin_in_window
 from kvnumba.backends.protocol import Backend, Decoding
 from kvnumba.blocks.kept import Kept
 from kvnumba.mods import UserFunction
@@ -238,7 +238,9 @@ class Pass:
                 return parts
         # what is in float was written after all that was kept: there slots are as far from each other as positions
         if self._kept is not None and scoring.window_left >= 0:
-            return [*parts, Part(self._buffers, begin_in_window(batch, self._kept, scoring.window_left))]
+            parts = [part._replace(batch=apart(part.batch, self._kept)[0]) for part in parts]
+            batch = begin_in_window(*apart(batch, self._kept), scoring.window_left)
+            return [*parts, Part(self._buffers, batch)]
         limits = self._backend.cascade
         if may_share(scoring) and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
             return parts + split_prefixes(self._buffers, batch, num_qo_heads, limits)

@@ -168,6 +168,11 @@ class BlockPool:
         row = self.row(seq_id, away=True)
         return int(positions_at(self.kept.get(row), int(self.lens[row])))
 
+    def tokens_before(self, seq_id: int, position: int) -> int:
+        """How many tokens of a sequence stand before a position, those given back included."""
+        row = self.row(seq_id)
+        return min(int(slots_from(self.kept.get(row), position)), int(self.lens[row]))
+
     def kept_of(self, seq_ids: Any) -> list[Kept] | None:
         """`kept` of each of some sequences; None if none of them has dropped tokens."""
         if not self.kept:
@@ -200,6 +205,11 @@ class BlockPool:
     def view(self, seq_id: int, seq_len: int, num_queries: int) -> Batch:
         """The batch of the last `num_queries` of the first `seq_len` tokens that a sequence has blocks for."""
         return self._batch_of_one(self.row(seq_id), seq_len, num_queries)
+
+    def views(self, seq_ids: Any, num_queries: int) -> Batch:
+        """`view` of the last tokens of some sequences, as many of each."""
+        rows = self.rows(seq_ids)
+        return self._batch(rows, self.lens[rows], np.full(len(rows), num_queries))
 
     # Sequences come and go
 

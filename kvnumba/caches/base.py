@@ -106,7 +106,7 @@ class Cache:
 
     def _stored(self, array: Any) -> Any:
         """An array of the storage; without the layer axis where there is one layer."""
-        return array[0] if self.num_layers == 1 else array
+        return array[0] if self._layout.num_layers == 1 else array
 
     def _describe(self) -> str:
         layout = self._layout

@@ -396,7 +396,8 @@ class PagedKVCache(Cache):
         ValueError
             A sequence is swapped out.
         """
-        snapshot.save(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+        identity = snapshot.identity(self._layout, fingerprint)
+        snapshot.save(Path(path), self._backend, self._buffers, self._pool, identity)
 
     def load(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> dict[int, int]:
         """Add the sequences and findable blocks of a file that `save` wrote, all or nothing.
@@ -424,8 +425,9 @@ class PagedKVCache(Cache):
         OSError
             The file cannot be read.
         """
+        identity = snapshot.identity(self._layout, fingerprint)
         with self._pool.lock:
-            ids = snapshot.load(Path(path), self._backend, self._buffers, self._pool, fingerprint)
+            ids = snapshot.load(Path(path), self._backend, self._buffers, self._pool, identity)
             self._start_recent(ids.values())
         return ids
 

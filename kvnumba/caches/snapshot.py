@@ -40,22 +40,22 @@ UNFINISHED = ".tmp"  # how the name of a file ends that is not whole yet
 CHUNK = 64  # blocks that are read from or written to a cache at once
 
 
-def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> None:
+def save(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, identity: dict[str, Any]) -> None:
     """Write all sequences and findable blocks of a pool to a file, which appears whole or not at all."""
-    layout = buffers.layout
     with pool.lock:
         header, blocks = describe(pool)
-        header.update(identity(layout, fingerprint), block_bytes=block_bytes(layout))
+        header.update(identity, block_bytes=block_bytes(buffers.layout))
         write_file(path, header, block_chunks(backend, buffers, blocks))
 
 
-def load(path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, fingerprint: str) -> dict[int, int]:
+def load(
+    path: Path, backend: Backend, buffers: Buffers, pool: BlockPool, identity: dict[str, Any]
+) -> dict[int, int]:
     """Add what a file holds to a pool; returns the new id of each sequence by the one it was saved under."""
-    layout = buffers.layout
     with path.open("rb") as file:
-        header = read_header(file, path, identity(layout, fingerprint))
+        header = read_header(file, path, identity)
         begin = file.tell()
-        check_payload(file, path, header["num_blocks"] * block_bytes(layout))
+        check_payload(file, path, header["num_blocks"] * block_bytes(buffers.layout))
 
         def fill(blocks: np.ndarray) -> None:
             file.seek(begin)
@@ -136,8 +136,11 @@ def write_file(path: Path, header: dict[str, Any], chunks: Iterator[bytes]) -> N
         file.write(CHECKSUM.pack(checksum))
 
 
-def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
-    """Header fields that must equal those of the cache that loads the file."""
+def identity(layout: Layout, fingerprint: str, *, per_head: bool = False) -> dict[str, Any]:
+    """Header fields that must equal those of the cache that loads the file.
+
+    `per_head`: blocks are of one head of one layer of this layout.
+    """
     return {
         "version": VERSION,
         "byteorder": sys.byteorder,
@@ -152,6 +155,7 @@ def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
         "scale_dtype": layout.keys.scale_dtype.name,
         "transform": None if layout.transform is None else layout.transform.name,
         "fingerprint": fingerprint,
+        "per_head": per_head,
     }
 
 
@@ -273,7 +277,8 @@ def read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[st
     if header.get("version") != VERSION:
         raise ValueError(f"{path}: version: expected {VERSION}; the file has {header.get('version')!r}")
     # files from before there was a choice do not name it
-    known = {"value_head_dim": header.get("head_dim"), "scale_dtype": "float32", "transform": None, **header}
+    defaults = {"scale_dtype": "float32", "transform": None, "per_head": False}
+    known = {"value_head_dim": header.get("head_dim"), **defaults, **header}
     for name, want in identity.items():
         if known.get(name) != want:
             raise ValueError(f"{path}: {name}: expected {want!r}; the file has {known.get(name)!r}")
