@@ -49,6 +49,9 @@ def split_prefixes(buffers: Buffers, batch: Batch, num_qo_heads: int, limits: Ca
 
 def common_prefixes(batch: Batch) -> list[Prefix]:
     """Groups of sequences that begin with the same blocks, chosen so that the fewest blocks are read twice."""
+    first = batch.block_table[:, :1].ravel().tolist()
+    if len(set(first)) == len(first):  # mostly, and a tenth of the time of what follows
+        return []
     new = np.diff(batch.query_start_loc)
     limits = np.where(new > 0, np.minimum(batch.positions, batch.seq_lens) // batch.block_size, 0)
     return _best(batch.block_table, limits, np.flatnonzero(limits > 0), 0)[1]

@@ -380,17 +380,19 @@ class PerHeadStep:
         self._order = None if (new <= 1).all() else _order(new, begin, cache.num_kv_heads)
         self._generations = self._pool.generations(heads.ravel().tolist())
         self._version = self._pool.version
-        each = heads.shape[1]
-        self._passes = [
-            Pass(
-                cache._backend,
-                cache._buffers,
-                _rows(batch, slice(layer * each, (layer + 1) * each)),
-                kept=self._pool.kept_of(of_layer),
-                written=written,
+        each, kept = heads.shape[1], self._pool.kept_of(heads.ravel())
+        self._passes = []
+        for layer in range(len(heads)):
+            rows = slice(layer * each, (layer + 1) * each)
+            self._passes.append(
+                Pass(
+                    cache._backend,
+                    cache._buffers,
+                    _rows(batch, rows),
+                    kept=None if kept is None else kept[rows],
+                    written=written,
+                )
             )
-            for layer, of_layer in enumerate(heads)
-        ]
 
     @property
     def num_tokens(self) -> int:
@@ -498,6 +500,7 @@ def _rows(batch: Batch, rows: slice) -> Batch:
         start - start[0],
         batch.block_size,
         batch.positions[rows],
+        kept={"slot_mapping": batch.slot_mapping[start[0] : start[-1]]},
     )
 
 
