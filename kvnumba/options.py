@@ -169,6 +169,12 @@ class Scoring:
         """Whether functions of the user's make scores, or mask them."""
         return self.score_mod is not None or self.mask_mod is not None
 
+    @property
+    def of_positions(self) -> str | None:
+        """The name of an option that makes scores from positions, if there is one."""
+        names = ("alibi_slopes", "score_mod", "mask_mod")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
     def watch(self) -> None:
         """Raise unless the user's functions are as they were."""
         for function in (self.score_mod, self.mask_mod):

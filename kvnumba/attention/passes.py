@@ -181,10 +181,10 @@ class Pass:
             raise ValueError(
                 f"window_left: expected 0 to {widest}, earlier tokens may be given back; got {scoring.window_left}"
             )
-        if self._kept is not None and scoring.alibi_slopes is not None:
+        if self._kept is not None and scoring.of_positions is not None:
             raise ValueError(
-                "alibi_slopes: expected None, keep has dropped tokens of a sequence, and its keys no longer lie where "
-                "they stand"
+                f"{scoring.of_positions}: expected None, keep has dropped tokens of a sequence, and its keys no longer "
+                f"lie where they stand"
             )
         if self._backend.device is None:
             for name in ("sinks", "alibi_slopes"):

@@ -30,7 +30,9 @@ def apart(batch: Batch, kept: Sequence[Kept]) -> tuple[Batch, list[Kept]]:
         seq_lens=batch.seq_lens[rows],
         query_start_loc=query_start_loc,
         positions=(batch.positions[rows] + turn).astype(np.int32),
-        begins=None if batch.begins is None else batch.begins[rows],
+        begins=_of(batch.begins, rows),
+        offsets=_of(batch.offsets, rows),
+        shifts=_of(batch.shifts, rows),
         kept={},
     )
     return split, [kept[row] for row in rows.tolist()]
@@ -43,3 +45,7 @@ def begin_in_window(batch: Batch, kept: Sequence[Kept], window_left: int) -> Bat
         if own is not None:
             begins[n] = max(begins[n], slots_from(own, positions_at(own, slot) - window_left))
     return replace(batch, begins=begins, kept={})
+
+
+def _of(vector: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if vector is None else vector[rows]

@@ -280,9 +280,10 @@ class PagedKVCache(Cache):
 
         What stays is moved together, bit for bit, in the blocks of this sequence alone: those that others hold or may
         find are copied. `seq_len` counts what stays, and `positions` says where it stood: the next tokens stand where
-        they would have stood (`Step.positions`), and windows go by positions. New tokens are not found by
-        `add_sequence` any more, and what was kept in float besides is attended to in the cache's format. A later
-        `truncate` counts tokens that are held; the next token then stands where the first of those forgotten stood.
+        they would have stood (`Step.positions`), and windows go by positions; `alibi_slopes`, `score_mod` and
+        `mask_mod` are refused from then on. New tokens are not found by `add_sequence` any more, and what was kept in
+        float besides is attended to in the cache's format. A later `truncate` counts tokens that are held; the next
+        token then stands where the first of those forgotten stood.
 
         Parameters
         ----------

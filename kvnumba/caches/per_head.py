@@ -433,7 +433,7 @@ class PerHeadStep:
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens, q (T, Hq, D), each head over its own tokens; as `Step.attend`.
 
-        Windows go by positions; `alibi_slopes` are refused.
+        Windows go by positions; `alibi_slopes`, `score_mod` and `mask_mod` are refused.
         """
         cache = self._cache
         layer = arguments.layer_index(layer, cache.num_layers)
@@ -446,8 +446,8 @@ class PerHeadStep:
         num_qo_heads = query.shape[1]
         group = num_qo_heads // cache.num_kv_heads
         scoring = scoring_of(options, num_qo_heads, cache.head_dim)
-        if scoring.alibi_slopes is not None:
-            raise ValueError("alibi_slopes: expected None, heads have dropped different tokens")
+        if scoring.of_positions is not None:
+            raise ValueError(f"{scoring.of_positions}: expected None, heads have dropped different tokens")
         rows = self._by_head(query, group)
         out = np.empty((*rows.shape[:-1], cache.value_head_dim), np.float32)
         lse = np.empty(rows.shape[:-1], np.float32)

@@ -1,6 +1,5 @@
 """Sequences that drop tokens: what stays, what it sees and is seen by, and the blocks that come back."""
 
-import re
 from unittest import mock
 
 import numpy as np
@@ -343,9 +342,10 @@ def test_sequences_that_cannot_drop_tokens(backend, normal):
     cache.swap_in(kept.seq_id)
     kept.keep([0, 9])
     step = kept.write(1)
-    message = re.escape("alibi_slopes: expected None, keep has dropped tokens of a sequence")
-    with pytest.raises(ValueError, match=message):
-        step.attend(normal(1, 4, D), alibi_slopes=np.ones(4))
+    options = {"alibi_slopes": np.ones(4), "mask_mod": lambda q_head, q_pos, kv_pos: kv_pos < 3}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"{name}: expected None, keep has dropped tokens of a sequence"):
+            step.attend(normal(1, 4, D), **{name: value})
     cache.finish_sequence(kept.seq_id)
     with pytest.raises(ValueError, match="sequence 0 is finished"):
         cache.keep(kept.seq_id, [0])

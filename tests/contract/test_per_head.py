@@ -241,6 +241,8 @@ def test_slopes_and_options_that_it_does_not_have(backend, normal):
     step, _, _ = write(cache, [seq_id], [2], normal)
     with pytest.raises(ValueError, match="alibi_slopes: expected None"):
         step.attend(normal(2, HQ, D), alibi_slopes=np.ones(HQ))
+    with pytest.raises(ValueError, match="score_mod: expected None"):
+        step.attend(normal(2, HQ, D), score_mod=lambda score, q_head, q_pos, kv_pos: score)
     with pytest.raises(ValueError, match="recent_tokens: expected 0 with blocks of one head; got 4"):
         make(backend, "int4", recent_tokens=4)
     cache.finish_sequence(seq_id)
