@@ -137,6 +137,15 @@ class TestBlocks:
         kept.keep(np.arange(1, 20, 2))
         assert cache.num_free_blocks == 2
 
+    def test_a_full_cache_moves_over_blocks_that_are_still_to_be_read(self, backend, normal):
+        cache = kvnumba.PagedKVCache(12, 32, H, D, 2, backend=backend)
+        kept = Kept(cache, normal)
+        kept.write(6 * 32)
+        cache.fork(kept.seq_id)
+        kept.write(6 * 32)
+        kept.keep(np.arange(0, 12 * 32, 2))  # six blocks, for which there are its own last six
+        assert cache.num_free_blocks == 0
+
     def test_a_full_cache_whose_blocks_are_shared(self, backend, normal):
         cache = kvnumba.PagedKVCache(5, 4, H, D, 3, backend=backend)
         kept = Kept(cache, normal)
