@@ -200,6 +200,16 @@ class TestBlocks:
         cache.finish_sequence(seq_id)
         np.testing.assert_array_equal(cache.get_kv(cache.add_sequence(np.arange(17)))[0], k[:, :8])
 
+    def test_findable_blocks_that_are_written_to_are_not_found(self, backend, normal):
+        cache = kvnumba.PagedKVCache(4, 4, H, D, 4, backend=backend)
+        seq_id = cache.add_sequence()
+        k = normal(H, 16, D)
+        cache.update(seq_id, k, -k, token_ids=np.arange(16))
+        cache.keep(seq_id, np.arange(5, 16))  # the cache is full: within its blocks
+        np.testing.assert_array_equal(cache.get_kv(seq_id)[0], k[:, 5:])
+        assert cache.seq_len(cache.add_sequence(np.arange(17))) == 0
+        cache.check_integrity()
+
     def test_stats_count_what_is_held(self, backend, normal):
         cache = kvnumba.PagedKVCache(10, 4, H, D, 3, backend=backend)
         kept = Kept(cache, normal)
