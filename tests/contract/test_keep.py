@@ -269,9 +269,10 @@ class TestAfterwards:
         assert cache.positions(kept.seq_id)[0] == 14
         with pytest.raises(ValueError, match="positions: expected some of those that sequence .* got 3"):
             cache.keep(kept.seq_id, [3, 20])
-        kept.keep([14, 17, 18, 19])  # dropped in the middle of the window, and its newest
+        kept.keep([14, 15, 16, 19])  # dropped in the middle of the window, and its newest
         kept.attend(kept.write(1), window_left=6)
         kept.attend(kept.write(2), window_left=6)
+        assert cache.positions(kept.seq_id)[0] == 16  # the first that position 22 sees
         for _ in range(6):  # what was kept falls out of the window by positions
             kept.attend(kept.write(1), window_left=6)
         assert cache.positions(kept.seq_id)[0] >= 21
