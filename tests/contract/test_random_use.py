@@ -100,6 +100,11 @@ class Model:
         self.next_position = (*self.positions, self.next_position)[length]
         self.hold(range(length))
 
+    def least(self):
+        """How many tokens must be held, for the next one to see its window."""
+        first = 0 if self.window_left < 0 else self.next_position - self.window_left
+        return sum(position >= first for position in self.positions)
+
     def hold(self, slots):
         """Have the tokens in these slots alone."""
         self.tokens, self.rows = bytes(self.tokens[n] for n in slots), self.rows[list(slots)]
@@ -269,7 +274,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.ids())
     @rule(data=st.data())
-    def keep(self, data):
+    def evict(self, data):
+        """Keep some tokens, and drop the others."""
         seq_id = self.some(data)
         model = self.models[seq_id]
         first, length = len(model.tokens) - self.kept(seq_id).shape[1], len(model.tokens)
@@ -568,9 +574,8 @@ class CacheMachine(RuleBasedStateMachine):
             for layer in range(LAYERS):
                 kept = self.cache.get_kv(i, layer=layer)
                 count = kept[0].shape[1]
-                length, window = len(model.tokens), model.window_left
-                first = model.next_position - window
-                assert count >= (length if window < 0 else sum(n >= first for n in model.positions))
+                length = len(model.tokens)
+                assert count >= model.least()
                 begin = max(model.float_from, length - self.recent)
                 seen = self.stored(i, layer, begin, min(model.num_sinks, begin))
                 blocks = self.stored(i, layer, length, 0)

@@ -150,7 +150,7 @@ class LossMachine(CacheMachine):
             for layer in range(0 if model.swapped else LAYERS):
                 kept = self.cache.get_kv(i, layer=layer)
                 count, length = kept[0].shape[1], len(model.tokens)
-                assert count >= (length if model.window_left < 0 else min(length, model.window_left))
+                assert count >= model.least()
                 for n, name in enumerate(("key_format", "value_format")):
                     want = model.rows[length - count :, n, layer].swapaxes(0, 1)
                     oracle.assert_stored(kept[n], want, self.formats[name])
