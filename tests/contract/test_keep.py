@@ -7,6 +7,7 @@ import oracle
 import pytest
 
 import kvnumba
+from kvnumba.caches import snapshot
 
 H, D = 2, 8
 
@@ -259,6 +260,18 @@ class TestAfterwards:
         assert other.next_position(seq_id) == 20
         for now, then in zip(other.get_kv(seq_id), before, strict=True):
             np.testing.assert_array_equal(now, then)
+
+    def test_files_that_do_not_know_of_heads_are_read(self, backend, normal, tmp_path):
+        cache = kvnumba.PagedKVCache(20, 4, H, D, 1, backend=backend)
+        kept = Kept(cache, normal)
+        kept.write(6)
+        identity = snapshot.identity(cache.layout, "")
+        del identity["per_head"]  # as it was before caches could have blocks of one head
+        with mock.patch.object(snapshot, "identity", return_value=identity):
+            cache.save(tmp_path / "file")
+        other = kvnumba.PagedKVCache(20, 4, H, D, 1, backend=backend)
+        (seq_id,) = other.load(tmp_path / "file").values()
+        np.testing.assert_array_equal(other.positions(seq_id), np.arange(6))
 
     def test_a_sequence_with_a_window(self, backend, normal):
         cache = kvnumba.PagedKVCache(20, 2, H, D, 2, backend=backend)
