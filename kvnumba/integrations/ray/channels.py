@@ -9,10 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what Ray logs, with a traceback, for each worker that is gone when its channels are closed."""
+    return record.getMessage() != "Error cancelling worker task"
+
+
+logging.getLogger("ray.dag.compiled_dag_node").addFilter(_is_news)
 
 Message = tuple[int, bytes]
 """Its number among the messages to one worker, and the pickled commands."""
@@ -35,7 +43,7 @@ class Channels:
         from ray.dag import InputNode, MultiOutputNode
 
         self._numbers = list(actors)
-        with _quiet(), InputNode() as messages:
+        with InputNode() as messages:
             outputs = [actor.answer.bind(messages, number) for number, actor in actors.items()]
             self._graph = MultiOutputNode(outputs).experimental_compile()
 
@@ -64,17 +72,5 @@ class Channels:
 
     def close(self) -> None:
         """Let the workers go on without these channels."""
-        with _quiet(), contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
             self._graph.teardown()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray logs a traceback for each worker that is gone when its channels are closed."""
-    logger = logging.getLogger("ray.dag.compiled_dag_node")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

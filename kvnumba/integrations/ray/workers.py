@@ -420,6 +420,9 @@ class Workers:
             return list(ray.get(references))
         except ray.exceptions.RayTaskError as error:
             raise RuntimeError(f"workers: one does not start: {error.cause}") from error.cause
+        except ray.exceptions.RayError as error:  # kvnumba cannot be imported there, say
+            reason = str(error).strip().rpartition("\n")[2]
+            raise RuntimeError(f"workers: one does not start: {reason}") from error
 
     def _cpus(self, number: int) -> tuple[int, ...]:
         """The processors of a worker: so many as it was given, or an equal share of what its machine has."""
