@@ -16,6 +16,7 @@ from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_wit
 from kvnumba.caches.step import Step
 from kvnumba.caches.warmup import warmup
 from kvnumba.calibration import Calibration
+from kvnumba.codecs import register_format
 from kvnumba.commands.memory import memory_analysis, memory_growth_table
 from kvnumba.errors import BackendUnavailable, CacheFull, WorkerLost
 from kvnumba.formats import pack_int4, unpack_int4
@@ -61,6 +62,7 @@ __all__ = [
     "multi_head_attention_with_cache",
     "pack_int4",
     "quantize",
+    "register_format",
     "sample",
     "unpack_int4",
     "use_backend",

@@ -78,6 +78,7 @@ def new_tokens(
     float32 arrays, or views of what lies on the backend's device: these are taken as they are, and nobody looks whether
     they are finite.
     """
+    layout.watch()
     views = on_device(names[0], k, backend), on_device(names[1], v, backend)
     if (views[0] is None) != (views[1] is None):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,16 @@ class Format:
     name : str
     bits : int
         Of one stored element.
-    kind : {"float", "code"}
-        Whether the stored bits are a number themselves, or an integer that counts steps of a scale.
+    kind : {"float", "code", "registered"}
+        Whether the stored bits are a number themselves, or an integer that counts steps of a scale, or what functions
+        of the user's make of them.
     code_dtype : dtype
         Of the arrays that hold it. Several elements may share one of its elements, as in int4.
     has_scale, has_zero : bool
         Whether a group of elements has a scale, and a zero, the float that code 0 stands for:
         value = code * scale + zero.
+    codec : Codec, optional
+        The functions of a registered format.
     """
 
     name: str
@@ -32,11 +36,12 @@ class Format:
     code_dtype: np.dtype[Any]
     has_scale: bool
     has_zero: bool
+    codec: Any = None
 
     @property
     def number(self) -> int:
-        """The format's index in the table; kernels switch on it."""
-        return list(FORMATS).index(self.name)
+        """The format's index in the table, on which kernels switch; registered formats have the one that follows."""
+        return list(FORMATS).index(self.name) if self.codec is None else len(FORMATS)
 
     @property
     def max_code(self) -> int:
@@ -46,7 +51,7 @@ class Format:
     @property
     def multiple(self) -> int:
         """How many elements are stored together: lengths of rows and groups are multiples of it."""
-        return max(1, 8 // self.bits)
+        return 8 // gcd(8, self.bits)
 
     def row_length(self, head_dim: int) -> int:
         """Elements of `code_dtype` that hold `head_dim` elements."""
@@ -73,6 +78,9 @@ FORMATS: dict[str, Format] = {
 """Codes are unsigned. NumPy has no bfloat16 and no fp8: these are kept as their bits. int4 has two neighbours in a
 byte, the first in the high four bits."""
 
+REGISTERED: dict[str, Format] = {}
+"""Formats of the user's own, see `register_format`."""
+
 
 def resolve_format(argument: str, value: Any) -> Format:
     """The format that `value`, a name or a NumPy dtype, stands for; `argument` names it in the error."""
@@ -83,9 +91,10 @@ def resolve_format(argument: str, value: Any) -> Format:
             name = np.dtype(value).name
         except TypeError:
             name = repr(value)
-    if name not in FORMATS:
-        raise ValueError(f"{argument}: expected one of {', '.join(FORMATS)}; got {value!r}")
-    return FORMATS[name]
+    known = FORMATS | REGISTERED
+    if name not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}; got {value!r}")
+    return known[name]
 
 
 def float_to_bfloat16(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Users' own functions of scores: checked once, and watched, for a kernel keeps what they read when it was compiled.
+"""Users' own functions: checked once, and watched, for a kernel keeps what they read when it was compiled.
 
 A function of numbers is called with numbers here, to see whether it can be; with arrays, or compiled, in backends.
 """
@@ -26,7 +26,7 @@ SIGNATURES = {
     "mask_mod": ("q_head", "q_pos", "kv_pos"),
     "block_mask": ("q_low", "q_high", "kv_low", "kv_high"),
 }
-"""What each function is given; those of scores are given `aux` besides."""
+"""What each function of scores is given; the first two are given `aux` besides."""
 
 SKIP, FULL, PARTIAL = range(3)
 """What a block_mask says of a block: no key in it is seen, all are, or `mask_mod` says which."""
@@ -63,16 +63,20 @@ class UserFunction:
         code = self.function.__code__
         return f"{self.argument}: {code.co_name} ({Path(code.co_filename).name}, line {code.co_firstlineno})"
 
+    @property
+    def _takes_aux(self) -> bool:
+        return self.argument in SIGNATURES
+
     def _kept(self, name: str, value: Any) -> Any:
-        if isinstance(value, (*CONSTANTS, *AS_THEY_ARE)):
+        if _is_constant(value) or isinstance(value, AS_THEY_ARE):
             return value
-        if (plain := _plain(value)) is self.function:
+        if (plain := plain_function(value)) is self.function:
             raise ValueError(f"{self} calls itself, which kernels cannot do")
         if plain is not None:
             return UserFunction(self.argument, plain)
         raise ValueError(
-            f"{self} reads {name}, a {type(value).__name__}, whose changes nobody would notice; give arrays and "
-            f"numbers in aux"
+            f"{self} reads {name}, a {type(value).__name__}, whose changes nobody would notice; "
+            + ("give arrays and numbers in aux" if self._takes_aux else "keep numbers in a tuple")
         )
 
     def watch(self) -> None:
@@ -80,14 +84,15 @@ class UserFunction:
         for name, value in _outside(self) if self.reads else ():
             before = self.reads[name]
             if isinstance(before, UserFunction):
-                same = _plain(value) is before.function
+                same = plain_function(value) is before.function
                 before.watch()
             else:
                 same = value is before or (type(value) is type(before) and value == before)
             if not same:
+                remedy = "give what changes in aux, or define the function anew"
                 raise ValueError(
-                    f"{self} reads {name}, which was {_shown(before)} when the function was first used and is "
-                    f"{_shown(value)} now; give what changes in aux, or define the function anew"
+                    f"{self} reads {name}, which was {shown(before)} when the function was first used and is "
+                    f"{shown(value)} now; {remedy if self._takes_aux else 'register it by another name'}"
                 )
 
     @functools.cached_property
@@ -120,7 +125,7 @@ class UserFunction:
         if isinstance(found, np.ndarray) and found.ndim == 0:  # as of np.where
             found = found[()]
         if not isinstance(found, Number):
-            raise ValueError(f"{self}: expected it to return a number for {at}; got {_shown(found)}")
+            raise ValueError(f"{self}: expected it to return a number for {at}; got {shown(found)}")
         return found
 
     def on_arrays(self, arrays: tuple[Any, ...], aux: tuple[Any, ...], dtype: type) -> np.ndarray:
@@ -167,7 +172,7 @@ def user_function(argument: str, value: Any, aux: tuple[Any, ...] = ()) -> UserF
         return None
     names = SIGNATURES[argument]
     wanted = ", ".join((*names, "*aux") if aux else names)
-    function = _plain(value)
+    function = plain_function(value)
     if function is None:
         raise TypeError(f"{argument}: expected a Python function of ({wanted}); got a {type(value).__name__}")
     found = UserFunction(argument, function)
@@ -206,14 +211,14 @@ def _checked(argument: str, value: Any) -> Any:
         raise TypeError(f"{argument}: expected an array in host memory; got one on a GPU")
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"{argument}: expected numbers; got {_shown(value)}")
+        raise TypeError(f"{argument}: expected numbers; got {shown(value)}")
     wanted = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, array.dtype if array.ndim else np.int64)
     array = array.astype(wanted, order="C")
     array.flags.writeable = False
     return array if array.ndim else array[()]
 
 
-def _plain(value: Any) -> FunctionType | None:
+def plain_function(value: Any) -> FunctionType | None:
     """The Python function that a value is, or that Numba has compiled."""
     value = getattr(value, "py_func", value)
     return value if isinstance(value, FunctionType) else None
@@ -264,13 +269,17 @@ def _refuse_raise(found: UserFunction, code: CodeType) -> None:
     for each in _codes(code):
         for instruction in dis.get_instructions(each):
             if instruction.opname == "RAISE_VARARGS":
-                raise ValueError(
-                    f"{found} has a raise or an assert, which kernels cannot do; return -inf, or False"
-                )
+                remedy = "; return -inf, or False" if found.argument in SIGNATURES else ""
+                raise ValueError(f"{found} has a raise or an assert, which kernels cannot do{remedy}")
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, CONSTANTS):
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+
+
+def shown(value: Any) -> str:
+    """A value in a message: itself where it is short."""
+    if _is_constant(value):
         return repr(value)
     if isinstance(value, UserFunction):
         return "another function"

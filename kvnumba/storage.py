@@ -51,20 +51,22 @@ class RowLayout:
     ) -> RowLayout:
         """Check the arguments and make a row layout; errors call the width `argument`. Default group: the whole row."""
         if head_dim % fmt.multiple:
-            raise ValueError(f"{argument}: expected an even number, {fmt.name} packs pairs; got {head_dim}")
+            raise ValueError(f"{argument}: expected {_packed(fmt)}; got {head_dim}")
         size = head_dim
         if group_size is not None and fmt.has_scale:
             size = arguments.integer("group_size", group_size, minimum=1)
             if head_dim % size:
                 raise ValueError(f"group_size: expected a divisor of {argument} {head_dim}; got {size}")
             if size % fmt.multiple:
-                raise ValueError(f"group_size: expected an even number, {fmt.name} packs pairs; got {size}")
+                raise ValueError(f"group_size: expected {_packed(fmt)}; got {size}")
         try:
             dtype = np.dtype(scale_dtype)
         except TypeError:
             dtype = np.dtype(object)
         if dtype.name not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype: expected one of {', '.join(SCALE_DTYPES)}; got {scale_dtype!r}")
+        if fmt.codec is not None:
+            fmt.codec.try_at(size)
         return cls(fmt, head_dim, size, dtype)
 
     @property
@@ -105,6 +107,13 @@ class RowLayout:
         )
 
 
+def _packed(fmt: Format) -> str:
+    """What a format wants numbers of elements to be."""
+    if fmt.multiple == 2:
+        return f"an even number, {fmt.name} packs pairs"
+    return f"a multiple of {fmt.multiple}, {fmt.name} packs {fmt.multiple} elements of {fmt.bits} bits"
+
+
 class LayoutOptions(TypedDict, total=False):
     """How a cache stores its rows: keyword arguments of every cache. None is the default of each.
 
@@ -115,7 +124,7 @@ class LayoutOptions(TypedDict, total=False):
     value_head_dim : int
         Elements of a value (Dv), where they are not as many as those of a key.
     group_size : int
-        Elements of a row that share a scale in int8 and int4. It divides the widths of keys and values that have
+        Elements of a row that share a scale, where formats have one. It divides the widths of keys and values that have
         scales. Default: all.
     scale_dtype : {"float32", "float16"}
         Of scales and zeros. float32, the default, keeps rows of one repeated value exact; float16 takes half as much:
@@ -213,7 +222,8 @@ class Layout:
         num_kv_heads, head_dim : int
             H and D.
         dtype : str or dtype
-            Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8" or "int4".
+            Format of keys and values: "float32", "float16", "bfloat16", "fp8_e4m3", "int8", "int4", or one that was
+            registered with `kvnumba.register_format`.
         **options
             See `LayoutOptions`.
 
@@ -318,6 +328,12 @@ class Layout:
         return Layout(
             self.num_layers, num_blocks, RECENT_BLOCK, self.num_kv_heads, keys, values, self.transform
         )
+
+    def watch(self) -> None:
+        """Raise unless the functions of registered formats are as they were."""
+        for rows in (self.keys, self.values):
+            if rows.fmt.codec is not None:
+                rows.fmt.codec.watch()
 
     def describe_formats(self) -> str:
         """``int8``, or ``keys int8, values int4``."""

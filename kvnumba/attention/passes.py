@@ -147,6 +147,7 @@ class Pass:
         `dtype` is that of the queries as the user gave them, which decides about the arithmetic.
         """
         scoring = self._scoring(q, options, dtype)
+        self._buffers.layout.watch()
         if not q.size:
             return
         if scoring.has_mods:
@@ -294,6 +295,7 @@ def read(
     What is kept in float is read there: the sequences that are read are those of `floats` from `sequence` on, and what
     is read of them begins at position `first`.
     """
+    buffers.layout.watch()
     found = backend.read(buffers, layer, block_table, length)
     if floats is not None:
         for part in (*floats.newest, *floats.sinks):

@@ -1,4 +1,4 @@
-"""Users' functions of scores for Numba, on a CPU or a GPU: how they are compiled, and how `aux` gets to them.
+"""Users' functions for Numba, on a CPU or a GPU: how they are compiled, and how `aux` gets to those of scores.
 
 Scores are float32, and so are a function's numbers: NumPy computes ``score * 0.5`` in float32, and so do kernels.
 """
@@ -32,8 +32,8 @@ def compiled(user: UserFunction, jit: Callable[[Any], Any], replaced: Mapping[An
     def as_read(value: Any) -> Any:
         if isinstance(value, UserFunction):
             return compiled(value, jit, replaced)
-        if isinstance(value, (float, np.floating)):
-            return np.float32(value)
+        if isinstance(value, (float, np.floating, tuple)):
+            return _number_in_float32(value)
         if value is math or value is np:
             module = ModuleType(value.__name__)
             for name in code.co_names:
@@ -50,11 +50,15 @@ def compiled(user: UserFunction, jit: Callable[[Any], Any], replaced: Mapping[An
 
 def _in_float32(code: CodeType) -> CodeType:
     def converted(constant: Any) -> Any:
-        if isinstance(constant, CodeType):
-            return _in_float32(constant)
-        return np.float32(constant) if isinstance(constant, float) else constant
+        return _in_float32(constant) if isinstance(constant, CodeType) else _number_in_float32(constant)
 
     return code.replace(co_consts=tuple(map(converted, code.co_consts)))
+
+
+def _number_in_float32(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_number_in_float32, value))
+    return np.float32(value) if isinstance(value, (float, np.floating)) else value
 
 
 def argument_kinds(user: UserFunction, aux: tuple[types.Type, ...]) -> tuple[types.Type, ...]:

@@ -91,6 +91,8 @@ class NumpyBackend:
         raise NotImplementedError("device arrays are not taken here")
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
+        if rows.fmt.codec is not None:
+            return _encode_registered(x, rows)
         fmt, codec = rows.fmt, CODECS[rows.fmt.name]
         if not fmt.has_scale:
             none = np.empty((len(x), 0), rows.scale_dtype)
@@ -106,6 +108,8 @@ class NumpyBackend:
         return Encoded(codec.store(codes), scale, zero)
 
     def decode(self, encoded: Encoded, rows: RowLayout) -> np.ndarray:
+        if rows.fmt.codec is not None:
+            return _decode_registered(encoded, rows)
         elements = CODECS[rows.fmt.name].load(encoded.codes)
         if not rows.fmt.has_scale:
             return elements
@@ -119,9 +123,11 @@ class NumpyBackend:
             k, v = layout.transform.store_keys(k, layer), layout.transform.store_values(v)
         stored = batch.slot_mapping >= 0
         block, offset = np.divmod(batch.slot_mapping[stored], layout.block_size)
+        both = []
         for new, kept, rows in ((k, buffers.keys, layout.keys), (v, buffers.values, layout.values)):
             by_token = new.reshape(-1, layout.num_kv_heads, rows.head_dim)[stored]
-            encoded = self.encode(by_token.reshape(-1, rows.head_dim), rows)
+            both.append((self.encode(by_token.reshape(-1, rows.head_dim), rows), kept))
+        for encoded, kept in both:  # a user's function that raises has changed nothing
             for array, store in zip(encoded, kept, strict=True):
                 store[layer][block, :, offset] = array.reshape(
                     len(block), layout.num_kv_heads, array.shape[1]
@@ -266,6 +272,20 @@ class NumpyBackend:
             for kept, rows in ((buffers.keys, layout.keys), (buffers.values, layout.values))
         )
         return k, v
+
+
+def _encode_registered(x: np.ndarray, rows: RowLayout) -> Encoded:
+    codes, *numbers = rows.fmt.codec.encode(x.reshape(-1, rows.group_size), rows.scale_dtype)
+    none = np.empty((len(x), 0), rows.scale_dtype)
+    scale, zero = (none if each is None else each.reshape(len(x), rows.num_groups) for each in numbers)
+    return Encoded(codes.reshape(len(x), rows.row_length), scale, zero)
+
+
+def _decode_registered(encoded: Encoded, rows: RowLayout) -> np.ndarray:
+    groups = rows.head_dim // rows.group_size
+    codes = encoded.codes.reshape(-1, rows.row_length // groups)
+    numbers = (each.reshape(-1) for each in (encoded.scale, encoded.zero) if each.shape[-1])
+    return rows.fmt.codec.decode(codes, *numbers).reshape(*encoded.codes.shape[:-1], rows.head_dim)
 
 
 def score(

@@ -26,6 +26,7 @@ from kvnumba.backends.protocol import Backend
 from kvnumba.blocks.pool import BlockPool, State
 from kvnumba.blocks.prefix import NO_BLOCK, TOKEN_DTYPE, Chain, Entry, Key
 from kvnumba.errors import CacheFull
+from kvnumba.formats import FORMATS, REGISTERED
 from kvnumba.storage import Buffers, Encoded, Layout, array_specs
 
 if sys.platform != "win32":
@@ -279,6 +280,12 @@ def read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[st
     # files from before there was a choice do not name it
     defaults = {"scale_dtype": "float32", "transform": None, "per_head": False}
     known = {"value_head_dim": header.get("head_dim"), **defaults, **header}
+    for name in ("key_format", "value_format"):
+        if identity[name] != known.get(name) not in FORMATS | REGISTERED:
+            raise ValueError(
+                f"{path}: {name}: the file has {known.get(name)!r}, which is not registered here; "
+                f"register_format it, and load the file into a cache of it"
+            )
     for name, want in identity.items():
         if known.get(name) != want:
             raise ValueError(f"{path}: {name}: expected {want!r}; the file has {known.get(name)!r}")

@@ -11,6 +11,7 @@ from kvnumba.backends.cuda.codecs import codec_of
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import THREADS
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, enter
+from kvnumba.formats import FORMATS
 from kvnumba.storage import Buffers, Encoded, Layout, RowLayout
 from kvnumba.transforms import RowTransform
 
@@ -75,6 +76,12 @@ class CudaBuffers(Buffers):
 
 def allocate(layout: Layout) -> CudaBuffers:
     """Zeroed storage; MemoryError where there is no room for it."""
+    for name, rows in (("key_format", layout.keys), ("value_format", layout.values)):
+        if rows.fmt.codec is not None:
+            raise ValueError(
+                f"{name}: {rows.fmt.name} is a format of your own, which the backends numpy and cpu take; "
+                f"expected one of {', '.join(FORMATS)} on the cuda backend"
+            )
     for name, rows in (("head_dim", layout.keys), ("value_head_dim", layout.values)):
         most = THREADS * width_of(rows.head_dim, rows.group_size)
         if rows.head_dim > most:

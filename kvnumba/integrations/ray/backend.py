@@ -262,6 +262,12 @@ class ShardedBackend:
 
     @_with_replicas
     def allocate(self, layout: Layout) -> Buffers:
+        for name, rows in (("key_format", layout.keys), ("value_format", layout.values)):
+            if rows.fmt.codec is not None:
+                raise ValueError(
+                    f"{name}: {rows.fmt.name} is a format of your own, which workers do not know; caches of the "
+                    f"backends numpy and cpu take it"
+                )
         buffers = ShardedBuffers(layout, self.num_shards, Shipped(self.workers))
         self._allocate(buffers, self._alive())
         self._buffers.add(buffers)
