@@ -5,6 +5,8 @@ The functions are called here as they are, group by group, which is what they me
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import re
 from collections.abc import Callable
@@ -45,10 +47,11 @@ class Codec:
         self._bits = bits
         self._tried: set[int] = set()
 
-    @property
-    def digest(self) -> tuple[Any, ...]:
-        """Equal where formats are."""
-        return self.name, self._bits, *((name, each.digest) for name, each in self.functions.items())
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that codes depend on."""
+        parts = [str(self._bits), *(f"{name}={each.digest}" for name, each in self.functions.items())]
+        return hashlib.sha256(";".join(parts).encode()).hexdigest()[:16]
 
     def watch(self) -> None:
         """Raise if what the functions read is not what it was."""

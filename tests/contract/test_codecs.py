@@ -39,7 +39,7 @@ def fp4_encode(x, codes, scale):
 
 def fp4_decode(codes, x, scale):
     for i in range(len(x)):
-        code = codes[i // 2] >> 4 if i % 2 == 0 else codes[i // 2] & 15
+        code = codes[i // 2] >> (4 if i % 2 == 0 else 0)
         x[i] = LEVELS[code & 7] * (-scale if code & 8 else scale)
 
 
@@ -242,7 +242,7 @@ def reads_level(x):
     return x.max() / LEVEL
 
 
-def reads_array(x, table=np.ones(3)):  # a default is the function's own
+def reads_array(x):
     return x[0] * ARRAY[0]
 
 

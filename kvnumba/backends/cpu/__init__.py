@@ -22,7 +22,7 @@ from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
 from kvnumba.backends.protocol import CascadeLimits
-from kvnumba.formats import FORMATS
+from kvnumba.formats import FORMATS, Format
 from kvnumba.options import Scoring
 from kvnumba.storage import (
     Batch,
@@ -241,20 +241,21 @@ def describe_plan(plan: Plan, scoring: Scoring) -> str:
     score, _, _ = _scores(scoring)
     found = []
     for planned in plan.parts:
-        layer = cast(CpuBuffers, planned.part.buffers).layers[0]
+        buffers = cast(CpuBuffers, planned.part.buffers)
+        layout, layer = buffers.layout, buffers.layers[0]
         for shape, _ in planned.pieces:
             reading = shape.choose.py_func(layer.keys, layer.values, score)
-            keys = _as_multiplied(layer.keys.fmt, reading.k_format)
-            values = _as_multiplied(layer.values.fmt, reading.v_format)
+            keys = _as_multiplied(layout.keys.fmt, reading.k_format)
+            values = _as_multiplied(layout.values.fmt, reading.v_format)
             read = keys if keys == values else f"{keys}, {values}"
             parts = f", in {shape.parts} x bfloat16" if shape.parts else ""
             found.append(f"{shape.kernels.rpartition('.')[2]} {shape.rows}: {read}{parts}")
     return "; ".join(found)
 
 
-def _as_multiplied(stored: int, multiplied: int) -> str:
-    names = [fmt.name for fmt in FORMATS.values()]
-    return names[stored] if stored == multiplied else f"{names[stored]} staged to {names[multiplied]}"
+def _as_multiplied(stored: Format, multiplied: int) -> str:
+    name = list(FORMATS)[multiplied]
+    return name if stored.name == name else f"{stored.name} staged to {name}"
 
 
 def _workers(num_values: int) -> int:

@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import plain
+from kvnumba.backends.cpu.registered import decode_group, encode_group, measure_group
 from kvnumba.backends.cpu.simd import (
     EVEN,
     F16,
@@ -355,6 +356,9 @@ CODECS = [_BY_NAME[name](fmt) for name, fmt in FORMATS.items()]
 
 ALL_FORMATS = range(len(CODECS))
 
+REGISTERED = len(CODECS)
+"""`Format.number` of all formats of the user's own."""
+
 FLOAT32, BFLOAT16 = FORMATS["float32"].number, FORMATS["bfloat16"].number
 
 ARITHMETICS = [FLOAT32, BFLOAT16] if HAS_BFLOAT16_DOT else [FLOAT32]
@@ -482,10 +486,53 @@ def interleave_rows(typing, codes, first, second, count, out, to):
     return signature, generate
 
 
+@intrinsic
+def scale_at(typing, array, at):
+    """A scale or a zero."""
+    signature = types.float32(array, types.intp)
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        array, at = e.arguments(signature, args)
+        return builder.extract_element(load_scales(e, array, at, 1), I32(0))
+
+    return signature, generate
+
+
+@intrinsic
+def store_scale(typing, array, at, value):
+    """Store a scale or a zero; returns it as it can be read again."""
+    signature = types.float32(array, types.intp, types.float32)
+
+    def generate(context, builder, signature, args):
+        e = Emitter(context, builder)
+        array, at, value = e.arguments(signature, args)
+        return builder.extract_element(_store_scale(e, array, at, e.splat(value)), I32(0))
+
+    return signature, generate
+
+
+@plain
+def decode_registered(rows, first, count, out, to):
+    """`decode_rows` of a format of the user's own, group by group."""
+    codes, scale, zero, _, head_dim, functions = rows
+    groups = max(1, scale.shape[1])
+    size, step = head_dim // groups, codes.shape[1] // groups
+    nothing = np.float32(0)
+    for group in range(first * groups, (first + count) * groups):
+        factor = scale_at(scale, group) if scale.shape[1] > 0 else nothing
+        offset = scale_at(zero, group) if zero.shape[1] > 0 else nothing
+        decode_group(functions, codes, group * step, step, factor, offset, out, to, size)
+        to += size
+
+
 @plain
 def decode_row(rows, row, out, to):
     """Read a row of the storage into out[to : to + head_dim]; out is flat, as for `decode_values`."""
-    codes, scale, zero, fmt, head_dim = rows
+    codes, scale, zero, fmt, head_dim, _ = rows
+    if fmt == REGISTERED:
+        decode_registered(rows, row, 1, out, to)
+        return
     if scale.shape[1] <= 1:  # a row of codes is decoded in the time of two divisions
         decode_values(codes, row * codes.shape[1], head_dim, fmt, scale, zero, row, out, to)
         return
@@ -499,7 +546,10 @@ def decode_row(rows, row, out, to):
 @plain
 def decode_rows(rows, first, count, out, to):
     """Read rows from number `first` on, one after the other into out[to:]."""
-    codes, scale, zero, fmt, head_dim = rows
+    codes, scale, zero, fmt, head_dim, _ = rows
+    if fmt == REGISTERED:
+        decode_registered(rows, first, count, out, to)
+        return
     if scale.shape[1] == 0:
         decode_values(codes, first * codes.shape[1], count * head_dim, fmt, scale, zero, 0, out, to)
         return
@@ -510,10 +560,19 @@ def decode_rows(rows, first, count, out, to):
 @plain
 def encode_row(x, start, rows, row):
     """Store x[start : start + head_dim], of a flat x, as a row of the storage."""
-    codes, scale, zero, fmt, head_dim = rows
+    codes, scale, zero, fmt, head_dim, functions = rows
     groups, size, step = max(1, scale.shape[1]), head_dim, codes.shape[1]
     if groups > 1:  # a row may be encoded in the time of two divisions
         size, step = size // groups, step // groups
     for group in range(groups):
         to = row * codes.shape[1] + group * step
+        if fmt == REGISTERED:
+            number = row * groups + group
+            factor, offset = measure_group(functions, x, start + group * size, size)
+            if scale.shape[1] > 0:
+                factor = store_scale(scale, number, factor)
+            if zero.shape[1] > 0:
+                offset = store_scale(zero, number, offset)
+            encode_group(functions, x, start + group * size, size, codes, to, step, factor, offset)
+            continue
         encode_values(x, start + group * size, size, fmt, codes, to, scale, zero, row * groups + group)

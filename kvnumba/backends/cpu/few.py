@@ -1,8 +1,8 @@
 """Micro-kernels for a few rows of queries, as when decoding: scores are dot products along head_dim.
 
 Storage is read in place. Codes are multiplied as the integers that they are, by queries and weights that are rounded to
-16-bit integers; scales and zeros stay out of the inner loops. Rows with several scales, and codes where products
-are to be in float32, are staged: decoded to float32 in scratch.
+16-bit integers; scales and zeros stay out of the inner loops. Rows with several scales, those of formats of the user's
+own, and codes where products are to be in float32, are staged: decoded to float32 in scratch.
 
 Queries are (columns, padded head_dim), float32 or 16-bit integers in the first half of each row; where a format is
 `SPLIT`, the even elements of each chunk stand before the odd, and in the sums of its values too.
@@ -25,6 +25,7 @@ from kvnumba.backends.cpu.codecs import (
     CODECS,
     FLOAT32,
     LARGEST_CODE,
+    REGISTERED,
     SPLIT,
     decode_rows,
     load_scales,
@@ -67,10 +68,16 @@ def shape(rows: int, scale_dtype: str) -> Shape:
 
 
 @plain
+def is_direct(rows, scoring):
+    """Whether rows are read in place."""
+    groups = rows.scale.shape[1]
+    return rows.fmt != REGISTERED and (groups == 0 or (groups == 1 and not scoring.exact))
+
+
+@plain
 def choose(keys, values, scoring):
     """Rows are read in place unless they must be decoded first."""
-    k_direct = keys.scale.shape[1] == 0 or (keys.scale.shape[1] == 1 and not scoring.exact)
-    v_direct = values.scale.shape[1] == 0 or (values.scale.shape[1] == 1 and not scoring.exact)
+    k_direct, v_direct = is_direct(keys, scoring), is_direct(values, scoring)
     v_format = values.fmt if v_direct else FLOAT32
     return Reading(k_direct, v_direct, keys.fmt if k_direct else FLOAT32, v_format, CODE_BIAS[v_format])
 
@@ -109,7 +116,7 @@ def load_query(shape, reading, q, start, r, head_dim, sm_scale, query):
 
 @each_run
 def score_run(shape, reading, keys, run, following, masks, scratch):
-    codes, scale, zero, _, head_dim = keys
+    codes, scale, zero, _, head_dim, _ = keys
     row_bytes = codes.shape[1]
     if not reading.k_direct:
         prefetch_rows(codes, following, run.num_tokens)

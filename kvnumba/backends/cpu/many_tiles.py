@@ -71,7 +71,9 @@ HEADROOM = 5.5  # the logarithm of the greatest weight before a phase is repeate
 MOST_TURNS = 4  # of a phase: maxima beyond 1e7 are rounded by more than HEADROOM
 FAR = 1e6  # a maximum that rises by more, as from a sink that stands for none, is found anew: the sum would be rounded
 
-PARTS = np.array([{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for name in FORMATS])
+PARTS = np.array(
+    [{"bfloat16": 1, "fp8_e4m3": 1, "float16": 2}.get(name, 3) for name in (*FORMATS, "registered")]
+)
 """bfloat16 numbers that hold a number of each format exactly."""
 
 FACTORS = {2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}

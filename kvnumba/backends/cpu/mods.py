@@ -336,6 +336,7 @@ def _pointer_to(kind):
 
 
 pointer_to_float, pointer_to_int = _pointer_to(types.float32), _pointer_to(types.int32)
+pointer_to_byte, pointer_to_half = _pointer_to(types.uint8), _pointer_to(types.uint16)
 
 
 @intrinsic

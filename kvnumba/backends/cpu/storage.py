@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import Static, plain, static
+from kvnumba.backends.cpu.registered import address_of
 from kvnumba.backends.cpu.transforms import Transform, transform_of
 from kvnumba.storage import Buffers, Encoded, Layout, RowLayout, allocate_on_host
 
@@ -30,6 +31,8 @@ class Rows(NamedTuple):
         `Format.number`.
     head_dim : int
         Elements of a row.
+    functions : int
+        What `registered.address_of` returns.
     """
 
     codes: Any
@@ -37,6 +40,7 @@ class Rows(NamedTuple):
     zero: Any
     fmt: int
     head_dim: int
+    functions: int = 0
 
 
 class Storage(NamedTuple):
@@ -60,7 +64,8 @@ def as_rows(encoded: Encoded, rows: RowLayout, scale_dtype: str) -> Rows:
         return x.view(bits).reshape(count, x.shape[-1]) if x.shape[-1] else np.empty((count, 0), bits)
 
     flat = codes.view(np.uint8).reshape(count, codes.shape[-1] * codes.itemsize)
-    return Rows(flat, scales(encoded.scale), scales(encoded.zero), rows.fmt.number, rows.head_dim)
+    numbers = rows.fmt.number, rows.head_dim, address_of(rows.fmt)
+    return Rows(flat, scales(encoded.scale), scales(encoded.zero), *numbers)
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], spare_bytes: int = 0) -> np.ndarray:
