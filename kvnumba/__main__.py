@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--kv-heads", type=int, help="instead of the preset's")
     command.add_argument("--head-dim", type=int, help="instead of the preset's")
     command.add_argument("--batch", type=int, default=1)
+    _add_formats(command)
     command.set_defaults(
         run=lambda args: memory.run(args.preset, args.layers, args.kv_heads, args.head_dim, args.batch)
     )
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model", type=Path, metavar="FOLDER", default=BUNDLED_MODEL, help="a byte-level checkpoint"
     )
     command.add_argument("--new", type=int, default=200, help="bytes to write (default: %(default)s)")
+    _add_formats(command)
     _add_backend_and_plot(command)
     command.set_defaults(
         run=lambda args: demo.run(args.model, args.prompt, args.bytes, args.new, args.backend, args.plot)
@@ -82,14 +85,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     command = commands.add_parser("bench", help="how fast this machine attends, in a minute")
+    _add_formats(command)
     _add_backend_and_plot(command)
     command.set_defaults(run=lambda args: bench.run(args.backend, args.plot))
 
     args = parser.parse_args(argv)
     try:
+        if getattr(args, "formats", None) is not None:
+            runpy.run_path(str(args.formats))
         args.run(args)
     except (OSError, ValueError, kvnumba.BackendUnavailable, kvnumba.CacheFull) as error:
         parser.exit(2, f"kvnumba {args.command}: {error}\n")
+
+
+def _add_formats(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--formats", type=Path, metavar="FILE.py", help="Python that registers formats of your own, shown too"
+    )
 
 
 def _add_backend_and_plot(command: argparse.ArgumentParser) -> None:

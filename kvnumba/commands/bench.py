@@ -15,7 +15,7 @@ from kvnumba.caches.paged import PagedKVCache
 from kvnumba.commands.extras import require_extra
 from kvnumba.commands.shapes import SHAPES
 from kvnumba.commands.timing import BUSY, Timing, repeated
-from kvnumba.formats import FORMATS
+from kvnumba.formats import FORMATS, REGISTERED
 
 CONTEXTS = (1024, 8192, 32768)
 MODEL, BLOCK_SIZE = "llama-3-8b", 128
@@ -38,7 +38,7 @@ def run(backend: str | None, plot: Path | None) -> None:
     print(f"\n{header}\n{'-' * len(header)}")
     times: dict[str, list[Timing]] = {}
     sizes: dict[str, float] = {}  # bytes that a cached token takes
-    for fmt in FORMATS:
+    for fmt in (*FORMATS, *REGISTERED):
         times[fmt] = []
         for length in CONTEXTS:
             cache, call = decode_step(length, fmt, name)
@@ -176,9 +176,11 @@ def draw(
     for column, (axes, length) in enumerate(zip(panels, CONTEXTS, strict=True)):
         milliseconds = [1e3 * times[name][column].median for name in names]
         # a peer that is many times slower would leave no room for the rest: its bar is cut
-        longest = 1.3 * max(ms for name, ms in zip(names, milliseconds, strict=True) if name in FORMATS)
+        longest = 1.3 * max(
+            ms for name, ms in zip(names, milliseconds, strict=True) if name in FORMATS | REGISTERED
+        )
         cut = cut or max(milliseconds) > longest
-        colors = [OURS_COLOR if name in FORMATS else PEER_COLOR for name in names]
+        colors = [OURS_COLOR if name in FORMATS | REGISTERED else PEER_COLOR for name in names]
         bars = axes.barh(names, [min(ms, longest) for ms in milliseconds], color=colors, height=0.62)
         labels = [
             f"{'// ' if ms > longest else ''}{ms:.3g} ms{' *' if times[name][column].disturbed else ''}"

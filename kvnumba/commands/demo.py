@@ -13,6 +13,7 @@ from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
 from kvnumba.commands.extras import progress, require_extra
 from kvnumba.commands.texts import HELD_OUT, lookups_right, registry_task
+from kvnumba.formats import REGISTERED
 from kvnumba.models.checkpoint import BUNDLED_MODEL
 from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import log_softmax, sample
@@ -64,7 +65,7 @@ def run(
 
     results: list[Result] = []
     exact: np.ndarray | None = None
-    for fmt in FORMATS:
+    for fmt in (*FORMATS, *REGISTERED):
         result, logits = _measure(decoder, document, num_new, fmt, backend, exact)
         exact = logits if exact is None else exact
         results.append(result)
@@ -165,7 +166,7 @@ def _measure(
 def _warm_up(decoder: IncrementalDecoder, backend: str) -> None:
     """Compile every kernel before the clock runs, with a prompt and a token whose attention is split over threads."""
     length = min(2 * CHUNK, decoder.config.max_position_embeddings - 1)
-    for fmt in FORMATS:
+    for fmt in (*FORMATS, *REGISTERED):
         cache, seq_id = _new_sequence(decoder, length + 1, fmt, backend)
         list(decoder.prefill(cache, seq_id, bytes(length), chunk_size=CHUNK))
         decoder.extend(cache, [seq_id], [b"\n"])

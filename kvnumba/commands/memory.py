@@ -7,7 +7,7 @@ from typing import Any
 
 from kvnumba import arguments
 from kvnumba.commands.shapes import SHAPES
-from kvnumba.formats import FORMATS
+from kvnumba.formats import FORMATS, REGISTERED
 from kvnumba.recipes import INT4_RECIPE
 from kvnumba.storage import Layout, LayoutOptions
 
@@ -15,7 +15,8 @@ COLUMNS: dict[str, tuple[str, LayoutOptions]] = {
     **{name: (name, LayoutOptions()) for name in FORMATS},
     "int4 model": ("int4", INT4_RECIPE),
 }
-"""What the growth table shows: formats, and int4 as `IncrementalDecoder` and `KVNumbaCache` keep it."""
+"""What the growth table shows: formats, and int4 as `IncrementalDecoder` and `KVNumbaCache` keep it; then those that
+are registered."""
 
 DEFAULT_SEQ_LENS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536)
 
@@ -88,8 +89,8 @@ def memory_growth_table(
 ) -> str:
     """A text table of a cache's size by length and format, scales included.
 
-    Its last column is int4 as models keep it, with float16 scales and the newest tokens of each sequence in float
-    besides; what these take stands in a row of its own, and is counted in the sizes.
+    After the formats comes int4 as models keep it, with float16 scales and the newest tokens of each sequence in float
+    besides; what these take stands in a row of its own, and is counted in the sizes. Then registered formats.
 
     Parameters
     ----------
@@ -104,7 +105,8 @@ def memory_growth_table(
     batch_size = arguments.integer("batch_size", batch_size, minimum=1)
     seq_lens = DEFAULT_SEQ_LENS if seq_lens is None else seq_lens
     layouts = {}
-    for name, (fmt, options) in COLUMNS.items():
+    columns = COLUMNS | {name: (name, LayoutOptions()) for name in REGISTERED}
+    for name, (fmt, options) in columns.items():
         of_model: LayoutOptions = {**options, "num_layers": num_layers}
         layouts[name] = Layout.of(1, 1, num_heads, head_dim, fmt, **of_model)
     token = {name: layout.memory() for name, layout in layouts.items()}
@@ -113,7 +115,7 @@ def memory_growth_table(
     def line(label: str, sizes: Iterable[float]) -> str:
         return f"{label:>14}" + "".join(f"{_bytes(size):>12}" for size in sizes)
 
-    header = f"{'tokens':>14}" + "".join(f"{name:>12}" for name in COLUMNS)
+    header = f"{'tokens':>14}" + "".join(f"{name:>12}" for name in columns)
     lines = [
         f"KV cache: {num_layers} layers, {num_heads} KV heads of {head_dim}, batch {batch_size}",
         header,
@@ -124,7 +126,7 @@ def memory_growth_table(
     ]
     for seq_len in seq_lens:
         count = arguments.integer("seq_lens", seq_len, minimum=0)
-        sizes = (batch_size * (count * sum(token[name]) + floats[name]) for name in COLUMNS)
+        sizes = (batch_size * (count * sum(token[name]) + floats[name]) for name in columns)
         lines.append(line(f"{count:,}", sizes))
     float32 = sum(token["float32"])
     lines.append(f"{'/ float32':>14}" + "".join(f"{sum(use) / float32:>12.3f}" for use in token.values()))

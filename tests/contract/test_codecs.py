@@ -7,6 +7,7 @@ import oracle
 import pytest
 
 import kvnumba
+from kvnumba import __main__ as command_line
 from kvnumba.formats import REGISTERED
 
 if "KVNUMBA_TEST_WORKERS" in os.environ:
@@ -83,8 +84,15 @@ FORMATS = {
     "test_int3": {"bits": 3, "scale": step3, "zero": low, "encode": encode3, "decode": decode3},
     "test_fixed": {"bits": 8, "encode": fixed_encode, "decode": fixed_decode},
 }
-for name, functions in FORMATS.items():
-    kvnumba.register_format(name, **functions)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """The formats of this file, in each of its tests and nowhere else; returns what registers another."""
+    for name, functions in FORMATS.items():
+        kvnumba.register_format(name, **functions)
+    yield kvnumba.register_format
+    REGISTERED.clear()
 
 
 def stored_fp4(x, group, scale_dtype):
@@ -329,15 +337,6 @@ def test_bits_that_do_not_pack(backend):
         kvnumba.KVCache(1, 4, 1, 32, "test_int3", group_size=4, backend=backend)
 
 
-@pytest.fixture
-def registered():
-    """Registers for one test."""
-    before = dict(REGISTERED)
-    yield kvnumba.register_format
-    REGISTERED.clear()
-    REGISTERED.update(before)
-
-
 def test_a_global_that_changes(backend, normal, registered, monkeypatch):
     registered(**given(scale=reads_level))
     cache = paged(backend, "test_new")
@@ -380,3 +379,42 @@ def test_a_function_that_raises_for_what_is_written(normal, registered):
         np.testing.assert_array_equal(have, want)
     assert cache.seq_lens == {seq_id: 3}
     cache.check_integrity()
+
+
+def of_text(x):
+    return np.float32(float(format(x[0], ".3f")))
+
+
+def perhaps_none(x):
+    if x[0] < 100:
+        return x.max()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (of_text, r"scale: of_text \(test_codecs.py, line \d+\) cannot be compiled, line \d+: "),
+        (perhaps_none, "perhaps_none .*cannot be compiled: expected it to return a number; its type is Opt"),
+    ],
+)
+def test_what_does_not_compile(scale, message, registered):
+    registered(**given(scale=scale))
+    paged("numpy", "test_new")
+    with pytest.raises(ValueError, match=message):
+        paged("cpu", "test_new")
+
+
+def test_tables_of_memory_have_them(capsys, tmp_path, registered):
+    table = kvnumba.memory_growth_table(1, 2, 128, seq_lens=[1]).splitlines()
+    assert table[1].split()[-2:] == ["model", *FORMATS][-2:]
+    REGISTERED.clear()
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import kvnumba\n\ndef encode(x, codes):\n    codes[:] = 0\n\ndef decode(codes, x):\n    x[:] = 0\n\n"
+        "kvnumba.register_format('zeros', bits=1, encode=encode, decode=decode)\n"
+    )
+    command_line.main(["memory", "--formats", str(file), "--layers", "1", "--kv-heads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-1] == "zeros"
+    assert lines[3].split()[-2:] == ["32", "B"]  # two rows of 128 bits
