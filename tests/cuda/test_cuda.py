@@ -10,6 +10,7 @@ from conftest import SIMULATED, TESTED, at_most
 import kvnumba
 from kvnumba import arrays
 from kvnumba.backends.registry import get_backend
+from kvnumba.formats import REGISTERED
 
 if "cuda" not in TESTED:
     pytest.skip("the cuda backend is not among the tested ones", allow_module_level=True)
@@ -480,3 +481,17 @@ def test_the_simulator_computes_as_hardware_does(rows, width, normal):
             results.append([*(x for x in given if isinstance(x, np.ndarray)), np.float32(returned or 0)])
         for a, b in zip(*results, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_formats_of_ones_own_are_refused():
+    def encode(x, codes):
+        codes[:] = 0
+
+    def decode(codes, x):
+        x[:] = 0
+
+    kvnumba.register_format("zeros", bits=1, encode=encode, decode=decode)
+    message = "value_format: zeros is a format of your own, which the backends numpy and cpu take"
+    with pytest.raises(ValueError, match=message):
+        kvnumba.KVCache(1, 8, 1, 8, value_format="zeros", backend="cuda")
+    del REGISTERED["zeros"]
