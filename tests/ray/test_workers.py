@@ -12,6 +12,7 @@ import pytest
 
 import kvnumba
 from kvnumba import CacheFull, WorkerLost
+from kvnumba.formats import REGISTERED
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 
@@ -697,3 +698,18 @@ class TestStart:
         assert cache.restore() == []
         assert cache.num_free_blocks == 5
         np.testing.assert_array_equal(cache.get_kv(seq_id)[0], k)
+
+
+def test_formats_of_ones_own_are_refused(group):
+    def encode(x, codes):
+        codes[:] = 0
+
+    def decode(codes, x):
+        x[:] = 0
+
+    kvnumba.register_format("zeros", bits=1, encode=encode, decode=decode)
+    with pytest.raises(
+        ValueError, match="key_format: zeros is a format of your own, which workers do not know"
+    ):
+        ShardedKVCache(4, SIZE, H, 8, 2, "zeros", workers=group(2))
+    del REGISTERED["zeros"]
