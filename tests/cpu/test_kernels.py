@@ -58,13 +58,13 @@ def load_queries(shape, piece, work, q, head_dim, keys, transform, scoring, scra
 
 @njit
 def score_few(shape, rows, run, masks, scratch):
-    codes, scale, zero, fmt, head_dim = rows
+    codes, scale, zero, fmt, head_dim, _ = rows
     few.score(shape, fmt, codes, codes.shape[1], scale, zero, run, 0, 8, head_dim, masks, scratch)
 
 
 @njit
 def score_many(shape, rows, run, masks, scratch):
-    codes, _, _, fmt, head_dim = rows
+    codes, _, _, fmt, head_dim, _ = rows
     many.score(shape, fmt, codes, codes.shape[1], run.row, run, codes, 0, head_dim, masks, scratch)
 
 
@@ -240,7 +240,7 @@ class Columns:
         tile = self.tile
         return shapes.Scratch(
             self.table, self.positions, self.query.reshape(-1), self.total, self.sums, self.scores.reshape(-1),
-            tile, tile.view(np.uint16), tile.view(np.uint8).reshape(1, -1),
+            tile, tile.view(np.uint16), tile.view(np.uint8).reshape(1, -1), np.zeros(1, np.int32),
         )  # fmt: skip
 
     def spread(self, per_row):
@@ -251,6 +251,16 @@ class Columns:
 
     def sum_of(self, name):
         return self.table[name].reshape(-1, self.count).sum(axis=0)[: self.rows]
+
+
+def scoring_of(sinks, slopes, bfloat16=False):
+    """Options with neither a window nor a cap, nor functions of users."""
+    return shapes.Score(SM_SCALE, -1, np.float32(0), sinks, slopes, False, bfloat16, 0, 0)
+
+
+def masks_of(reach, seen_by_all, cap=0):
+    """No function of users, and positions that are those of the keys."""
+    return shapes.Masks(np.int32(reach), seen_by_all, np.float32(cap), 0, 0, 0, 0)
 
 
 def reading_of(fmt, bias=-1):
@@ -293,12 +303,13 @@ def test_load_queries(rows, head_dim, rng):
     packed = np.ascontiguousarray(q[:, ::-1].swapaxes(1, 2)).swapaxes(1, 2)
     order = np.arange(tokens, dtype=np.int32)[::-1].copy()
     table = np.zeros((1, 1), np.int64)
-    work = attend.Work(np.zeros(1, np.int64), table, order, table.astype(np.int32), columns.total, 0)
+    none = np.empty(0, np.int32)
+    work = attend.Work(np.zeros(1, np.int64), table, order, table.astype(np.int32), none, none, columns.total, 0)
     sinks, slopes = (rng.normal(size=heads).astype(np.float32) for _ in range(2))
 
     def load(fmt, q):
         piece = shapes.Piece(0, 0, 0, heads, 0, tokens, 40, rows, 0, 1, 1, -1)
-        scoring = shapes.Score(SM_SCALE, -1, np.float32(0), sinks, slopes, False, fmt == BFLOAT16)
+        scoring = scoring_of(sinks, slopes, fmt == BFLOAT16)
         columns.query[:] = np.nan
         load_queries(
             columns.shape,
@@ -369,7 +380,7 @@ def test_scores(rows, count, head_dim, rng):
             score = score_few if rows <= few.MOST_ROWS else score_many
             score(
                 columns.shape, stored, shapes.Run(FIRST, count, 0, first_key),
-                shapes.Masks(np.int32(reach), -1 if masked else 90, cap), columns.scratch,
+                masks_of(reach, -1 if masked else 90, cap), columns.scratch,
             )  # fmt: skip
             expected, out = want, columns.scores
             if masked:
@@ -567,7 +578,7 @@ def test_queries_of_tiles(rows, fmt, head_dim, rng):
     columns = Columns(rows, head_dim, tiles=True)
     q = rng.normal(size=(rows, head_dim)).astype(np.float32)
     q[0, 0], q[0, 1] = 7, -7  # the largest and the smallest integer
-    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    scoring = scoring_of(q[0], q[0])
     columns.query[:] = 0
     found = [tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch) for r in range(rows)]
     high, low = high_and_low(columns, fmt, head_dim)
@@ -586,7 +597,7 @@ def test_queries_of_tiles(rows, fmt, head_dim, rng):
 def test_scores_of_tiles(rows, count, fmt, head_dim, rng):
     columns = Columns(rows, head_dim, count, tiles=True)
     q = rng.normal(size=(rows, head_dim)).astype(np.float32)
-    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    scoring = scoring_of(q[0], q[0])
     columns.query[:] = 0
     for r in range(rows):
         tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch)
@@ -609,7 +620,7 @@ def test_scores_of_tiles(rows, count, fmt, head_dim, rng):
         first_key = 100 if masked else 0
         tile_scores(
             columns.shape, reading_of(fmt), stored, shapes.Run(FIRST, count, 0, first_key),
-            shapes.Masks(np.int32(reach), -1 if masked else 90, cap), columns.scratch,
+            masks_of(reach, -1 if masked else 90, cap), columns.scratch,
         )  # fmt: skip
         expected, out = want, columns.scores
         distance = own - (first_key + np.arange(count))[:, None]
@@ -672,13 +683,13 @@ def test_largest_sums_of_tiles(fmt, sign, rng):
     stored, _, _ = stored_rows(fmt, 128, 256, rng)
     stored.codes[:], stored.scale[:], stored.zero[:] = 255, 1, 0
     q = np.full((4, 256), sign, np.float32)
-    scoring = shapes.Score(SM_SCALE, -1, np.float32(0), q[0], q[0], False, False)
+    scoring = scoring_of(q[0], q[0])
     columns.query[:] = 0
     for r in range(4):
         step, _ = tile_query(columns.shape, reading_of(fmt), q, r, scoring, columns.scratch)
         columns.table[shapes.QUERY_STEP, r :: columns.count] = step
     columns.positions[:] = 200
-    masks = shapes.Masks(np.int32(1 << 30), 200, np.float32(0))
+    masks = masks_of(1 << 30, 200)
     tile_scores(columns.shape, reading_of(fmt), stored, columns.run, masks, columns.scratch)
     np.testing.assert_allclose(columns.scores[:128], sign * SM_SCALE * 256 * LEVELS[fmt], rtol=1e-6)
 
