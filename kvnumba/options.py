@@ -76,7 +76,7 @@ class ScoringOptions(TypedDict, total=False):
 
 
 class AttentionOptions(ScoringOptions, total=False):
-    """The keyword arguments of every ``attend``: those of `ScoringOptions`, and two more.
+    """The keyword arguments of every ``attend``: those of `ScoringOptions`, and three more.
 
     Attributes
     ----------
@@ -84,10 +84,15 @@ class AttentionOptions(ScoringOptions, total=False):
         The other options, checked beforehand: for those who give the same in many calls.
     return_lse : bool
         Return ``(out, lse)``: the natural logarithm of the sum of exponentials of the scores.
+    return_mass: bool
+        Return ``(out, mass)``, or ``(out, lse, mass)``: the attention that each cached token gets from the new ones,
+        summed over these and over the query heads of a KV head, (H, S) float32 a sequence. With sinks the masses of
+        a query sum to less than 1; what is masked has 0. Prompts take longer with it. On the backends numpy and cpu.
     """
 
     scoring: Scoring | None
     return_lse: bool | None
+    return_mass: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +203,11 @@ class Scoring:
 
 
 def scoring_of(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> Scoring:
-    """The options of an ``attend`` without `return_lse`, checked."""
+    """The options of an ``attend`` without what it is to return, checked."""
     if not options:
         return _default(head_dim)
     given: dict[str, Any] = {
-        name: value for name, value in options.items() if name not in ("scoring", "return_lse")
+        name: value for name, value in options.items() if name not in ("scoring", "return_lse", "return_mass")
     }
     scoring = options.get("scoring")
     if scoring is None:

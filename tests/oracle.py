@@ -69,6 +69,14 @@ def attention(
     return out, lse
 
 
+def mass(q, k, **options):
+    """The attention (H, S) that each key gets from q, as `attention` takes them, in all."""
+    num_kv_heads, length, _ = k.shape
+    # the output is the weights themselves where the value of key j is a one in place j
+    weights, _ = attention(q, k, np.broadcast_to(np.eye(length), (num_kv_heads, length, length)), **options)
+    return weights.sum(axis=0).reshape(num_kv_heads, -1, length).sum(axis=1)
+
+
 def sixteen_bits(x):
     """A vector rounded to the 16-bit integers whose greatest is its greatest element."""
     step = np.abs(x).max(initial=0) / (2**15 - 1)

@@ -141,36 +141,53 @@ class Pass:
 
     def attend(
         self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions, dtype: Any = None
-    ) -> None:
+    ) -> np.ndarray | None:
         """Write the attention of q into views `out` (B, n, Hq, Dv) and `lse` (B, n, Hq).
 
-        `dtype` is that of the queries as the user gave them, which decides about the arithmetic.
+        `dtype` is that of the queries as the user gave them, which decides about the arithmetic. Returns the mass,
+        (sequences, H, longest sequence) float32, with `return_mass`.
         """
         scoring = self._scoring(q, options, dtype)
         self._buffers.layout.watch()
+        mass = self._room_for_mass(scoring) if options.get("return_mass") else None
         if not q.size:
-            return
+            return mass
         if scoring.has_mods:
             scoring.watch()
             if scoring is not self._tried:
                 scoring.try_at(q.shape[2], *self._positions())
                 self._tried = scoring
-        self._backend.attend(layer, q, self._plan(q.shape[2], scoring), scoring, out, lse)
+        plan = self._plan(q.shape[2], scoring, mass is not None)
+        self._backend.attend(layer, q, plan, scoring, out, lse, mass)
+        return mass
+
+    def _room_for_mass(self, scoring: Scoring) -> np.ndarray:
+        if not self._backend.finds_mass:
+            raise ValueError(
+                f"return_mass: expected a cache of the backend numpy or cpu; got one of {self._backend.name}"
+            )
+        if self._kept is not None and scoring.window_left >= 0:
+            raise ValueError("return_mass: expected no window_left, keep has dropped tokens of a sequence")
+        seq_lens = self.batch.seq_lens
+        num_kv_heads = self._buffers.layout.num_kv_heads
+        return np.zeros((len(seq_lens), num_kv_heads, int(seq_lens.max(initial=0))), np.float32)
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
         """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""
-        parts = self._parts(q.shape[2], scoring)
+        parts = self._parts(q.shape[2], scoring, may_share(scoring))
         return self._backend.decoding(q, k, v, self._written, parts, self._checked(scoring, q.dtype))
 
     def follow(self, decoding: Decoding, num_qo_heads: int, scoring: Scoring, stream: int) -> bool:
         """Take over a decoding of an earlier pass; False if it cannot serve this one, nor any other any more."""
-        return decoding.follow(self._written, self._parts(num_qo_heads, scoring), stream)
+        parts = self._parts(num_qo_heads, scoring, may_share(scoring))
+        return decoding.follow(self._written, parts, stream)
 
     def prepare(self, q: Any, options: AttentionOptions) -> None:
         """Do what `attend` does once for all layers, and once for all passes."""
         scoring = self._scoring(q, options, q.dtype)
         if q.size:
-            self._backend.prepare(q, self._plan(q.shape[2], scoring), scoring, self._written)
+            mass = bool(options.get("return_mass"))
+            self._backend.prepare(q, self._plan(q.shape[2], scoring, mass), scoring, self._written)
 
     def _scoring(self, q: Any, options: AttentionOptions, dtype: Any) -> Scoring:
         return self._checked(scoring_of(options, q.shape[2], q.shape[3]), dtype)
@@ -202,18 +219,20 @@ class Pass:
         first = self.batch.positions[new > 0]
         return int(first.min()), int((first + new[new > 0]).max()) - 1, int(self.batch.seq_lens.max()) - 1
 
-    def _plan(self, num_qo_heads: int, scoring: Scoring) -> Any:
-        shared = may_share(scoring)
-        block_mask = None if scoring.block_mask is None else scoring.block_mask.function
-        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, scoring.causal, shared, block_mask)
+    def _plan(self, num_qo_heads: int, scoring: Scoring, mass: bool) -> Any:
+        shared = may_share(scoring) and not mass
+        # for masses every part has all new tokens: what a block mask would skip gets 0 from the mask
+        blocks = None if mass else scoring.block_mask
+        function = None if blocks is None else blocks.function
+        key = (num_qo_heads, scoring.window_left, scoring.arithmetic, scoring.causal, shared, function, mass)
         plan = self._plans.get(key)
         if plan is None:
-            parts = self._parts(num_qo_heads, scoring)
+            parts = self._parts(num_qo_heads, scoring, shared)
             if not scoring.causal:
                 parts = [part._replace(batch=part.batch.after_all_keys()) for part in parts]
-            if scoring.block_mask is not None:
-                parts = self._without_skipped(parts, num_qo_heads, scoring.block_mask, scoring.window_left)
-            plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring)
+            if blocks is not None:
+                parts = self._without_skipped(parts, num_qo_heads, blocks, scoring.window_left)
+            plan = self._plans[key] = self._backend.plan(parts, num_qo_heads, scoring, mass)
         return plan
 
     def _without_skipped(
@@ -228,8 +247,8 @@ class Pass:
             parts[0]._replace(batch=replace(parts[0].batch, seq_lens=0 * parts[0].batch.seq_lens))
         ]
 
-    def _parts(self, num_qo_heads: int, scoring: Scoring) -> list[Part]:
-        """The parts of the keys, short ones first."""
+    def _parts(self, num_qo_heads: int, scoring: Scoring, shared: bool) -> list[Part]:
+        """The parts of the keys, short ones first; `shared` says whether a common prefix may be one of its own."""
         batch, parts = self.batch, []
         if self.floats is not None:
             parts = [*self.floats.newest, *self.floats.sinks]
@@ -243,7 +262,7 @@ class Pass:
             batch = begin_in_window(*apart(batch, self._kept), scoring.window_left)
             return [*parts, Part(self._buffers, batch)]
         limits = self._backend.cascade
-        if may_share(scoring) and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
+        if shared and limits is not None and batch.begins is None and len(batch.seq_lens) > 1:
             return parts + split_prefixes(self._buffers, batch, num_qo_heads, limits)
         return [*parts, Part(self._buffers, batch)]
 
@@ -271,13 +290,14 @@ def room_for_results(
     return np.empty(shape, np.float32), np.empty(rows, np.float32)
 
 
-def as_returned(q: Any, out: Any, lse: Any, options: AttentionOptions) -> Any:
-    """What an ``attend`` of the user's queries `q` returns, of what `room_for_results` made."""
+def as_returned(q: Any, out: Any, lse: Any, mass: Any, options: AttentionOptions) -> Any:
+    """What an ``attend`` of the user's queries `q` returns, of what `room_for_results` made, and of the mass."""
     if isinstance(out, DeviceView):
         out, lse = out.owner, lse.owner
     else:
         out = in_precision_of(q, out)
-    return (out, lse) if options.get("return_lse") else out
+    more = [x for name, x in (("return_lse", lse), ("return_mass", mass)) if options.get(name)]
+    return (out, *more) if more else out
 
 
 def read(

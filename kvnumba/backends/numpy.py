@@ -6,7 +6,8 @@ and values in float32 nor the scores of a whole sequence exist at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ class NumpyBackend:
     simulated = False
     device: int | None = None
     cascade = None  # the definition: every sequence for itself
+    finds_mass = True
 
     def allocate(self, layout: Layout) -> Buffers:
         return allocate_on_host(layout)
@@ -147,7 +149,7 @@ class NumpyBackend:
     def write_blocks(self, buffers: Buffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Plan:
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False) -> Plan:
         return Plan(parts)
 
     def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
@@ -166,6 +168,7 @@ class NumpyBackend:
         scoring: Scoring,
         out: np.ndarray,
         lse: np.ndarray,
+        mass: np.ndarray | None = None,
     ) -> None:
         transform = plan.parts[0].buffers.layout.transform  # the same of all parts
         offsets = np.zeros(lse.shape, np.float32)
@@ -179,34 +182,40 @@ class NumpyBackend:
             row_sum[:] = 1
         weighted = out
         weighted[...] = 0
-        for part in plan.parts:
-            batch = part.batch
-            tokens = np.arange(batch.num_tokens) if part.tokens is None else part.tokens
-            for sequence, (begin, end) in enumerate(
-                zip(batch.query_start_loc[:-1], batch.query_start_loc[1:], strict=True)
-            ):
-                for first in range(begin, end, QUERY_TILE):
-                    last = min(first + QUERY_TILE, end)
-                    tile = np.divmod(tokens[first:last], q.shape[1])
-                    positions = batch.positions[sequence] + np.arange(first - begin, last - begin)
-                    row_max[tile], row_sum[tile], weighted[tile] = self._attend_tile(
-                        part,
-                        layer,
-                        sequence,
-                        positions,
-                        scoring,
-                        q[tile],
-                        offsets[tile],
-                        row_max[tile],
-                        row_sum[tile],
-                        weighted[tile],
-                    )
+        for part, sequence, positions, tokens in _query_tiles(plan.parts):
+            tile = np.divmod(tokens, q.shape[1])
+            row_max[tile], row_sum[tile], weighted[tile] = self._attend_tile(
+                part,
+                layer,
+                sequence,
+                positions,
+                scoring,
+                q[tile],
+                offsets[tile],
+                row_max[tile],
+                row_sum[tile],
+                weighted[tile],
+            )
         # a row that has seen no key has a sum of 0, an output of 0 and an lse of -inf
         np.divide(weighted, row_sum[..., None], out=out, where=row_sum[..., None] != 0)
         with np.errstate(divide="ignore"):
             np.add(row_max, np.log(row_sum), out=lse)
         if transform is not None:
             out[...] = transform.load_values(out)
+        if mass is not None:  # a second look at the scores, now that the sums of all weights are known
+            for part, sequence, positions, tokens in _query_tiles(plan.parts):
+                tile = np.divmod(tokens, q.shape[1])
+                self._add_mass(
+                    part,
+                    layer,
+                    sequence,
+                    positions,
+                    scoring,
+                    q[tile],
+                    offsets[tile],
+                    lse[tile],
+                    mass[sequence],
+                )
 
     def _attend_tile(
         self,
@@ -222,20 +231,51 @@ class NumpyBackend:
         weighted: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Let a few tokens (n, Hq, D) at `positions` (n,) attend to a sequence's keys; returns their state after it."""
-        count, num_qo_heads, _ = q.shape
         num_kv_heads = part.buffers.layout.num_kv_heads
-        group = num_qo_heads // num_kv_heads
+        row_max, row_sum, weighted = (_by_kv_head(x, num_kv_heads) for x in (row_max, row_sum, weighted))
+        for _, v, scores in self._scores(part, layer, sequence, positions, scoring, q, offsets):
+            tile_max = np.maximum(row_max, scores.max(axis=-1))
+            # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
+            shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
+            weights = np.exp(scores - shift[..., None])
+            rescale = np.exp(row_max - shift)
+            row_sum = row_sum * rescale + weights.sum(axis=-1)
+            weighted = weighted * rescale[..., None] + weights @ v[:, None]
+            row_max = tile_max
+        return _by_token(row_max), _by_token(row_sum), _by_token(weighted)
 
-        def by_kv_head(x: np.ndarray) -> np.ndarray:
-            """(n, Hq, ...) -> (H, G, n, ...): the query heads of a KV head side by side."""
-            return np.moveaxis(x.reshape(count, num_kv_heads, group, *x.shape[2:]), 0, 2)
+    def _add_mass(
+        self,
+        part: Part,
+        layer: int,
+        sequence: int,
+        positions: np.ndarray,
+        scoring: Scoring,
+        q: np.ndarray,
+        offsets: np.ndarray,
+        lse: np.ndarray,
+        mass: np.ndarray,
+    ) -> None:
+        """Add what a sequence's keys get from the same tokens, with their `lse` (n, Hq), to `mass` (H, S)."""
+        row_lse = _by_kv_head(lse, len(mass))
+        # a row that sees no key has only scores of -inf, whose weights are 0 with any finite number here
+        shift = np.where(np.isneginf(row_lse), np.float32(0), row_lse)[..., None]
+        for places, _, scores in self._scores(part, layer, sequence, positions, scoring, q, offsets):
+            mass[:, places] += np.exp(scores - shift).sum(axis=(1, 2))
 
-        def by_token(x: np.ndarray) -> np.ndarray:
-            return np.moveaxis(x, 2, 0).reshape(count, num_qo_heads, *x.shape[3:])
-
-        query, offsets, row_max, row_sum, weighted = (
-            np.ascontiguousarray(by_kv_head(x)) for x in (q, offsets, row_max, row_sum, weighted)
-        )
+    def _scores(
+        self,
+        part: Part,
+        layer: int,
+        sequence: int,
+        positions: np.ndarray,
+        scoring: Scoring,
+        q: np.ndarray,
+        offsets: np.ndarray,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of a few keys at a time: their positions in the sequence (m,), values (H, m, D) and scores (H, G, n, m)."""
+        num_kv_heads = part.buffers.layout.num_kv_heads
+        query, offsets = _by_kv_head(q, num_kv_heads), _by_kv_head(offsets, num_kv_heads)
         block_ids, seq_len = part.batch.block_table[sequence], part.batch.seq_lens[sequence]
         first_key = 0 if part.batch.begins is None else part.batch.begins[sequence]
         if scoring.window_left >= 0:
@@ -248,15 +288,7 @@ class NumpyBackend:
             keys = seen[start : start + KEY_TILE]
             k, v = self._gather(part.buffers, layer, block_ids, keys)
             scores = score(query, k, offsets, positions + before, keys + before, scoring, part.masked, behind)
-            tile_max = np.maximum(row_max, scores.max(axis=-1))
-            # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
-            shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
-            weights = np.exp(scores - shift[..., None])
-            rescale = np.exp(row_max - shift)
-            row_sum = row_sum * rescale + weights.sum(axis=-1)
-            weighted = weighted * rescale[..., None] + weights @ v[:, None]
-            row_max = tile_max
-        return by_token(row_max), by_token(row_sum), by_token(weighted)
+            yield keys + before, v, scores
 
     def _gather(
         self, buffers: Buffers, layer: int, block_ids: np.ndarray, positions: np.ndarray
@@ -286,6 +318,31 @@ def _decode_registered(encoded: Encoded, rows: RowLayout) -> np.ndarray:
     codes = encoded.codes.reshape(-1, rows.row_length // groups)
     numbers = (each.reshape(-1) for each in (encoded.scale, encoded.zero) if each.shape[-1])
     return rows.fmt.codec.decode(codes, *numbers).reshape(*encoded.codes.shape[:-1], rows.head_dim)
+
+
+def _query_tiles(parts: Sequence[Part]) -> Iterator[tuple[Part, int, np.ndarray, np.ndarray]]:
+    """New tokens a few at a time: the part, their sequence, their positions in it, and which of all they are."""
+    for part in parts:
+        batch = part.batch
+        tokens = np.arange(batch.num_tokens) if part.tokens is None else part.tokens
+        starts = batch.query_start_loc
+        for sequence, (begin, end) in enumerate(pairwise(starts)):
+            for first in range(begin, end, QUERY_TILE):
+                last = min(first + QUERY_TILE, end)
+                positions = batch.positions[sequence] + np.arange(first - begin, last - begin)
+                yield part, sequence, positions, tokens[first:last]
+
+
+def _by_kv_head(x: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    """(n, Hq, ...) -> (H, G, n, ...): the query heads of a KV head side by side."""
+    groups = x.reshape(len(x), num_kv_heads, -1, *x.shape[2:])
+    return np.ascontiguousarray(np.moveaxis(groups, 0, 2))
+
+
+def _by_token(x: np.ndarray) -> np.ndarray:
+    """The other way."""
+    by_token = np.moveaxis(x, 2, 0)
+    return by_token.reshape(len(by_token), -1, *x.shape[3:])
 
 
 def score(

@@ -68,6 +68,8 @@ class Backend(Protocol):
     """The GPU with its storage, by number, where new tokens and queries may lie too. None: it is the host's."""
     cascade: CascadeLimits | None
     """When a common prefix becomes a part of its own; None: never."""
+    finds_mass: bool
+    """Whether `attend` takes `mass`, and `plan` is asked for it."""
 
     def allocate(self, layout: Layout) -> Buffers:
         """Zeroed storage. Raises MemoryError where there is no room for it."""
@@ -117,11 +119,12 @@ class Backend(Protocol):
         """Store what `read_blocks` returned into blocks (N,), bit for bit."""
         ...
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Any:
+    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False) -> Any:
         """What `attend` needs to know of the parts that new tokens attend to, the same for all layers.
 
         The parts have the same number of KV heads and the same widths; their formats and block sizes may differ. Of
-        `scoring` the window and the arithmetic count.
+        `scoring` the window and the arithmetic count. `mass` says whether `attend` is given one; then every part has
+        all new tokens, in order.
         """
         ...
 
@@ -138,12 +141,17 @@ class Backend(Protocol):
         """
         ...
 
-    def attend(self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any) -> None:
+    def attend(
+        self, layer: int, q: Any, plan: Any, scoring: Scoring, out: Any, lse: Any, mass: Any = None
+    ) -> None:
         """Attention of new tokens over the keys of all parts of a plan, straight out of the storage.
 
         q (B, n, Hq, D) and out (B, n, Hq, Dv) are of one type, lse (B, n, Hq) is float32; out and lse are written. No
         stride is negative, and the last elements of q and out are adjacent. A token that sees no key gets 0, and an
         lse of -inf. Kernels multiply whole tiles and give what is masked the weight 0; 0 times NaN is NaN, so a key or
         value that is not finite may also reach tokens that do not see it.
+
+        To `mass` (sequences, H, longest sequence) float32, where it is given, each key's weights are added, summed
+        over the new tokens and the query heads of its KV head.
         """
         ...

@@ -297,6 +297,8 @@ class KVCache(Cache):
         out : (B, Hq, T, Dv), in the precision of q (float64: float32)
         lse : (B, Hq, T) float32
             With ``return_lse``.
+        mass : (B, H, S) float32
+            With ``return_mass``, S the length of the longest element: 0 past the end of others.
         """
         layer = arguments.layer_index(layer, self.num_layers)
         shape = (self.batch_size, None, None, self.head_dim)
@@ -314,8 +316,8 @@ class KVCache(Cache):
             self._latest = latest
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query.swapaxes(1, 2), out.swapaxes(1, 2), lse.swapaxes(1, 2))
-        latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
-        return as_returned(q, out, lse, options)
+        mass = latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
+        return as_returned(q, out, lse, mass, options)
 
     def __repr__(self) -> str:
         longest = max(self.seq_lens)

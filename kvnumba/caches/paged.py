@@ -540,6 +540,8 @@ class PagedKVCache(Cache):
         out : (Hq, T, Dv), in the precision of q (float64: float32)
         lse : (Hq, T) float32
             With ``return_lse``.
+        mass : (H, S) float32
+            With ``return_mass``.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
         layer = arguments.layer_index(layer, self.num_layers)
@@ -566,8 +568,8 @@ class PagedKVCache(Cache):
             self._latest = latest
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
-        latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
-        return as_returned(q, out, lse, options)
+        mass = latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
+        return as_returned(q, out, lse, mass if mass is None else mass[0], options)
 
     def step(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int], *, token_ids: Any = None) -> Step:
         """Book the blocks of a ragged batch, all or nothing, for a pass through all layers.

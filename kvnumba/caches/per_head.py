@@ -433,8 +433,10 @@ class PerHeadStep:
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens, q (T, Hq, D), each head over its own tokens; as `Step.attend`.
 
-        Windows go by positions; `alibi_slopes`, `score_mod` and `mask_mod` are refused.
+        Windows go by positions; `alibi_slopes`, `score_mod`, `mask_mod` and `return_mass` are refused.
         """
+        if options.get("return_mass"):
+            raise ValueError("return_mass: expected None, heads have dropped different tokens")
         cache = self._cache
         layer = arguments.layer_index(layer, cache.num_layers)
         shape = (self.num_tokens, None, cache.head_dim)
@@ -459,7 +461,7 @@ class PerHeadStep:
             all_of_it = np.logaddexp(lse, scoring.sinks)
             out *= np.exp(lse - all_of_it)[..., None]
             lse = all_of_it
-        return as_returned(q, out, lse, options)
+        return as_returned(q, out, lse, None, options)
 
     def _by_head(self, x: np.ndarray, group: int) -> np.ndarray:
         """Packed (T, H * group, D) as tokens of one KV head: a view (1, T * H, group, D)."""

@@ -54,7 +54,7 @@ def multi_head_attention_with_cache(
     hidden = arrays.float_array("q_new", q_new)
     w_q, w_o = _projections(w_q, w_o, cache)
     arguments.check_shape("q_new", hidden, (cache.batch_size, None, len(w_q)), "B T d_model")
-    _refuse_lse(options)
+    _refuse_more(options)
     q = _split_heads(hidden @ w_q, cache.head_dim)
     return _join_heads(cache.attend(q, layer=layer, **options)) @ w_o
 
@@ -137,7 +137,7 @@ class ChunkedPrefillCache:
             )
         head_dim = self.cache.head_dim
         w_q, w_o = _projections(w_q, w_o, self.cache)
-        _refuse_lse(options)
+        _refuse_more(options)
         hidden_states, all_k, all_v = np.asarray(hidden_states), np.asarray(all_k), np.asarray(all_v)
         batch, length = self._checked_prompt(all_k, all_v)
         arguments.check_shape("hidden_states", hidden_states, (batch, length, len(w_q)), "B S d_model")
@@ -171,6 +171,8 @@ class ChunkedPrefillCache:
         lse : (B, Hq, S) float32
             With ``return_lse``.
         """
+        if options.get("return_mass"):
+            raise TypeError("return_mass: expected none for a prompt in chunks; use attend of the cache")
         q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
         batch, length = self._checked_prompt(k, v)
         head_dim = self.cache.head_dim
@@ -262,6 +264,7 @@ def _projections(w_q: Any, w_o: Any, cache: KVCache | PagedKVCache) -> tuple[np.
     return w_q, w_o
 
 
-def _refuse_lse(options: AttentionOptions) -> None:
-    if options.get("return_lse"):
-        raise TypeError("return_lse: this call returns a projected output, which has no lse; use attend")
+def _refuse_more(options: AttentionOptions) -> None:
+    for name in ("return_lse", "return_mass"):
+        if options.get(name):
+            raise TypeError(f"{name}: this call returns a projected output alone; use attend of the cache")

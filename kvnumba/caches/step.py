@@ -196,6 +196,8 @@ class Step:
         out : (T, Hq, Dv), in the precision of q (float64: float32)
         lse : (T, Hq) float32
             With ``return_lse``.
+        mass : list of (H, S) float32
+            With ``return_mass``: of each sequence, new tokens included.
         """
         layout = self._buffers.layout
         layer = arguments.layer_index(layer, layout.num_layers)
@@ -203,8 +205,10 @@ class Step:
         self._pass.require_written(layer)
         self._require_latest()  # otherwise blocks of its sequences may be others' by now
         out, lse = room_for_results(self._backend, query, layout.value_head_dim, options)
-        self._pass.attend(layer, query[None], out[None], lse[None], options, getattr(q, "dtype", None))
-        return as_returned(q, out, lse, options)
+        views = (query[None], out[None], lse[None])
+        mass = self._pass.attend(layer, *views, options, getattr(q, "dtype", None))
+        masses = mass if mass is None else [x[:, :n] for x, n in zip(mass, self.batch.seq_lens, strict=True)]
+        return as_returned(q, out, lse, masses, options)
 
     def _queries(self, q: Any) -> Any:
         layout = self._buffers.layout

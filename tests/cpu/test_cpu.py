@@ -427,3 +427,19 @@ def test_one_quiet_repeat_decides_what_is_faster(cycles, expected, monkeypatch):
 def test_bfloat16_is_not_faster_without_an_instruction(monkeypatch):
     monkeypatch.setattr(ceilings, "HAS_BFLOAT16_DOT", False)
     assert ceilings.bfloat16_is_faster.__wrapped__() is False
+
+
+@pytest.mark.parametrize("options", [{}, {"window_left": 8000}], ids=str)
+def test_masses_of_a_range_that_is_split(options, rng):
+    """A single KV head, whose keys are dealt to all threads: partial results are merged before masses are known."""
+    cache = kvnumba.KVCache(1, 9000, 1, 64, backend="cpu")
+    k, v = rng.standard_normal((2, 1, 1, 9000, 64), dtype=np.float32)
+    cache.update(k, v)
+    q = rng.standard_normal((1, 4, 1, 64), dtype=np.float32)
+    _, mass = cache.attend(q, return_mass=True, **options)
+    first = 9000 - 1 - options.get("window_left", 8999)
+    scores = q[0, :, 0].astype(np.float64) @ k[0, 0, first:].T.astype(np.float64) / 8
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    want = (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+    np.testing.assert_allclose(mass[0, 0, first:], want, rtol=1e-4)
+    assert not mass[0, 0, :first].any()

@@ -260,7 +260,7 @@ def scoring_of(sinks, slopes, bfloat16=False):
 
 def masks_of(reach, seen_by_all, cap=0):
     """No function of users, and positions that are those of the keys."""
-    return shapes.Masks(np.int32(reach), seen_by_all, np.float32(cap), 0, 0, 0, 0)
+    return shapes.Masks(np.int32(reach), seen_by_all, np.float32(cap), 0, 0, 0, 0, 0)
 
 
 def reading_of(fmt, bias=-1):
@@ -304,11 +304,13 @@ def test_load_queries(rows, head_dim, rng):
     order = np.arange(tokens, dtype=np.int32)[::-1].copy()
     table = np.zeros((1, 1), np.int64)
     none = np.empty(0, np.int32)
-    work = attend.Work(np.zeros(1, np.int64), table, order, table.astype(np.int32), none, none, columns.total, 0)
+    scores = columns.total[:0]  # none are kept
+    tables = table, order, table.astype(np.int32), none, none
+    work = attend.Work(np.zeros(1, np.int64), *tables, columns.total, 0, scores, scores)
     sinks, slopes = (rng.normal(size=heads).astype(np.float32) for _ in range(2))
 
     def load(fmt, q):
-        piece = shapes.Piece(0, 0, 0, heads, 0, tokens, 40, rows, 0, 1, 1, -1)
+        piece = shapes.Piece(0, 0, 0, heads, 0, tokens, 40, rows, 0, 1, 1, -1, -1)
         scoring = scoring_of(sinks, slopes, fmt == BFLOAT16)
         columns.query[:] = np.nan
         load_queries(

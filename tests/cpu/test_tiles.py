@@ -330,7 +330,7 @@ from kvnumba.backends.cpu import many_tiles, shapes
 
 floats, halves = np.zeros(1, np.float32), np.zeros(1, np.uint16)
 table, positions = np.zeros((1, 1), np.float32), np.zeros(1, np.int32)
-masks = shapes.Masks(np.int32(1), 0, np.float32(0), 0, 0, 0, 0)
+masks = shapes.Masks(np.int32(1), 0, np.float32(0), 0, 0, 0, 0, 0)
 scratch = many_tiles.TileScratch(
     table, positions, positions, halves, halves, halves, halves, floats, floats, floats, halves, positions
 )
@@ -361,7 +361,7 @@ floats, halves = np.zeros(1, np.float32), np.zeros(1, np.uint16)
 table, codes = np.zeros((1, 1), np.float32), np.zeros((1, 64), np.uint8)
 reading = shapes.Reading(True, True, 4, 4, np.float32(128))
 rows, run = Rows(codes, table, table, 4, 64), shapes.Run(0, 1, 0, 0)
-masks = shapes.Masks(np.int32(1), 0, np.float32(0), 0, 0, 0, 0)
+masks = shapes.Masks(np.int32(1), 0, np.float32(0), 0, 0, 0, 0, 0)
 scratch = shapes.Scratch(table, np.zeros(1, np.int32), floats, table, table, floats, floats, halves, codes,
     np.zeros(1, np.int32))
 

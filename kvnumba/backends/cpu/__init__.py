@@ -17,7 +17,7 @@ from kvnumba.backends.cpu import attend as attention
 from kvnumba.backends.cpu import ceilings, copy, many, read, tiles, write
 from kvnumba.backends.cpu.jit import COMMON, launch, static
 from kvnumba.backends.cpu.mods import modification
-from kvnumba.backends.cpu.plan import Plan, plan_parts
+from kvnumba.backends.cpu.plan import Plan, Round, plan_parts, rounds_of
 from kvnumba.backends.cpu.shapes import Score, Shape
 from kvnumba.backends.cpu.simd import HAS_BFLOAT16_DOT, target_features
 from kvnumba.backends.cpu.storage import CpuBuffers, aligned_zeros, allocate, as_rows
@@ -57,6 +57,8 @@ VECTOR_FEATURES = (
 _NONE = np.empty(0, np.float32)
 _NO_NUMBERS = np.empty(0, np.int32)
 _NO_PARTIALS = np.empty((0, 1), np.float32)
+_NO_SCORES = np.empty((1, 0), np.float32)
+_NO_MASS = np.empty((0, 0), np.float32)
 
 
 class CpuBackend:
@@ -66,6 +68,7 @@ class CpuBackend:
     simulated = False
     device: int | None = None
     cascade = CascadeLimits(tile_rows=many.ROWS[-1], min_rows=8, min_bytes=1 << 25)
+    finds_mass = True
 
     def __init__(self) -> None:
         self._scratch: dict[str, np.ndarray] = {}
@@ -134,10 +137,13 @@ class CpuBackend:
     def write_blocks(self, buffers: CpuBuffers, blocks: np.ndarray, keys: Encoded, values: Encoded) -> None:
         write_blocks_on_host(buffers, blocks, keys, values)
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> Plan:
-        return plan_parts(parts, num_qo_heads, scoring, numba.get_num_threads())
+    def plan(
+        self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False
+    ) -> Plan | list[Round]:
+        plan = plan_parts(parts, num_qo_heads, scoring, numba.get_num_threads(), few_rows=mass)
+        return rounds_of(plan, num_qo_heads // parts[0].buffers.layout.num_kv_heads) if mass else plan
 
-    def prepare(self, q: np.ndarray, plan: Plan, scoring: Scoring, written: Sequence[Part]) -> None:
+    def prepare(self, q: np.ndarray, plan: Any, scoring: Scoring, written: Sequence[Part]) -> None:
         pass
 
     def decoding(
@@ -146,48 +152,91 @@ class CpuBackend:
         return None
 
     def attend(
-        self, layer: int, q: np.ndarray, plan: Plan, scoring: Scoring, out: np.ndarray, lse: np.ndarray
+        self,
+        layer: int,
+        q: np.ndarray,
+        plan: Plan | list[Round],
+        scoring: Scoring,
+        out: np.ndarray,
+        lse: np.ndarray,
+        mass: np.ndarray | None = None,
     ) -> None:
         if not (_is_view(out) and min(lse.strides) >= 0):
             raise ValueError(
                 f"out, lse: expected adjacent last elements of out, and no axis that runs backwards; got strides "
                 f"{out.strides} and {lse.strides}"
             )
-        with_mask, without_mask, _kept = _scores(scoring)
         views = attention.Views(_view(q), out, lse)
+        with _ONE_AT_A_TIME:
+            if isinstance(plan, Plan):
+                self._attend(layer, views, plan, scoring, _NO_SCORES, _NO_MASS)
+                return
+            assert mass is not None
+            rows = mass.reshape(-1, mass.shape[-1])
+            for some, num_kept, at_once in plan:
+                # a sequence grows with every call, and new memory for each would be cleared first
+                shape = (some.workers if at_once else 1, 1 << num_kept.bit_length())
+                kept = self._space("kept", shape, np.float32)
+                self._attend(layer, views, some, scoring, kept, rows if at_once else _NO_MASS)
+                if not at_once:
+                    self._add_masses(lse, some, kept, rows, mass.shape[1])
+
+    def _attend(
+        self,
+        layer: int,
+        views: attention.Views,
+        plan: Plan,
+        scoring: Scoring,
+        kept: np.ndarray,
+        mass: np.ndarray,
+    ) -> None:
+        with_mask, without_mask, _words = _scores(scoring)
+        q, out, lse = views
         if not plan.complete:  # some tokens are in no part: they see nothing but the sinks
             out[...] = 0
             lse[...] = -np.inf if scoring.sinks is None else scoring.sinks
         head_dim, value_dim = q.shape[-1], out.shape[-1]
-        with _ONE_AT_A_TIME:
-            partials = _NO_PARTIALS
-            if plan.num_partials:
-                partials = self._space(
-                    "partials", (plan.num_partials * plan.partial_rows, value_dim + 1), np.float32
+        partials = _NO_PARTIALS
+        if plan.num_partials:
+            partials = self._space(
+                "partials", (plan.num_partials * plan.partial_rows, value_dim + 1), np.float32
+            )
+        for planned in plan.parts:
+            buffers: Any = planned.part.buffers
+            batch = planned.part.batch
+            score = with_mask if planned.part.masked else without_mask
+            for shape, pieces in planned.pieces:
+                self._counter[0] = 0
+                work = attention.Work(
+                    self._counter,
+                    pieces,
+                    planned.tokens,
+                    batch.block_table,
+                    _NO_NUMBERS if batch.offsets is None else batch.offsets,
+                    _NO_NUMBERS if batch.shifts is None else batch.shifts,
+                    partials,
+                    plan.partial_rows,
+                    kept,
+                    mass,
                 )
-            for planned in plan.parts:
-                buffers: Any = planned.part.buffers
-                batch = planned.part.batch
-                score = with_mask if planned.part.masked else without_mask
-                for shape, pieces in planned.pieces:
-                    self._counter[0] = 0
-                    work = attention.Work(
-                        self._counter,
-                        pieces,
-                        planned.tokens,
-                        batch.block_table,
-                        _NO_NUMBERS if batch.offsets is None else batch.offsets,
-                        _NO_NUMBERS if batch.shifts is None else batch.shifts,
-                        partials,
-                        plan.partial_rows,
-                    )
-                    memory = self._memory(shape, plan.workers, head_dim, value_dim)
-                    job = attention.Job(views, work, buffers.layers[layer], score, memory)
-                    launch(attention.attend, shape, plan.workers, job)
-            if plan.num_partials:
-                sinks = with_mask.sinks if plan.counts_sinks else _NONE
-                merges = attention.MergeJob(views, plan.merges, plan.sources, partials, sinks)
-                launch(attention.merge, COMMON, plan.workers, merges)
+                memory = self._memory(shape, plan.workers, head_dim, value_dim)
+                job = attention.Job(views, work, buffers.layers[layer], score, memory)
+                launch(attention.attend, shape, plan.workers, job)
+        if plan.num_partials:
+            sinks = with_mask.sinks if plan.counts_sinks else _NONE
+            merges = attention.MergeJob(views, plan.merges, plan.sources, partials, sinks)
+            launch(attention.merge, COMMON, plan.workers, merges)
+
+    def _add_masses(
+        self, lse: np.ndarray, plan: Plan, kept: np.ndarray, mass: np.ndarray, num_kv_heads: int
+    ) -> None:
+        """What becomes of kept scores, now that the lse of their tokens is known."""
+        for planned in plan.parts:
+            offsets = planned.part.batch.offsets
+            offsets = _NO_NUMBERS if offsets is None else offsets
+            for shape, pieces in planned.pieces:
+                job = attention.MassJob(lse, pieces, offsets, kept, mass, num_kv_heads, shape.columns)
+                launch(attention.add_mass, COMMON, plan.workers, job)
 
     def _memory(self, shape: Shape, workers: int, head_dim: int, value_dim: int) -> attention.Memory:
         key = (shape, workers, head_dim, value_dim)

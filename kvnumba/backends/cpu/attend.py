@@ -11,7 +11,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import borrowed, inlined, kernel, plain
-from kvnumba.backends.cpu.runs import list_runs
+from kvnumba.backends.cpu.mass import add_weights
+from kvnumba.backends.cpu.runs import RUN_TOKENS, list_runs
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
     LEAST,
@@ -67,6 +68,10 @@ class Work(NamedTuple):
     partials : (partial results * partial_rows, Dv + 1) float32
         Rows of outputs, each followed by its lse.
     partial_rows : int
+    kept : (workers, n) or (1, n) float32
+        Scores, of pieces whose scores are kept.
+    mass : (sequences * H, longest sequence) float32
+        What pieces add their masses to; empty where they are added later, or not at all.
     """
 
     counter: Any
@@ -77,6 +82,8 @@ class Work(NamedTuple):
     shifts: Any
     partials: Any
     partial_rows: int
+    kept: Any
+    mass: Any
 
 
 class Memory(NamedTuple):
@@ -117,6 +124,25 @@ class MergeJob(NamedTuple):
     sinks: Any
 
 
+class MassJob(NamedTuple):
+    """Of `add_mass`: of a launch of `attend` the lse, and more of what its `Work` has.
+
+    Attributes
+    ----------
+    num_kv_heads : int
+    columns : int
+        Of the pieces' shape.
+    """
+
+    lse: Any
+    pieces: Any
+    offsets: Any
+    kept: Any
+    mass: Any
+    num_kv_heads: int
+    columns: int
+
+
 @functools.cache
 def scratch_sizes(shape, head_dim, value_dim):
     """Floats and runs that a worker needs: what `cut_scratch` cuts up, and `list_runs` fills."""
@@ -139,7 +165,7 @@ def take(typing, counter):
 def piece_of(pieces, n):
     """A row of the table of pieces."""
     p = pieces[n]
-    return Piece(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
+    return Piece(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12])
 
 
 @inlined
@@ -247,7 +273,7 @@ def store_result(shape, reading, piece, work, value_dim, transform, scoring, scr
 
 
 @inlined
-def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
+def attend_piece(shape, piece, views, work, kept_scores, storage, scoring, scratch, runs):
     """One piece of work, from its queries to its result or partial result."""
     keys, values, kv_head = storage.keys, storage.values, piece.kv_head
     rows = piece.num_tokens * piece.num_heads
@@ -263,14 +289,40 @@ def attend_piece(shape, piece, views, work, storage, scoring, scratch, runs):
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
     offset, shift = of_sequence(work.offsets, piece), of_sequence(work.shifts, piece)
     known = piece.position if unmasked else -1
-    masks = Masks(reach, known, cap, scoring.modify, scoring.aux, offset, shift)
+    kept = address_of_kept(shape, piece, kept_scores)
+    masks = Masks(reach, known, cap, scoring.modify, scoring.aux, offset, shift, kept)
     key, end = piece.first_key, piece.end_key
     while key < end:
+        first = key
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
+        if kept != 0:
+            hide_gaps(shape, piece, kept_scores, first, key, runs, num_runs)
         if num_runs > 0:
             shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
     shape.finish_phases(shape, rows, values.head_dim, scratch.total)
     store_result(shape, reading, piece, work, values.head_dim, transform, scoring, scratch, views)
+    if work.mass.shape[0] > 0:
+        mass = work.mass[piece.sequence * storage.num_heads + kv_head]
+        add_weights(shape.columns, piece, offset, views.lse, kept_scores, mass, 0, 1)
+
+
+@plain
+def address_of_kept(shape, piece, kept):
+    """`Masks.kept` of a piece."""
+    if piece.kept < 0:
+        return 0
+    return kept.ctypes.data + 4 * (piece.kept - piece.first_key * shape.columns)
+
+
+@plain
+def hide_gaps(shape, piece, kept, first, end, runs, num_runs):
+    """Scores of -inf for the keys from `first` to `end`, if some of them are in no run."""
+    there = 0
+    for n in range(num_runs):
+        there += runs[n, RUN_TOKENS]
+    if there < end - first:
+        start = piece.kept + (first - piece.first_key) * shape.columns
+        kept[start : start + (end - first) * shape.columns] = -np.inf
 
 
 @kernel
@@ -280,13 +332,24 @@ def attend(shape, worker, workers, job):
     head_dim, value_dim = storage.keys.head_dim, storage.values.head_dim
     floats, positions = memory.floats[worker], memory.positions[worker]
     scratch = shape.cut_scratch(shape, head_dim, value_dim, floats, positions)
+    kept = work.kept[worker % work.kept.shape[0]]
     shape.begin(shape)
     n = take(work.counter)
     while n < work.pieces.shape[0]:
         piece = piece_of(work.pieces, n)
-        attend_piece(shape, piece, views, work, storage, scoring, scratch, memory.runs[worker])
+        attend_piece(shape, piece, views, work, kept, storage, scoring, scratch, memory.runs[worker])
         n = take(work.counter)
     shape.end(shape)
+
+
+@kernel
+def add_mass(static, worker, workers, job):
+    """Add the masses of pieces; all that is added to one key's, by one worker."""
+    lse, pieces, offsets, kept, mass, num_kv_heads, columns = borrowed(job)
+    for n in range(pieces.shape[0]):
+        piece = piece_of(pieces, n)
+        row = mass[piece.sequence * num_kv_heads + piece.kv_head]
+        add_weights(columns, piece, of_sequence(offsets, piece), lse, kept[0], row, worker, workers)
 
 
 @kernel

@@ -163,7 +163,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
             scratch.lanes[column // group * shape.lanes :],
         )
         of_part = Masks(
-            masks.reach, known, masks.soft_cap, masks.modify, masks.aux, masks.offset, masks.shift
+            masks.reach, known, masks.soft_cap, masks.modify, masks.aux, masks.offset, masks.shift, masks.kept
         )
         phases.attend_phase(shape, reading, storage, runs, seen, used, of_part, part)
         runs[seen - 1, RUN_TOKENS] = last

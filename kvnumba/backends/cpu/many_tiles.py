@@ -46,7 +46,20 @@ from kvnumba.backends.cpu.shapes import (
     finish_scores,
     state_at,
 )
-from kvnumba.backends.cpu.simd import F32, I1, I32, I64, LANES, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.simd import (
+    F32,
+    HIDDEN,
+    I1,
+    I32,
+    I64,
+    LANES,
+    LOG2_E,
+    Emitter,
+    Int,
+    Pointer,
+    constant,
+    vector,
+)
 from kvnumba.backends.cpu.tile_layout import (
     ELEMENTS,
     PAIRS,
@@ -79,11 +92,7 @@ PARTS = np.array(
 FACTORS = {2: ((4, 5), (6, 7)), 4: ((4,), (5, 6, 7, 5))}
 """Tiles for the left and the right factors of four sums, which are in tiles 0 to 3: 2 by 2, or 1 by 4."""
 
-EXP2 = (1.0, 0.693044, 0.24128269, 0.0522409, 0.01342655)
-"""Coefficients of 2**r for r from 0 to 1, whose relative error is at most 3e-6."""
-HIDDEN = -1e30  # a masked score: -inf less -inf would be NaN
 SEEN = -1e29  # what scores are greater than
-LOG2_E = 1.4426950408889634
 UPPER = -65536  # the bits that a bfloat16 has of a float32
 HALF_BIT = 1 << 15  # of the last of them: added, it rounds
 
@@ -500,7 +509,7 @@ def _weights_of(e: Emitter, two: list[ir.Value], parts: int) -> tuple[list[ir.Va
     b = e.builder
     upper = constant(UPPER, I32)
     if parts == 1:
-        rest = [_exp2(e, x) for x in two]
+        rest = [e.exp2(x) for x in two]
         bits = [b.add(b.bitcast(x, vector(I32)), constant(HALF_BIT, I32)) for x in rest]
         return [b.or_(b.lshr(bits[0], constant(16, I32)), b.and_(bits[1], upper))], e.add(*rest)
     rest = [e.exp(x) for x in two]
@@ -511,15 +520,6 @@ def _weights_of(e: Emitter, two: list[ir.Value], parts: int) -> tuple[list[ir.Va
         words.append(b.or_(b.lshr(bits[0], constant(16, I32)), bits[1]))
         rest = [b.fsub(x, b.bitcast(y, vector(F32))) for x, y in zip(rest, bits, strict=True)]
     return words, total
-
-
-def _exp2(e: Emitter, x: ir.Value) -> ir.Value:
-    """2**x; 0 where x is HIDDEN."""
-    fraction, whole = e.split(x)
-    p = constant(EXP2[-1])
-    for coefficient in EXP2[-2::-1]:
-        p = e.fma(p, fraction, constant(coefficient))
-    return e.scale(p, whole)
 
 
 def _position(e: Emitter, scratch: Any, key: Int) -> Int:

@@ -8,6 +8,7 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import inlined, plain
+from kvnumba.backends.cpu.mass import keep_run
 from kvnumba.backends.cpu.mods import modify_run
 from kvnumba.backends.cpu.runs import RUN_ROW, run_of, runs_ahead
 from kvnumba.backends.cpu.shapes import LEAST, PHASE_MAX, RESCALE, STATE_ROWS, Scratch, padded, prefetch_rows
@@ -101,6 +102,9 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         state[PHASE_MAX] = LEAST
         for n in range(num_runs):
             modify_run(shape, run_of(runs, n), masks, scratch)
+    if masks.kept != 0:
+        for n in range(num_runs):
+            keep_run(shape, run_of(runs, n), masks, scratch)
     if settle(shape, scratch):
         for r in range(rows):
             rescale = state[RESCALE, r]

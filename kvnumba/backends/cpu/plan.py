@@ -21,6 +21,7 @@ from kvnumba.backends.cpu.attend import (
     MERGE_TOKEN,
 )
 from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
+from kvnumba.backends.cpu.mass import SPARE
 from kvnumba.backends.cpu.shapes import Piece, Shape
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Layout, Part
@@ -39,12 +40,14 @@ SIZES, TILE_SIZES, EXACT_SIZES, CODE_SIZES = (
     )
 )
 """Numbers of rows of pieces with more than FEW_ROWS: of float32 arithmetic, and what tiles take."""
+FEW_SIZES = np.array([FEW_ROWS], np.int64)
+"""Those of pieces whose scores are kept."""
 EXACT_PARTS = 3  # bfloat16 numbers that hold a float32: to stage so many pays for prompts only
 
 PIECE_COLUMNS = len(Piece._fields)
 (
     SEQUENCE, KV_HEAD, FIRST_HEAD, NUM_HEADS, TOKEN, NUM_TOKENS, POSITION, ROWS, FIRST_KEY, END_KEY, COUNTS_SINK,
-    PARTIAL,
+    PARTIAL, KEPT,
 ) = range(PIECE_COLUMNS)  # fmt: skip
 
 _ALL = np.empty(
@@ -118,7 +121,7 @@ class PlannedPart(NamedTuple):
     part : Part
     tokens : (T',) int32
         `Part.tokens`; empty where it is None.
-    pieces : list of (Shape, (N, 12) int64)
+    pieces : list of (Shape, (N, len(Piece)) int64)
         For each kernel the pieces that it takes.
     """
 
@@ -155,17 +158,42 @@ class Plan(NamedTuple):
     workers: int
 
 
+class Round(NamedTuple):
+    """Some of a plan, whose scores are kept at the same time: at most FEW_ROWS rows for each key.
+
+    Attributes
+    ----------
+    plan : Plan
+    num_kept : int
+        Floats that hold the scores.
+    at_once : bool
+        Whether each piece adds its own masses: no other has the same keys, and its lse is known. Scores of one piece
+        for each worker are kept then.
+    """
+
+    plan: Plan
+    num_kept: int
+    at_once: bool
+
+
 _NOTHING = np.empty((0, MERGE_COLUMNS), np.int64), np.empty(0, np.int64)
 
 
-def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_threads: int) -> Plan:
-    """Cut parts into pieces that keep `num_threads` threads equally busy."""
+def plan_parts(
+    parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_threads: int, few_rows: bool = False
+) -> Plan:
+    """Cut parts into pieces that keep `num_threads` threads equally busy; `few_rows`: of FEW_ROWS at most."""
     layouts = [part.buffers.layout for part in parts]
     sequences = [_sequences(part.batch) for part in parts]
     on_tiles = [tile_parts(layout, scoring) for layout in layouts]
     num_kv_heads, head_dim = layouts[0].num_kv_heads, layouts[0].head_dim
     heads = [
-        Heads(num_kv_heads, num_qo_heads // num_kv_heads, scoring.window_left, sizes_of(layout, n))
+        Heads(
+            num_kv_heads,
+            num_qo_heads // num_kv_heads,
+            scoring.window_left,
+            FEW_SIZES if few_rows else sizes_of(layout, n),
+        )
         for layout, n in zip(layouts, on_tiles, strict=True)
     ]
     if len(parts) == 1 and parts[0].tokens is None:
@@ -198,6 +226,35 @@ def plan_parts(parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, num_t
     num_tokens = int(tokens.max(initial=-1)) + 1
     plan = _merged(planned, tables, tokens, num_partials, num_qo_heads, num_tokens, workers)
     return plan._replace(counts_sinks=True, complete=any(part.tokens is None for part in parts))
+
+
+def rounds_of(plan: Plan, group: int) -> list[Round]:
+    """A plan of few rows, the tokens of a piece at a time: together their scores would not be O(keys).
+
+    Every part has all new tokens, in order; `group` query heads share a KV head.
+    """
+    start = plan.parts[0].part.batch.query_start_loc
+    new = np.diff(start)
+    number = (np.arange(start[-1]) - np.repeat(start[:-1], new)) // max(1, FEW_ROWS // group)
+    rounds, at_once = [], plan.num_partials == 0 and group <= FEW_ROWS
+    for n in range(int(number.max(initial=-1)) + 1):
+        num_kept, parts = 0, []
+        for planned in plan.parts:
+            chosen = []
+            for shape, pieces in planned.pieces:
+                pieces = pieces[number[pieces[:, TOKEN]] == n]
+                needed = (pieces[:, END_KEY] - pieces[:, FIRST_KEY]) * shape.columns + SPARE
+                if at_once:
+                    pieces[:, KEPT] = 0
+                    num_kept = max(num_kept, int(needed.max(initial=0)))
+                else:
+                    pieces[:, KEPT] = num_kept + np.cumsum(needed) - needed
+                    num_kept += int(needed.sum())
+                chosen.append((shape, pieces))
+            parts.append(planned._replace(pieces=chosen))
+        merges = plan.merges[number[plan.merges[:, MERGE_TOKEN]] == n]
+        rounds.append(Round(plan._replace(parts=parts, merges=merges), num_kept, at_once))
+    return rounds
 
 
 def _merged(
@@ -355,6 +412,7 @@ def list_pieces(sequences, heads, split, alone, p, pieces):
                             pieces[n, END_KEY] = min(begin + (i + 1) * length, end)
                             pieces[n, COUNTS_SINK] = alone and i == 0
                             pieces[n, PARTIAL] = p if partial else -1
+                            pieces[n, KEPT] = -1
                         p += partial
                         n += 1
     return n, p, least, most

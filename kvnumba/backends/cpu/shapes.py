@@ -146,6 +146,7 @@ class Piece(NamedTuple):
     end_key: int
     counts_sink: int
     partial: int  # the partial result's number, or -1: the result
+    kept: int  # where its scores are kept, see `mass.py`, in floats; -1: nowhere
 
 
 class Run(NamedTuple):
@@ -185,6 +186,8 @@ class Masks(NamedTuple):
         As in `Score`.
     offset, shift : int
         `Batch.offsets` and `Batch.shifts` of the piece's sequence.
+    kept : int
+        The address where the scores of key 0 are kept, or would be; 0: none are.
     """
 
     reach: Any
@@ -194,6 +197,7 @@ class Masks(NamedTuple):
     aux: int
     offset: int
     shift: int
+    kept: int
 
 
 class Reading(NamedTuple):

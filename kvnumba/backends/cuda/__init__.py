@@ -54,6 +54,7 @@ class CudaBackend:
     name = "cuda"
     simulated = SIMULATED
     cascade = CascadeLimits(tile_rows=64, min_rows=16, min_bytes=1 << 25)
+    finds_mass = False
 
     def __init__(self) -> None:
         reason = why_unavailable()
@@ -224,7 +225,9 @@ class CudaBackend:
                 memory.upload(buffers.address(layer, block), raw[layer, n], 0)
         memory.synchronize()
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> AttentionPlan:
+    def plan(
+        self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False
+    ) -> AttentionPlan:
         return AttentionPlan(parts, num_qo_heads, scoring.window_left)
 
     def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring, written: Sequence[Part]) -> None:
@@ -240,7 +243,9 @@ class CudaBackend:
         memory.synchronize()  # the calls may be on another stream
         del loan
 
-    def attend(self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any) -> None:
+    def attend(
+        self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any, mass: None = None
+    ) -> None:
         memory.enter()
         if isinstance(q, DeviceView):
             self._attend(layer, q, plan, scoring, out, lse)

@@ -116,6 +116,7 @@ class ShardedBackend:
     simulated = False
     device: int | None = None
     cascade: CascadeLimits | None = None
+    finds_mass = False
 
     def __init__(self, workers: Workers, replicas: int = 1) -> None:
         self.workers = workers
@@ -398,7 +399,9 @@ class ShardedBackend:
             everything = len(tokens) == batch.num_tokens
             yield Share(worker, None if everything else tokens, batches, Shipped(self.workers))
 
-    def plan(self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring) -> ShardedPlan:
+    def plan(
+        self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False
+    ) -> ShardedPlan:
         return ShardedPlan(parts, num_qo_heads, _fields(scoring))
 
     def prepare(self, q: np.ndarray, plan: ShardedPlan, scoring: Scoring, written: Sequence[Part]) -> None:
@@ -411,7 +414,14 @@ class ShardedBackend:
 
     @_with_replicas
     def attend(
-        self, layer: int, q: np.ndarray, plan: ShardedPlan, scoring: Scoring, out: np.ndarray, lse: np.ndarray
+        self,
+        layer: int,
+        q: np.ndarray,
+        plan: ShardedPlan,
+        scoring: Scoring,
+        out: np.ndarray,
+        lse: np.ndarray,
+        mass: None = None,
     ) -> None:
         query = q.reshape(-1, *q.shape[2:])
         value_dim = out.shape[-1]
