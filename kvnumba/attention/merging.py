@@ -28,7 +28,7 @@ def merge_states(outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
         Where no state saw a key, 0 and -inf.
     """
     states, lse = _arrays("outs", outs), np.stack(_arrays("lses", lses))
-    if states[0].ndim < 2 or (len(states), *states[0].shape[:-1]) != lse.shape:
+    if states[0].ndim < 1 or (len(states), *states[0].shape[:-1]) != lse.shape:
         shape = (len(states), *states[0].shape)
         raise ValueError(f"lses: expected the shape of outs {shape} without D; got {lse.shape}")
     top = lse.max(axis=0)
