@@ -52,7 +52,7 @@ class BackendError(Exception):
 
 
 def rule(**draws):
-    """A rule of hypothesis, which ends where a worker is lost: tests/ray/test_random_loss.py kills some."""
+    """A rule of hypothesis, which ends where a worker is lost: tests/sharded/test_random_loss.py kills some."""
 
     def as_rule(function):
         @functools.wraps(function)

@@ -125,10 +125,9 @@ class ShardedBackend:
         self.on_loss: Callable[[np.ndarray, WorkerLost], list[int]] | None = None
         self.on_return: Callable[[np.ndarray], None] | None = None
         self._buffers: weakref.WeakSet[ShardedBuffers] = weakref.WeakSet()
-        self._regions = np.zeros(
-            len(workers), np.int64
-        )  # of the worker that reads a shard, which replica it keeps
-        self._readers = np.arange(len(workers))  # of each shard, the worker that reads it; -1: none
+        # of each shard: the worker that reads it, -1 for none, and which of the replicas that one keeps
+        self._readers = np.arange(len(workers))
+        self._regions = np.zeros(len(workers), np.int64)
         self._lost_ids: list[int] = []
         if workers.lost:
             self.lose(dict.fromkeys(workers.lost, "was lost before"))
@@ -380,9 +379,8 @@ class ShardedBackend:
         for worker, tokens, batches, shipped in shares.shares:
             if self._is_new(worker, shipped):
                 self.workers.send(worker, "know", shipped.number, batches[0].batch)
-            rows = [
-                x.copy() if tokens is None else x[tokens] for x in (k, v)
-            ]  # they wait, and x is the user's
+            # copies: they wait, and the arrays are the user's
+            rows = [x.copy() if tokens is None else x[tokens] for x in (k, v)]
             self.workers.send(worker, "write", buffers.shipped.number, layer, *rows, shipped.number)
 
     def _write_shares(self, buffers: ShardedBuffers, batch: Batch) -> Iterator[Share]:

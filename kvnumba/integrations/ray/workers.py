@@ -108,9 +108,8 @@ class Workers:
         self._incarnations = [0] * count
         self._cpus_of_node: dict[str, tuple[int, ...]] = {}
         self._reasons: dict[int, str] = {}  # why a worker is lost
-        self._filling: set[int] = (
-            set()
-        )  # of these, those in whose places others are, which lack their blocks still
+        # of these, those in whose places others are, which lack their blocks still
+        self._filling: set[int] = set()
         self._waiting: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
         self._waiting_bytes = [0] * count
         self._garbage: list[deque[int]] = [deque() for _ in range(count)]
