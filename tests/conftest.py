@@ -48,7 +48,9 @@ if os.environ.get("KVNUMBA_TEST_TILES") == "1":
 
 
 ON_WORKERS = "KVNUMBA_TEST_WORKERS" in os.environ
-one_file = pytest.mark.skipif(ON_WORKERS, reason="looks into the file, which is a folder here: see tests/sharded")
+one_file = pytest.mark.skipif(
+    ON_WORKERS, reason="looks into the file, which is a folder here: see tests/sharded"
+)
 if ON_WORKERS:
     from workers import put_paged_caches_on_workers
 
