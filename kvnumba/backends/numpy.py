@@ -282,10 +282,12 @@ class NumpyBackend:
             first_key = max(first_key, positions[0] - scoring.window_left)
         before = 0 if part.batch.offsets is None else part.batch.offsets[sequence]
         behind = 0 if part.batch.shifts is None else part.batch.shifts[sequence]
-        seen = np.arange(first_key, min(positions[-1] + 1, seq_len))
-        seen = seen[block_ids[seen // part.batch.block_size] >= 0]
-        for start in range(0, len(seen), KEY_TILE):
-            keys = seen[start : start + KEY_TILE]
+        end_key = min(positions[-1] + 1, seq_len)
+        for start in range(first_key, end_key, KEY_TILE):
+            keys = np.arange(start, min(start + KEY_TILE, end_key))
+            keys = keys[block_ids[keys // part.batch.block_size] >= 0]
+            if not len(keys):
+                continue
             k, v = self._gather(part.buffers, layer, block_ids, keys)
             scores = score(query, k, offsets, positions + before, keys + before, scoring, part.masked, behind)
             yield keys + before, v, scores

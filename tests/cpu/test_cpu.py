@@ -395,14 +395,14 @@ def test_bfloat16_is_multiplied_where_that_is_faster(faster, monkeypatch, normal
     if faster and not HAS_BFLOAT16_DOT:
         pytest.skip("this processor does not multiply bfloat16")
     monkeypatch.setattr(ceilings, "bfloat16_is_faster", lambda: faster)
-    cpu._score.cache_clear()
+    cpu._scores.cache_clear()
     cache = kvnumba.KVCache(1, 300, 2, 64, "float32", backend="cpu")
     k, v, q = normal(1, 2, 300, 64), normal(1, 2, 300, 64), normal(1, 4, 60, 64)
     cache.update(k, v)
     try:
         asked, exact = (cache.attend(q, arithmetic=name) for name in ("bfloat16", "float32"))
     finally:
-        cpu._score.cache_clear()
+        cpu._scores.cache_clear()
     assert np.array_equal(asked, exact) != faster
     np.testing.assert_allclose(asked, exact, atol=0.02)
 
