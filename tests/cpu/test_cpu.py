@@ -249,7 +249,13 @@ def test_kernels_stay_on_disk_until_a_source_changes(tmp_path):
     assert int(misses[2]) > 0
 
 
-@pytest.mark.parametrize("options", [{}, {**INT4_RECIPE, "sink_tokens": 2}], ids=["plain", "of models"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({**INT4_RECIPE, "sink_tokens": 2}, id="of models"),
+    ],
+)
 def test_warmup_compiles_all(tmp_path, options):
     scale_dtype = options.get("scale_dtype", "float32")
     script = f"""

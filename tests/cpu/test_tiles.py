@@ -180,9 +180,9 @@ def test_few_tiles(keys, values, head_dim, value_dim, block, group, new, options
 
 MANY = [  # formats, arithmetic, widths, block size, query heads of a KV head, new tokens, options
     ("float32", None, 64, 64, 16, 4, 100, {}),
-    ("float32", "bfloat16x3", 80, 48, 1, 2, 30, {"window_left": 30}),
+    pytest.param("float32", "bfloat16x3", 80, 48, 1, 2, 30, {"window_left": 30}, marks=pytest.mark.slow),
     ("float16", None, 32, 128, 128, 7, 60, {"logits_soft_cap": 5.0, "alibi_slopes": True}),
-    ("bfloat16", "bfloat16", 256, 16, 48, 3, 40, {"sinks": True}),
+    pytest.param("bfloat16", "bfloat16", 256, 16, 48, 3, 40, {"sinks": True}, marks=pytest.mark.slow),
     ("int8", None, 80, 80, 16, 4, 13, {"window_left": 100}),
     ("int4", "bfloat16", 128, 112, 7, 64, 5, {"sinks": True, "scale_dtype": "float16"}),
 ]
