@@ -280,15 +280,15 @@ def read_header(file: BinaryIO, path: Path, identity: dict[str, Any]) -> dict[st
     # files from before there was a choice do not name it
     defaults = {"scale_dtype": "float32", "transform": None, "per_head": False}
     known = {"value_head_dim": header.get("head_dim"), **defaults, **header}
-    for name in ("key_format", "value_format"):
-        if identity[name] != known.get(name) not in FORMATS | REGISTERED:
+    for name, want in identity.items():
+        have = known.get(name)
+        if name in ("key_format", "value_format") and have not in (want, *FORMATS, *REGISTERED):
             raise ValueError(
-                f"{path}: {name}: the file has {known.get(name)!r}, which is not registered here; "
+                f"{path}: {name}: the file has {have!r}, which is not registered here; "
                 f"register_format it, and load the file into a cache of it"
             )
-    for name, want in identity.items():
-        if known.get(name) != want:
-            raise ValueError(f"{path}: {name}: expected {want!r}; the file has {known.get(name)!r}")
+        if have != want:
+            raise ValueError(f"{path}: {name}: expected {want!r}; the file has {have!r}")
     return header
 
 
