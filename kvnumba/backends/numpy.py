@@ -182,19 +182,12 @@ class NumpyBackend:
             row_sum[:] = 1
         weighted = out
         weighted[...] = 0
+        num_kv_heads = plan.parts[0].buffers.layout.num_kv_heads
         for part, sequence, positions, tokens in _query_tiles(plan.parts):
             tile = np.divmod(tokens, q.shape[1])
-            row_max[tile], row_sum[tile], weighted[tile] = self._attend_tile(
-                part,
-                layer,
-                sequence,
-                positions,
-                scoring,
-                q[tile],
-                offsets[tile],
-                row_max[tile],
-                row_sum[tile],
-                weighted[tile],
+            scores = self._scores(part, layer, sequence, positions, scoring, q[tile], offsets[tile])
+            row_max[tile], row_sum[tile], weighted[tile] = _attend_tile(
+                scores, num_kv_heads, row_max[tile], row_sum[tile], weighted[tile]
             )
         # a row that has seen no key has a sum of 0, an output of 0 and an lse of -inf
         np.divide(weighted, row_sum[..., None], out=out, where=row_sum[..., None] != 0)
@@ -205,63 +198,8 @@ class NumpyBackend:
         if mass is not None:  # a second look at the scores, now that the sums of all weights are known
             for part, sequence, positions, tokens in _query_tiles(plan.parts):
                 tile = np.divmod(tokens, q.shape[1])
-                self._add_mass(
-                    part,
-                    layer,
-                    sequence,
-                    positions,
-                    scoring,
-                    q[tile],
-                    offsets[tile],
-                    lse[tile],
-                    mass[sequence],
-                )
-
-    def _attend_tile(
-        self,
-        part: Part,
-        layer: int,
-        sequence: int,
-        positions: np.ndarray,
-        scoring: Scoring,
-        q: np.ndarray,
-        offsets: np.ndarray,
-        row_max: np.ndarray,
-        row_sum: np.ndarray,
-        weighted: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Let a few tokens (n, Hq, D) at `positions` (n,) attend to a sequence's keys; returns their state after it."""
-        num_kv_heads = part.buffers.layout.num_kv_heads
-        row_max, row_sum, weighted = (_by_kv_head(x, num_kv_heads) for x in (row_max, row_sum, weighted))
-        for _, v, scores in self._scores(part, layer, sequence, positions, scoring, q, offsets):
-            tile_max = np.maximum(row_max, scores.max(axis=-1))
-            # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
-            shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
-            weights = np.exp(scores - shift[..., None])
-            rescale = np.exp(row_max - shift)
-            row_sum = row_sum * rescale + weights.sum(axis=-1)
-            weighted = weighted * rescale[..., None] + weights @ v[:, None]
-            row_max = tile_max
-        return _by_token(row_max), _by_token(row_sum), _by_token(weighted)
-
-    def _add_mass(
-        self,
-        part: Part,
-        layer: int,
-        sequence: int,
-        positions: np.ndarray,
-        scoring: Scoring,
-        q: np.ndarray,
-        offsets: np.ndarray,
-        lse: np.ndarray,
-        mass: np.ndarray,
-    ) -> None:
-        """Add what a sequence's keys get from the same tokens, with their `lse` (n, Hq), to `mass` (H, S)."""
-        row_lse = _by_kv_head(lse, len(mass))
-        # a row that sees no key has only scores of -inf, whose weights are 0 with any finite number here
-        shift = np.where(np.isneginf(row_lse), np.float32(0), row_lse)[..., None]
-        for places, _, scores in self._scores(part, layer, sequence, positions, scoring, q, offsets):
-            mass[:, places] += np.exp(scores - shift).sum(axis=(1, 2))
+                scores = self._scores(part, layer, sequence, positions, scoring, q[tile], offsets[tile])
+                _add_mass(scores, lse[tile], mass[sequence])
 
     def _scores(
         self,
@@ -333,6 +271,36 @@ def _query_tiles(parts: Sequence[Part]) -> Iterator[tuple[Part, int, np.ndarray,
                 last = min(first + QUERY_TILE, end)
                 positions = batch.positions[sequence] + np.arange(first - begin, last - begin)
                 yield part, sequence, positions, tokens[first:last]
+
+
+TileScores = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""What `NumpyBackend._scores` yields, of a few tokens that attend to a sequence's keys."""
+
+
+def _attend_tile(
+    tile: TileScores, num_kv_heads: int, row_max: np.ndarray, row_sum: np.ndarray, weighted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let a few tokens attend to keys; returns their state after it, (n, Hq, ...) as it was given."""
+    row_max, row_sum, weighted = (_by_kv_head(x, num_kv_heads) for x in (row_max, row_sum, weighted))
+    for _, v, scores in tile:
+        tile_max = np.maximum(row_max, scores.max(axis=-1))
+        # a row that has seen no key yet has maximum -inf: subtract 0 there, not -inf from -inf
+        shift = np.where(np.isneginf(tile_max), np.float32(0), tile_max)
+        weights = np.exp(scores - shift[..., None])
+        rescale = np.exp(row_max - shift)
+        row_sum = row_sum * rescale + weights.sum(axis=-1)
+        weighted = weighted * rescale[..., None] + weights @ v[:, None]
+        row_max = tile_max
+    return _by_token(row_max), _by_token(row_sum), _by_token(weighted)
+
+
+def _add_mass(tile: TileScores, lse: np.ndarray, mass: np.ndarray) -> None:
+    """Add what keys get from a few tokens, with their `lse` (n, Hq), to `mass` (H, S)."""
+    row_lse = _by_kv_head(lse, len(mass))
+    # a row that sees no key has only scores of -inf, whose weights are 0 with any finite number here
+    shift = np.where(np.isneginf(row_lse), np.float32(0), row_lse)[..., None]
+    for places, _, scores in tile:
+        mass[:, places] += np.exp(scores - shift).sum(axis=(1, 2))
 
 
 def _by_kv_head(x: np.ndarray, num_kv_heads: int) -> np.ndarray:

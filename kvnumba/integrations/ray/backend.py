@@ -155,9 +155,10 @@ class ShardedBackend:
     @_with_replicas
     def ping(self) -> None:
         """Ask all workers that are not lost for an answer."""
-        self.call({worker: [("echo",)] for worker in self._alive()})
+        self.call({worker: [("echo",)] for worker in self.alive()})
 
-    def _alive(self) -> list[int]:
+    def alive(self) -> list[int]:
+        """The workers that are not lost."""
         return [worker for worker in range(self.num_shards) if worker not in self.workers.lost]
 
     # Losses
@@ -269,7 +270,7 @@ class ShardedBackend:
                     f"backends numpy and cpu take it"
                 )
         buffers = ShardedBuffers(layout, self.num_shards, Shipped(self.workers))
-        self._allocate(buffers, self._alive())
+        self._allocate(buffers, self.alive())
         self._buffers.add(buffers)
         return buffers  # type: ignore[return-value]
 
@@ -287,7 +288,7 @@ class ShardedBackend:
 
     @_with_replicas
     def available_bytes(self) -> int:
-        found = self.call({worker: [("available_bytes",)] for worker in self._alive()})
+        found = self.call({worker: [("available_bytes",)] for worker in self.alive()})
         by_node: dict[str, int] = {}  # workers of one machine share its memory
         for worker, size in found.items():
             node = self.workers.identity(worker).node

@@ -93,7 +93,7 @@ def load(
                 f"{path}: another cache was saved there, in which other sequences have these ids"
             )
         header = of_sequences(header, into.seq_ids)
-    alive = [worker for worker in range(backend.num_shards) if worker not in backend.workers.lost]
+    alive = backend.alive()
     if not alive:
         backend.workers.require(backend.workers.lost)
     files = [(path / file["name"], file["bytes"]) for file in header["files"]]
