@@ -128,14 +128,25 @@ def soft_cap(score, q_head, q_pos, kv_pos):
     return 20.0 * math.tanh(score / 20.0)
 
 
+def halved(score):
+    return score * 0.5
+
+
+def much_of_numpy(score, q_head, q_pos, kv_pos):
+    down = np.floor(score) + np.ceil(score) + np.trunc(score) + np.rint(score)
+    power = np.exp(score) + np.exp2(score) + np.expm1(score) + np.power(np.abs(score), 0.5)
+    return halved(down + power + np.sqrt(np.fabs(score)) + np.log1p(np.absolute(score)))
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"score_mod": alibi, "aux": (np.ones(4), 0.5)},
         {"mask_mod": document, "aux": (np.zeros(100, np.int32), 0.5)},
         {"score_mod": soft_cap},
+        {"score_mod": much_of_numpy},
     ],
-    ids=["ALiBi", "document", "soft cap"],
+    ids=["ALiBi", "document", "soft cap", "functions of NumPy, and one's own"],
 )
 def test_users_functions(compile_kernel, options):
     """They are computed in float32, and what they are given besides is read where it lies."""

@@ -48,11 +48,6 @@ def device(function: Callable[..., Any]) -> Any:
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
-def device_function(function: Callable[..., Any], kinds: tuple[Any, ...]) -> None:
-    """Compile a function for arguments of some types, to see whether it can be."""
-    cuda.jit(device=True)(function).compile_device(kinds)
-
-
 def why_unavailable() -> str | None:
     """Why kernels cannot run here; None if they can."""
     if SIMULATED:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import float32
 
-from kvnumba.backends.cuda.jit import SIMULATED, device, device_function, int64
+from kvnumba.backends.cuda.jit import SIMULATED, device, int64
 from kvnumba.backends.mods import argument_kinds, compiled, does_not_compile, kinds_of
 from kvnumba.mods import UserFunction
 from kvnumba.options import Scoring
@@ -90,8 +91,29 @@ def all_seen(*numbers):
 
 def _checked(user: UserFunction, kinds: tuple[Any, ...]) -> Any:
     """A function for the device; alone it is compiled first, for Numba to say what is wrong with it."""
+    function = compiled(user, device, _of_numpy())
     try:
-        device_function(compiled(user, lambda function: function, {}), argument_kinds(user, kinds))
+        function.compile_device(argument_kinds(user, kinds))
     except Exception as error:  # numba-cuda has errors of its own
         raise does_not_compile(user, error) from error
-    return compiled(user, device, {})
+    return function
+
+
+def _of_numpy() -> dict[Callable[..., Any], Any]:
+    """What NumPy's functions are here, of those that numba-cuda lacks."""
+    from numba.cuda import libdevice
+
+    return {
+        np.absolute: abs,
+        np.ceil: libdevice.ceilf,
+        np.exp: math.exp,
+        np.exp2: libdevice.exp2f,
+        np.expm1: math.expm1,
+        np.fabs: math.fabs,
+        np.floor: libdevice.floorf,
+        np.log1p: math.log1p,
+        np.power: math.pow,
+        np.rint: libdevice.rintf,
+        np.sqrt: math.sqrt,
+        np.trunc: libdevice.truncf,
+    }
