@@ -265,7 +265,8 @@ class PerHeadKVCache(Cache):
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of a sequence's newest T tokens, q (Hq, T, D), which all heads of the layer must hold.
 
-        As `PagedKVCache.attend`; `step` serves many sequences at once.
+        As `PagedKVCache.attend`; `step` serves many sequences at once. The mass is a list of H arrays, as a sequence's
+        is in `PerHeadStep.attend`.
         """
         layer = arguments.layer_index(layer, self.num_layers)
         heads = self._heads(seq_id)
@@ -276,10 +277,9 @@ class PerHeadKVCache(Cache):
         step = self._steps.get(seq_id)
         if step is None or not step.is_latest() or step.num_tokens != count or not step.covers(layer):
             step = self._view(seq_id, heads, layer, count)
-        found = step.attend(query.swapaxes(0, 1), layer=layer, **options)
-        out, lse = found if options.get("return_lse") else (found, None)
-        out = arrays.in_precision_of(q, out.swapaxes(0, 1))
-        return out if lse is None else (out, lse.swapaxes(0, 1))
+        out, lse, masses = step._attend(query.swapaxes(0, 1), layer, options)
+        mass = None if masses is None else masses[0]
+        return as_returned(q, out.swapaxes(0, 1), lse.swapaxes(0, 1), mass, options)
 
     def _view(self, seq_id: int, heads: np.ndarray, layer: int, count: int) -> PerHeadStep:
         """A pass of tokens that all layers hold."""
@@ -380,7 +380,8 @@ class PerHeadStep:
         self._order = None if (new <= 1).all() else _order(new, begin, cache.num_kv_heads)
         self._generations = self._pool.generations(heads.ravel().tolist())
         self._version = self._pool.version
-        each, kept = heads.shape[1], self._pool.kept_of(heads.ravel())
+        each = heads.shape[1]
+        self._kept = kept = self._pool.kept_of(heads.ravel())
         self._passes = []
         for layer in range(len(heads)):
             rows = slice(layer * each, (layer + 1) * each)
@@ -433,10 +434,16 @@ class PerHeadStep:
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens, q (T, Hq, D), each head over its own tokens; as `Step.attend`.
 
-        Windows go by positions; `alibi_slopes`, `score_mod`, `mask_mod` and `return_mass` are refused.
+        Windows go by positions; `alibi_slopes`, `score_mod` and `mask_mod` are refused. With `return_mass`, of each
+        sequence a list of H arrays (tokens,) float32: of the tokens that each head holds, new ones included, in the
+        order of `PerHeadKVCache.positions`.
         """
-        if options.get("return_mass"):
-            raise ValueError("return_mass: expected None, heads have dropped different tokens")
+        return as_returned(q, *self._attend(q, layer, options), options)
+
+    def _attend(
+        self, q: Any, layer: int, options: AttentionOptions
+    ) -> tuple[np.ndarray, np.ndarray, list[list[np.ndarray]] | None]:
+        """Outputs (T, Hq, Dv) and lse (T, Hq) float32, and masses where they are asked for."""
         cache = self._cache
         layer = arguments.layer_index(layer, cache.num_layers)
         shape = (self.num_tokens, None, cache.head_dim)
@@ -450,18 +457,60 @@ class PerHeadStep:
         scoring = scoring_of(options, num_qo_heads, cache.head_dim)
         if scoring.of_positions is not None:
             raise ValueError(f"{scoring.of_positions}: expected None, heads have dropped different tokens")
+        dtype = getattr(q, "dtype", None)
+        if scoring.sinks is not None and options.get("return_mass"):
+            return self._attend_head_by_head(layer, query, scoring, dtype)
         rows = self._by_head(query, group)
         out = np.empty((*rows.shape[:-1], cache.value_head_dim), np.float32)
         lse = np.empty(rows.shape[:-1], np.float32)
         # each query head has its own sink, and is the same head of a KV head of its own here: sinks come afterwards
-        alone: Scoring = scoring if scoring.sinks is None else replace(scoring, sinks=None)
-        self._passes[layer].attend(0, rows, out, lse, {"scoring": alone}, getattr(q, "dtype", None))
+        alone: AttentionOptions = {
+            "scoring": scoring if scoring.sinks is None else replace(scoring, sinks=None),
+            "return_mass": options.get("return_mass"),
+        }
+        mass = self._passes[layer].attend(0, rows, out, lse, alone, dtype)
         out, lse = self._by_token(out[0], num_qo_heads), self._by_token(lse[0], num_qo_heads)
         if scoring.sinks is not None:
             all_of_it = np.logaddexp(lse, scoring.sinks)
             out *= np.exp(lse - all_of_it)[..., None]
             lse = all_of_it
-        return as_returned(q, out, lse, None, options)
+        return out, lse, None if mass is None else self._masses(layer, mass[:, 0])
+
+    def _attend_head_by_head(
+        self, layer: int, query: np.ndarray, scoring: Scoring, dtype: Any
+    ) -> tuple[np.ndarray, np.ndarray, list[list[np.ndarray]]]:
+        """`_attend` for masses of queries (T, Hq, D) with sinks, which these cannot be given afterwards."""
+        cache, batch = self._cache, self._passes[layer].batch
+        num_tokens, num_qo_heads, _ = query.shape
+        num_heads, each = cache.num_kv_heads, len(batch.seq_lens)
+        group = num_qo_heads // num_heads
+        out = np.empty((num_heads, 1, num_tokens, group, cache.value_head_dim), np.float32)
+        lse = np.empty((num_heads, 1, num_tokens, group), np.float32)
+        mass = np.zeros((each, batch.seq_lens.max(initial=0)), np.float32)
+        for head in range(num_heads):
+            rows, heads = np.arange(head, each, num_heads), slice(head * group, (head + 1) * group)
+            new = np.diff(batch.query_start_loc)[rows]
+            of_head = Pass(
+                cache._backend,
+                cache._buffers,
+                Batch.of(batch.block_table[rows], batch.seq_lens[rows], new, batch.block_size),
+                kept=None if self._kept is None else [self._kept[layer * each + row] for row in rows],
+                written=True,
+            )
+            alone: AttentionOptions = {
+                "scoring": replace(scoring, sinks=scoring.sinks[heads]),
+                "return_mass": True,
+            }
+            found: Any = of_head.attend(0, query[None, :, heads], out[head], lse[head], alone, dtype)
+            mass[rows, : found.shape[2]] = found[:, 0]
+        results = (x[:, 0].swapaxes(0, 1).reshape(num_tokens, num_qo_heads, *x.shape[4:]) for x in (out, lse))
+        return *results, self._masses(layer, mass)
+
+    def _masses(self, layer: int, mass: np.ndarray) -> list[list[np.ndarray]]:
+        """Of each sequence, and each of its heads, the masses of the tokens that it holds."""
+        held = [x[:n] for x, n in zip(mass, self._passes[layer].batch.seq_lens.tolist(), strict=True)]
+        each = self._cache.num_kv_heads
+        return [held[first : first + each] for first in range(0, len(held), each)]
 
     def _by_head(self, x: np.ndarray, group: int) -> np.ndarray:
         """Packed (T, H * group, D) as tokens of one KV head: a view (1, T * H, group, D)."""

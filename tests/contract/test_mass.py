@@ -176,11 +176,36 @@ def test_after_tokens_were_dropped(backend, normal):
     check(mass, q.swapaxes(0, 1), k)
     with pytest.raises(ValueError, match="return_mass: expected no window_left, keep has dropped tokens"):
         cache.attend(seq_id, q, return_mass=True, window_left=5)
-    cache = kvnumba.PerHeadKVCache(30, 16, H, D, 1, backend=backend)
-    step = cache.step([cache.add_sequence()], [1])
-    step.write(normal(1, H, D), normal(1, H, D))
-    with pytest.raises(ValueError, match="return_mass: expected None, heads have dropped different tokens"):
-        step.attend(normal(1, HQ, D), return_mass=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": np.linspace(-1, 3, HQ), "logits_soft_cap": 2.0}], ids=["plain", "sinks"]
+)
+def test_heads_that_hold_different_tokens(backend, options, normal):
+    """`test_per_head.py` has several sequences, and several new tokens."""
+    cache = kvnumba.PerHeadKVCache(40, 4, H, D, 2, "int8", backend=backend)
+    seq_id = cache.add_sequence()
+    cache.update(seq_id, normal(H, 30, D), normal(H, 30, D))
+    q = normal(HQ, 1, D)
+
+    def masses():
+        """Of each head, compared with the oracle's."""
+        out, lse, found = cache.attend(seq_id, q, return_lse=True, return_mass=True, **options)
+        for n, (k, _) in enumerate(cache.get_kv(seq_id)):
+            heads = slice(n * HQ // H, (n + 1) * HQ // H)
+            of_head = {name: x[heads] if name == "sinks" else x for name, x in options.items()}
+            check(found[n][None], q[heads].swapaxes(0, 1), k[None], **of_head)
+        want = cache.attend(seq_id, q, return_lse=True, **options)
+        for have, each in zip((out, lse), want, strict=True):
+            np.testing.assert_allclose(have, each, rtol=1e-3, atol=1e-3)
+        return found
+
+    heavy = [np.sort(np.argsort(-mass)[:count]) for mass, count in zip(masses(), (11, 24), strict=True)]
+    cache.keep(seq_id, heavy)
+    cache.update(seq_id, normal(H, 1, D), normal(H, 1, D))
+    assert [len(mass) for mass in masses()] == [12, 25]
+    with pytest.raises(ValueError, match="return_mass: expected no window_left, keep has dropped tokens"):
+        cache.attend(seq_id, q, return_mass=True, window_left=5, **options)
 
 
 def test_contiguous(backend, normal):

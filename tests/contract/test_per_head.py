@@ -5,6 +5,7 @@ import oracle
 import pytest
 
 import kvnumba
+from kvnumba.backends.registry import get_backend
 
 H, HQ, D, LAYERS = 2, 4, 8, 2
 
@@ -28,9 +29,9 @@ def assert_attends(cache, step, counts, normal, **options):
     """What each new token sees is what each head holds, at the places where it stands."""
     for layer in range(LAYERS):
         q = normal(step.num_tokens, HQ, D)
-        out, lse = step.attend(q, layer=layer, return_lse=True, **options)
+        out, lse, *masses = step.attend(q, layer=layer, return_lse=True, **options)
         ends = np.cumsum(counts)
-        for seq_id, end, count in zip(step.seq_ids, ends.tolist(), counts, strict=True):
+        for n, (seq_id, end, count) in enumerate(zip(step.seq_ids, ends.tolist(), counts, strict=True)):
             pairs = zip(cache.get_kv(seq_id, layer=layer), cache.positions(seq_id, layer=layer), strict=True)
             for head, (rows, held) in enumerate(pairs):
                 placed = [np.full((1, cache.seq_len(seq_id), D), np.nan, np.float32) for _ in rows]
@@ -38,14 +39,19 @@ def assert_attends(cache, step, counts, normal, **options):
                     everywhere[0, held] = x
                 tokens, heads = slice(end - count, end), slice(head * HQ // H, (head + 1) * HQ // H)
                 of_head = {name: x[heads] if name == "sinks" else x for name, x in options.items()}
+                of_head.pop("return_mass", None)
+                of_head["present"] = np.isin(np.arange(cache.seq_len(seq_id)), held)
                 oracle.assert_as_exact(
                     (out[tokens, heads], lse[tokens, heads]),
                     q[tokens, heads],
                     *placed,
-                    present=np.isin(np.arange(cache.seq_len(seq_id)), held),
                     rounded=oracle.rounding_of(cache),
                     **of_head,
                 )
+                for of_all in masses:
+                    want = oracle.mass(q[tokens, heads], placed[0], **of_head)[0, held]
+                    np.testing.assert_allclose(of_all[n][head], want, rtol=1e-4, atol=1e-4)
+                    assert of_all[n][head].dtype == np.float32
 
 
 def assert_same(one, other):
@@ -76,6 +82,9 @@ def test_heads_see_what_they_hold(backend, fmt, block_size, normal):
         assert step.positions[-1] == cache.seq_len(a) - 1
         for options in ({}, {"window_left": 0}, {"window_left": 9}, {"sinks": normal(HQ)}):
             assert_attends(cache, step, counts, normal, **options)
+        if get_backend(backend).finds_mass:
+            for options in ({}, {"sinks": normal(HQ)}):
+                assert_attends(cache, step, counts, normal, return_mass=True, **options)
     cache.keep(a, [[22, 25], [20]])  # again, in all layers
     assert cache.head_lens(a).tolist() == [[2, 1], [2, 1]]
 
