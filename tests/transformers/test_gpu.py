@@ -310,9 +310,9 @@ def test_what_cannot_be_captured_is_refused():
     with torch.no_grad():
         for n in range(20):
             want = step(n)
-        for forward, problem, steps in (
-            (waits, "cannot be a CUDA graph", 1),
-            (counts, "lengths on the host", 2),
+        for forward, problem, steps in (  # the first follows no other, and is computed in the ordinary way
+            (waits, "cannot be a CUDA graph", 2),
+            (counts, "lengths on the host", 3),
         ):
             model.model.layers[1].self_attn.forward = forward
             with captured(model):
