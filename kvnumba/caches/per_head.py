@@ -179,10 +179,11 @@ class PerHeadKVCache(Cache):
         Parameters
         ----------
         seq_id : int
-        positions : sequence of H sequences of int
-            Those of each head: in order, each once, and all of tokens that the head holds.
+        positions : sequence of H sequences of int, or a mapping of layers to such
+            Those of each head: in order, each once, and all of tokens that the head holds. Layers that a mapping does
+            not name keep all.
         layer : int, optional
-            Default: the same in all layers.
+            Where `positions` is no mapping. Default: the same in all layers.
 
         Raises
         ------
@@ -191,22 +192,30 @@ class PerHeadKVCache(Cache):
         ValueError
             Positions are not as above, or the id is unknown or finished. The cache is as it was.
         """
-        if layer is not None:
-            layer = arguments.layer_index(layer, self.num_layers)
+        if not isinstance(positions, Mapping):
+            layers = range(self.num_layers) if layer is None else [layer]
+            wanted = dict.fromkeys(layers, self._of_heads("positions", positions))
+        elif layer is None:
+            wanted = {n: self._of_heads(f"positions[{n}]", some) for n, some in positions.items()}
+        else:
+            raise ValueError(f"layer: expected None with positions of layers; got {layer}")
+        layers = [arguments.layer_index(n, self.num_layers) for n in wanted]
+        with self._pool.lock:
+            heads = self._heads(seq_id)[layers].ravel().tolist()
+            move = functools.partial(move_tokens, self._backend, self._buffers)
+            if not self._pool.keep(heads, [at for of_heads in wanted.values() for at in of_heads], move):
+                return
+        self._steps.pop(seq_id, None)
+
+    def _of_heads(self, argument: str, positions: Any) -> list[np.ndarray]:
+        """Checked positions of each head of a layer."""
         count = len(positions) if hasattr(positions, "__len__") else None
         if count != self.num_kv_heads:
             raise ValueError(
-                f"positions: expected {self.num_kv_heads} lists, one for each KV head; "
+                f"{argument}: expected {self.num_kv_heads} lists, one for each KV head; "
                 f"got {type(positions).__name__ if count is None else count}"
             )
-        wanted = [arguments.integers(f"positions[{n}]", some) for n, some in enumerate(positions)]
-        with self._pool.lock:
-            heads = self._heads(seq_id)
-            heads = heads if layer is None else heads[layer : layer + 1]
-            move = functools.partial(move_tokens, self._backend, self._buffers)
-            if not self._pool.keep(heads.ravel().tolist(), wanted * len(heads), move):
-                return
-        self._steps.pop(seq_id, None)
+        return [arguments.integers(f"{argument}[{n}]", some) for n, some in enumerate(positions)]
 
     def finish_sequence(self, seq_id: int) -> None:
         """Give back a sequence's blocks.
@@ -354,6 +363,8 @@ class PerHeadStep:
     Attributes
     ----------
     seq_ids : list of int
+    num_new_tokens : list of int
+        Of each sequence.
     positions : (T,) int32
         Where each new token stands in its sequence, what heads have dropped included.
     """
@@ -369,6 +380,7 @@ class PerHeadStep:
         written: bool = False,
     ) -> None:
         self.seq_ids = seq_ids
+        self.num_new_tokens: list[int] = new.tolist()
         self._cache, self._pool, self._batch = cache, cache._pool, batch
         self._heads = heads  # (num_layers, B * H)
         first = np.array(

@@ -6,7 +6,17 @@ from pathlib import Path
 import kvnumba
 
 ROOT = Path(kvnumba.__file__).parent
-ORDER = ["ground", "blocks", "backends", "attention", "caches", "models", "commands", "integrations"]
+ORDER = [
+    "ground",
+    "blocks",
+    "backends",
+    "attention",
+    "caches",
+    "policies",
+    "models",
+    "commands",
+    "integrations",
+]
 """`ground` are the files beside the folders; `__init__.py` and `__main__.py` stand above all."""
 
 
