@@ -87,6 +87,14 @@ def test_heads_see_what_they_hold(backend, fmt, block_size, normal):
                 assert_attends(cache, step, counts, normal, return_mass=True, **options)
     cache.keep(a, [[22, 25], [20]])  # again, in all layers
     assert cache.head_lens(a).tolist() == [[2, 1], [2, 1]]
+    cache.keep(a, {1: [[22], []], 0: [[25], [20]]})  # others in each layer
+    assert [[at.tolist() for at in cache.positions(a, layer=n)] for n in range(2)] == [
+        [[25], [20]],
+        [[22], []],
+    ]
+    cache.keep(a, {0: [[], [20]]})
+    assert cache.head_lens(a).tolist() == [[0, 1], [1, 0]]
+    cache.check_integrity()
 
 
 def test_memory_is_that_of_the_tokens_that_heads_hold(backend, normal):
@@ -217,6 +225,10 @@ BAD_CALLS = {
     "no list": (lambda c, i: c.keep(i, 3), ValueError, "positions: expected 2 lists, .* got int"),
     "repeated": (lambda c, i: c.keep(i, [[0], [1, 1]]), ValueError, "positions: expected each once, .* got 1 after 1"),
     "not held": (lambda c, i: c.keep(i, [[0], [9]]), ValueError, "positions: .* sequence 0 holds, .* got 9"),
+    "layer not held": (lambda c, i: c.keep(i, {0: [[0], [0]], 1: [[0], [9]]}), ValueError, "positions: .* got 9"),
+    "heads of a layer": (lambda c, i: c.keep(i, {1: [[0]]}), ValueError, r"positions\[1\]: expected 2 lists"),
+    "layers and a layer": (lambda c, i: c.keep(i, {0: [[0], [0]]}, layer=0), ValueError, "layer: expected None with"),
+    "no such layers": (lambda c, i: c.keep(i, {2: [[0], [0]]}), ValueError, "layer: expected 0 to 1; got 2"),
     "no such layer": (lambda c, i: c.keep(i, [[0], [1]], layer=2), ValueError, "layer: expected 0 to 1; got 2"),
     "unknown": (lambda c, i: c.keep(i + 1, [[0], [1]]), ValueError, "seq_id: sequence 1 is unknown"),
     "twice": (lambda c, i: c.step([i, i], [1, 1]), ValueError, r"seq_ids: expected each sequence once; got \[0, 0\]"),
