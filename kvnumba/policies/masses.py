@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """The masses of a sequence's tokens in a layer, as of the latest step."""
+    """The masses of a sequence's tokens in a layer, as of the latest step whose masses count."""
 
     end: int  # the position after the newest token
-    num_queries: int  # of the latest step
     held: list[np.ndarray]  # H arrays (tokens,) int64, in which positions the masses are
     masses: list[np.ndarray]  # H arrays (tokens,) float32
 
@@ -34,7 +33,7 @@ class MassPolicy(Policy):
     """
 
     window: int | None = None
-    """Queries whose masses count, which the latest step of a sequence has to be. None: all queries so far."""
+    """Tokens of a step whose masses count, those of one step alone: the latest has to be such. None: those of all."""
 
     def __init__(self, cache: PagedKVCache | PerHeadKVCache) -> None:
         super().__init__(cache)
@@ -47,14 +46,19 @@ class MassPolicy(Policy):
             raise ValueError("return_mass: expected none, the policy asks for masses itself")
         if not isinstance(step, PerHeadStep):
             raise TypeError(f"step: expected one of a PerHeadKVCache; got a {type(step).__name__}")
-        asked: AttentionOptions = {**options, "return_mass": True}
-        *found, masses = step.attend(q, layer=layer, **asked)
-        begin = 0
-        for seq_id, count, of_heads in zip(step.seq_ids, step.num_new_tokens, masses, strict=True):
-            if count:
-                self._remember(seq_id, layer, step.positions[begin : begin + count], of_heads)
-            begin += count
-        return tuple(found) if len(found) > 1 else found[0]
+        counts = step.num_new_tokens
+        if self.window is None or self.window in counts:
+            asked: AttentionOptions = {**options, "return_mass": True}
+            *found, masses = step.attend(q, layer=layer, **asked)
+            out = tuple(found) if len(found) > 1 else found[0]
+        else:  # prompts take longer with masses
+            out, masses = step.attend(q, layer=layer, **options), [[]] * len(counts)
+        for seq_id, count, end, of_heads in zip(step.seq_ids, counts, np.cumsum(counts), masses, strict=True):
+            if count and self.window in (None, count):
+                self._remember(seq_id, layer, step.positions[end - count : end], of_heads)
+            elif count:
+                self._seen.get(seq_id, {}).pop(layer, None)
+        return out
 
     def _remember(self, seq_id: int, layer: int, new: np.ndarray, masses: list[np.ndarray]) -> None:
         """Masses in the order of the positions that each head holds, the new ones last."""
@@ -70,7 +74,7 @@ class MassPolicy(Policy):
                 np.concatenate((mass[: len(sums)] + sums, mass[len(sums) :]))
                 for mass, sums in zip(masses, so_far, strict=True)
             ]
-        of_layers[layer] = Seen(int(new[-1]) + 1, len(new), [np.append(at, new) for at in earlier], masses)
+        of_layers[layer] = Seen(int(new[-1]) + 1, [np.append(at, new) for at in earlier], masses)
 
     def fork(self, seq_id: int) -> int:
         twin = super().fork(seq_id)
@@ -78,17 +82,13 @@ class MassPolicy(Policy):
         return twin
 
     def masses(self, seq_id: int, layer: int, held: list[np.ndarray]) -> list[np.ndarray]:
-        """What the tokens at some positions of each head got; raises unless the newest queries have been seen."""
+        """What the tokens at some positions of each head got; raises unless the latest step has been seen."""
         seen = self._seen.get(seq_id, {}).get(layer)
         if seen is None or seen.end != self.cache.seq_len(seq_id):
+            size = "" if self.window is None else f" is of {self.window} tokens and"
             raise ValueError(
-                f"seq_id: expected a sequence whose newest tokens have attended by way of {self._name}.attend; "
-                f"those of sequence {seq_id} have not in layer {layer}"
-            )
-        if self.window not in (None, seen.num_queries):
-            raise ValueError(
-                f"seq_id: expected one whose latest step is of window={self.window} tokens; that of sequence {seq_id} "
-                f"was of {seen.num_queries}: let the prompt's last {self.window} be a step of their own"
+                f"seq_id: expected a sequence whose latest step{size} has attended by way of {self._name}.attend; "
+                f"that of sequence {seq_id} has not in layer {layer}"
             )
         return _masses_at(seen, held)
 
