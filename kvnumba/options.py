@@ -87,8 +87,8 @@ class AttentionOptions(ScoringOptions, total=False):
     return_mass: bool
         Return ``(out, mass)``, or ``(out, lse, mass)``: the attention that each cached token gets from the new ones,
         summed over these and over the query heads of a KV head, (H, S) float32 a sequence. With sinks the masses of
-        a query sum to less than 1; what is masked has 0. Prompts take longer with it. Of a `PerHeadKVCache` H arrays a
-        sequence, of the tokens that each head holds. On the backends numpy and cpu.
+        a query sum to less than 1; what is masked has 0. Prompts take longer with it. It lies where `out` does. Of a
+        `PerHeadKVCache` H arrays a sequence, of the tokens that each head holds.
     """
 
     scoring: Scoring | None

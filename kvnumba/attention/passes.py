@@ -141,17 +141,18 @@ class Pass:
 
     def attend(
         self, layer: int, q: Any, out: Any, lse: Any, options: AttentionOptions, dtype: Any = None
-    ) -> np.ndarray | None:
+    ) -> Any:
         """Write the attention of q into views `out` (B, n, Hq, Dv) and `lse` (B, n, Hq).
 
         `dtype` is that of the queries as the user gave them, which decides about the arithmetic. Returns the mass,
-        (sequences, H, longest sequence) float32, with `return_mass`.
+        (sequences, H, longest sequence) float32, where q is, with `return_mass`.
         """
         scoring = self._scoring(q, options, dtype)
         self._buffers.layout.watch()
-        mass = self._room_for_mass(scoring) if options.get("return_mass") else None
+        mass = self._room_for_mass(q, scoring) if options.get("return_mass") else None
+        returned = mass.owner if isinstance(mass, DeviceView) else mass
         if not q.size:
-            return mass
+            return returned
         if scoring.has_mods:
             scoring.watch()
             if scoring is not self._tried:
@@ -159,18 +160,20 @@ class Pass:
                 self._tried = scoring
         plan = self._plan(q.shape[2], scoring, mass is not None)
         self._backend.attend(layer, q, plan, scoring, out, lse, mass)
-        return mass
+        return returned
 
-    def _room_for_mass(self, scoring: Scoring) -> np.ndarray:
+    def _room_for_mass(self, q: Any, scoring: Scoring) -> Any:
         if not self._backend.finds_mass:
             raise ValueError(
-                f"return_mass: expected a cache of the backend numpy or cpu; got one of {self._backend.name}"
+                f"return_mass: expected a cache of the backend numpy, cpu or cuda; got one of {self._backend.name}"
             )
         if self._kept is not None and scoring.window_left >= 0:
             raise ValueError("return_mass: expected no window_left, keep has dropped tokens of a sequence")
         seq_lens = self.batch.seq_lens
-        num_kv_heads = self._buffers.layout.num_kv_heads
-        return np.zeros((len(seq_lens), num_kv_heads, int(seq_lens.max(initial=0))), np.float32)
+        shape = (len(seq_lens), self._buffers.layout.num_kv_heads, int(seq_lens.max(initial=0)))
+        if isinstance(q, DeviceView):
+            return self._backend.empty(q, shape, "float32", zeros=True)
+        return np.zeros(shape, np.float32)
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
         """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""

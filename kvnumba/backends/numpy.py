@@ -89,7 +89,9 @@ class NumpyBackend:
     def available_bytes(self) -> int:
         return host_memory_bytes()
 
-    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+    def empty(
+        self, like: DeviceView, shape: tuple[int, ...], dtype: str, *, zeros: bool = False
+    ) -> DeviceView:
         raise NotImplementedError("device arrays are not taken here")
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:

@@ -79,8 +79,10 @@ class Backend(Protocol):
         """Bytes that storage may take: a GPU's free memory; all of a host's, whose pages are taken when written."""
         ...
 
-    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
-        """A new C-contiguous array of the same library and on the same GPU as `like`."""
+    def empty(
+        self, like: DeviceView, shape: tuple[int, ...], dtype: str, *, zeros: bool = False
+    ) -> DeviceView:
+        """A new C-contiguous array of the same library and on the same GPU as `like`, full of `zeros` or anything."""
         ...
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
@@ -152,6 +154,6 @@ class Backend(Protocol):
         value that is not finite may also reach tokens that do not see it.
 
         To `mass` (sequences, H, longest sequence) float32, where it is given, each key's weights are added, summed
-        over the new tokens and the query heads of its KV head.
+        over the new tokens and the query heads of its KV head. It is C-contiguous, and where q is.
         """
         ...

@@ -207,7 +207,8 @@ class Step:
         out, lse = room_for_results(self._backend, query, layout.value_head_dim, options)
         views = (query[None], out[None], lse[None])
         mass = self._pass.attend(layer, *views, options, getattr(q, "dtype", None))
-        masses = mass if mass is None else [x[:, :n] for x, n in zip(mass, self.batch.seq_lens, strict=True)]
+        lengths = self.batch.seq_lens.tolist()
+        masses = mass if mass is None else [mass[n, :, :length] for n, length in enumerate(lengths)]
         return as_returned(q, out, lse, masses, options)
 
     def _queries(self, q: Any) -> Any:

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import oracle
 import pytest
-from conftest import TESTED
 
 import kvnumba
 from kvnumba.backends.protocol import CascadeLimits
@@ -14,14 +13,7 @@ from kvnumba.backends.registry import get_backend
 if "KVNUMBA_TEST_WORKERS" in os.environ:
     pytest.skip("caches on workers return no masses", allow_module_level=True)
 
-WITH_MASS = [name for name in TESTED if get_backend(name).finds_mass]
 H, HQ, D = 2, 8, 16
-
-
-@pytest.fixture(params=WITH_MASS)
-def backend(request):
-    """The name of each backend that returns masses."""
-    return request.param
 
 
 def check(mass, q, k, **options):
@@ -221,10 +213,6 @@ def test_contiguous(backend, normal):
 
 
 def test_where_there_is_none(normal):
-    for name in {*TESTED} - {*WITH_MASS}:
-        cache, (seq_id,) = filled(name, normal, [9])
-        with pytest.raises(ValueError, match="return_mass: expected a cache of the backend numpy or cpu"):
-            cache.attend(seq_id, normal(HQ, 1, D), return_mass=True)
     cache = kvnumba.KVCache(1, 60, H, D, backend="numpy")
     chunked = kvnumba.ChunkedPrefillCache(cache, 8)
     k, q = normal(1, H, 20, D), normal(1, HQ, 20, D)

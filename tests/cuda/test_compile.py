@@ -14,7 +14,7 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, copy, decode, merge, mods, prefill, read, write
+from kvnumba.backends.cuda import attend, copy, decode, mass, merge, mods, prefill, read, write
 from kvnumba.backends.cuda.codecs import Codec
 from kvnumba.backends.cuda.transforms import NONE, Transform
 from kvnumba.formats import FORMATS
@@ -30,6 +30,7 @@ def compile_kernel(request, monkeypatch):
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     for factory in (
         attend.attend_kernel,
+        mass.mass_kernel,
         decode.decode_kernel,
         prefill.prefill_kernel,
         write.write_kernel,
@@ -106,6 +107,7 @@ def test_the_other_kernels_too(compile_kernel, kind, fmt, scale, width, transfor
     codec = Codec(FORMATS[fmt], scale)
     for kernel in (
         attend.attend_kernel(4, kind, width, codec, width, codec, width, transform, None),
+        mass.mass_kernel(4, kind, width, codec, width, transform, None),
         write.write_kernel(kind, kind, codec, codec, width, transform),
         read.read_kernel(codec, width),
         copy.copy_kernel(),
@@ -152,10 +154,14 @@ def test_users_functions(compile_kernel, options):
     """They are computed in float32, and what they are given besides is read where it lies."""
     codec = Codec(FORMATS["int8"], "float32")
     scoring = Scoring.of(4, 128, **options)
-    kernel = attend.attend_kernel(4, "float32", 4, codec, 4, codec, 4, NONE, mods.change_of(scoring, True))
-    ptx = compile_kernel(kernel)
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    change = mods.change_of(scoring, True)
+    for kernel in (
+        attend.attend_kernel(4, "float32", 4, codec, 4, codec, 4, NONE, change),
+        mass.mass_kernel(4, "float32", 4, codec, 4, NONE, change),
+    ):
+        ptx = compile_kernel(kernel)
+        assert ".f64" not in ptx
+        assert ".local" not in ptx
 
 
 def test_users_functions_that_do_not_compile(compile_kernel):

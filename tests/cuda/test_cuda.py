@@ -291,6 +291,31 @@ def test_storage_is_taken_without_a_copy(normal):
     assert not cache.v_pool.copy().any()
 
 
+@pytest.mark.parametrize(("kind", "fmt"), [("float32", "float32"), ("float16", "int8"), ("bfloat16", "int4")])
+def test_masses_of_device_arrays(kind, fmt, normal):
+    """They are on the device too, also where nobody wants the lse, and whichever kernel has attended."""
+    lengths, new = [at_most(400, 150), 40, 0], [1, 5, 0]
+    cache = kvnumba.PagedKVCache(40, 16, 2, 64, 3, fmt, backend="cuda")
+    ids = [cache.add_sequence() for _ in lengths]
+    for counts in (np.subtract(lengths, new), new):
+        step = cache.step(ids, counts)
+        step.write(*(on_device(normal(int(np.sum(counts)), 2, 64), kind)[0] for _ in range(2)))
+    q, q_host = on_device(normal(6, 8, 64), kind)
+    for options in ({}, {"window_left": 30, "sinks": np.linspace(-1, 2, 8)}):
+        _, masses = step.attend(q, return_mass=True, **options)
+        assert [mass.shape for mass in masses] == [(2, length) for length in lengths]
+        for n, rows in enumerate((slice(0, 1), slice(1, 6))):
+            want = oracle.mass(q_host[rows], cache.get_kv(ids[n])[0], **options)
+            np.testing.assert_allclose(masses[n], want, rtol=UNIT[kind], atol=max(UNIT[kind] / 4, 1e-5))
+    cache = kvnumba.KVCache(1, 40, 2, 64, fmt, backend="cuda")
+    cache.update(*(on_device(normal(1, 2, 30, 64), kind)[0] for _ in range(2)))
+    q, q_host = on_device(normal(1, 8, 3, 64), kind)
+    out, lse, mass = cache.attend(q, return_lse=True, return_mass=True)
+    assert all(isinstance(x, DeviceArray) for x in (out, lse, mass))
+    want = oracle.mass(q_host[0].swapaxes(0, 1), cache.get_kv(0)[0])
+    np.testing.assert_allclose(mass.copy()[0], want, rtol=UNIT[kind], atol=max(UNIT[kind] / 4, 1e-5))
+
+
 @pytest.mark.skipif(SIMULATED, reason="needs a GPU")
 def test_torch_tensors(normal):
     torch = pytest.importorskip("torch")
@@ -304,6 +329,9 @@ def test_torch_tensors(normal):
             out, lse = cache.attend(q, return_lse=True)
             assert (out.dtype, out.shape, out.device) == (dtype, q.shape, q.device)
             assert (lse.dtype, lse.shape) == (torch.float32, q.shape[:3])
+            _, mass = cache.attend(q, return_mass=True)
+            assert (mass.dtype, mass.shape, mass.device) == (torch.float32, (2, 2, 40), q.device)
+            assert np.abs(mass.cpu().numpy().sum(axis=2) - 80).max() <= 80 * UNIT[kind]
         want, _ = oracle.attention(q[1].float().cpu().numpy().swapaxes(0, 1), *cache.get_kv(1))
         got = out[1].float().cpu().numpy().swapaxes(0, 1)
         assert np.abs(got - want).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
@@ -322,6 +350,9 @@ def test_cupy_arrays(normal):
         cache.update(k, k)
         out = cache.attend(q)
         assert isinstance(out, cupy.ndarray)
+        _, mass = cache.attend(q, return_mass=True)
+        assert isinstance(mass, cupy.ndarray)
+        assert np.abs(cupy.asnumpy(mass).sum(axis=2) - 2).max() <= 2 * UNIT["float16"]
         host = cupy.asnumpy(out)
     want, _ = oracle.attention(cupy.asnumpy(q)[0].swapaxes(0, 1).astype(np.float32), *cache.get_kv(0))
     assert np.abs(host[0].swapaxes(0, 1) - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
@@ -338,22 +369,26 @@ def test_a_step_is_replayed_as_a_graph(normal):
         step.write(k, k, layer=layer)
     new, q = k[:2].clone(), torch.randn(2, 8, 64, device="cuda", dtype=torch.float16)
     step = cache.step(ids, [1, 1])
-    step.prepare(q)
+    step.prepare(q, return_mass=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = []
+        outs, masses = [], []
         for layer in range(2):
             step.write(new, new, layer=layer)
-            outs.append(step.attend(q, layer=layer))
+            out, mass = step.attend(q, layer=layer, return_mass=True)
+            outs.append(out)
+            masses.append(mass)
     for _ in range(2):
         new.copy_(torch.randn_like(new))
         q.copy_(torch.randn_like(q))
         graph.replay()
         torch.cuda.synchronize()
         for i in range(2):
-            want, _ = oracle.attention(q[i : i + 1].float().cpu().numpy(), *cache.get_kv(ids[i], layer=1))
+            query, kv = q[i : i + 1].float().cpu().numpy(), cache.get_kv(ids[i], layer=1)
+            want, _ = oracle.attention(query, *kv)
             got = outs[1][i : i + 1].float().cpu().numpy()
             assert np.abs(got - want).max() <= 2 * UNIT["float16"] * max(1, np.abs(want).max())
+            assert np.abs(masses[1][i].cpu().numpy() - oracle.mass(query, kv[0])).max() <= UNIT["float16"]
 
 
 @pytest.mark.parametrize("window_left", [-1, 40])

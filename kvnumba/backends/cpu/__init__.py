@@ -81,7 +81,7 @@ class CpuBackend:
     def available_bytes(self) -> int:
         return host_memory_bytes()
 
-    def empty(self, like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: str, *, zeros: bool = False) -> Any:
         raise NotImplementedError("device arrays are not taken here")
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:

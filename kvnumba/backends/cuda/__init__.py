@@ -24,7 +24,7 @@ from kvnumba.backends.cuda.jit import (
     num_multiprocessors,
     why_unavailable,
 )
-from kvnumba.backends.cuda.launches import Launches, launches_of
+from kvnumba.backends.cuda.launches import Launches, MassLaunches, launches_of, mass_launches_of
 from kvnumba.backends.cuda.memory import Loan, Pool, alignment_of, row_strides
 from kvnumba.backends.cuda.parameters import CopyAddresses, CopyShape, ReadShape, WriteShape
 from kvnumba.backends.cuda.plan import AttentionPlan
@@ -35,6 +35,7 @@ from kvnumba.backends.cuda.transforms import transform_of
 from kvnumba.backends.cuda.write import shared_bytes, write_kernel
 from kvnumba.backends.protocol import CascadeLimits
 from kvnumba.errors import BackendUnavailable
+from kvnumba.formats import FORMATS
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Buffers, Encoded, Layout, Part, RowLayout
 
@@ -54,7 +55,7 @@ class CudaBackend:
     name = "cuda"
     simulated = SIMULATED
     cascade = CascadeLimits(tile_rows=64, min_rows=16, min_bytes=1 << 25)
-    finds_mass = False
+    finds_mass = True
 
     def __init__(self) -> None:
         reason = why_unavailable()
@@ -70,8 +71,14 @@ class CudaBackend:
     def available_bytes(self) -> int:
         return memory.free_bytes()
 
-    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
-        return memory.empty_like(like, shape, dtype)
+    def empty(
+        self, like: DeviceView, shape: tuple[int, ...], dtype: str, *, zeros: bool = False
+    ) -> DeviceView:
+        made = memory.empty_like(like, shape, dtype)
+        if zeros:
+            memory.enter()
+            memory.clear(made.address, made.size * FORMATS[dtype].bits // 8, made.stream)
+        return made
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
         encoded = rows.empty(len(x))
@@ -228,7 +235,7 @@ class CudaBackend:
     def plan(
         self, parts: Sequence[Part], num_qo_heads: int, scoring: Scoring, mass: bool = False
     ) -> AttentionPlan:
-        return AttentionPlan(parts, num_qo_heads, scoring.window_left)
+        return AttentionPlan(parts, num_qo_heads, scoring.window_left, mass)
 
     def prepare(self, q: Any, plan: AttentionPlan, scoring: Scoring, written: Sequence[Part]) -> None:
         memory.enter()
@@ -238,26 +245,31 @@ class CudaBackend:
             self._write_launch(layout, 0, query, query, part.batch).prepare()
         launches = self._launches(query, plan, scoring, query.stream)
         launches.prepare()
+        if plan.mass:
+            self._mass_launches(query, plan, scoring, query.stream).prepare()
         for x in (scoring.sinks, scoring.alibi_slopes):
             self._per_head(plan, x, query.stream)
         memory.synchronize()  # the calls may be on another stream
         del loan
 
     def attend(
-        self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any, mass: None = None
+        self, layer: int, q: Any, plan: AttentionPlan, scoring: Scoring, out: Any, lse: Any, mass: Any = None
     ) -> None:
         memory.enter()
         if isinstance(q, DeviceView):
-            self._attend(layer, q, plan, scoring, out, lse)
+            self._attend(layer, q, plan, scoring, out, lse, mass)
             return
         query, loan = self._on_device(q)
-        room = [self._pool.take(x.nbytes, 0) for x in (out, lse)]
-        result, result_lse = (
+        wanted = [x for x in (out, lse, mass) if x is not None]
+        room = [self._pool.take(x.nbytes, 0) for x in wanted]
+        results = [
             memory.view_of(each.address, x.shape, "float32", query)
-            for each, x in zip(room, (out, lse), strict=True)
-        )
-        self._attend(layer, query, plan, scoring, result, result_lse)
-        for x, view in ((out, result), (lse, result_lse)):
+            for each, x in zip(room, wanted, strict=True)
+        ]
+        if mass is not None:
+            memory.upload(results[2].address, mass, 0)
+        self._attend(layer, query, plan, scoring, *results)
+        for x, view in zip(wanted, results, strict=True):
             host = x if x.flags.c_contiguous else np.empty(x.shape, x.dtype)
             memory.download(host, view.address, 0)
             if host is not x:
@@ -292,19 +304,28 @@ class CudaBackend:
         scoring: Scoring,
         out: DeviceView,
         lse: DeviceView,
+        mass: DeviceView | None = None,
     ) -> None:
         stream = q.stream
+        of_masses = None if mass is None else self._mass_launches(q, plan, scoring, stream)
+        lse_address = lse.address or (0 if of_masses is None else of_masses.lse.address)
         launches = self._launches(q, plan, scoring, stream)
         sinks = self._per_head(plan, scoring.sinks, stream)
         slopes = self._per_head(plan, scoring.alibi_slopes, stream)
-        result = (out.address, *row_strides(out))
+        strides = row_strides(out)
+        result = (out.address, *strides)
         for launch, storages in launches.of_parts:
-            addresses: tuple[int, ...] = (q.address, *result, lse.address, sinks, slopes)
+            addresses: tuple[int, ...] = (q.address, *result, lse_address, sinks, slopes)
             for storage in storages:
                 addresses += storage[layer]
             launch(stream, addresses)
         if launches.merge is not None:
-            launches.merge(stream, (*result, lse.address, sinks))
+            launches.merge(stream, (*result, lse_address, sinks))
+        if of_masses is not None:
+            assert mass is not None
+            for launch, storage in of_masses.of_parts:
+                given = (q.address, *strides, lse_address, slopes, mass.address, mass.shape[2])
+                launch(stream, given + storage[layer])
 
     def _expect(self, buffers: CudaBuffers, k: DeviceView, batch: Batch) -> None:
         """Plan an attention like the latest one, so that its tables and those of the write are one upload."""
@@ -315,12 +336,7 @@ class CudaBackend:
 
     def _launches(self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int) -> Launches:
         """What serves queries such as these, made once for all layers."""
-        buffers = plan.parts[0].buffers
-        key = (
-            buffers, q.dtype, q.shape, q.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
-            scoring.logits_soft_cap, scoring.alibi_slopes is None, scoring.arithmetic,
-            scoring.causal, scoring if scoring.has_mods else None,
-        )  # fmt: skip
+        buffers, key = plan.parts[0].buffers, _key_of(q, plan, scoring)
         found: Launches | None = plan.launches.get(key)
         if found is None:
             found = plan.launches[key] = launches_of(plan, q, scoring, self._pool, stream)
@@ -328,6 +344,18 @@ class CudaBackend:
                 self._latest[buffers] = _Attention(_without_memory(q), scoring)
             else:
                 self._latest.pop(buffers, None)
+        return found
+
+    def _mass_launches(
+        self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int
+    ) -> MassLaunches:
+        """What finds the masses of queries such as these, made once for all layers."""
+        key = ("mass", *_key_of(q, plan, scoring))
+        found: MassLaunches | None = plan.launches.get(key)
+        if found is None:
+            # the tables of the batch go up with those of the attention
+            self._launches(q, plan, scoring, stream)
+            found = plan.launches[key] = mass_launches_of(plan, q, scoring, self._pool, stream)
         return found
 
     def _per_head(self, plan: AttentionPlan, x: np.ndarray | DeviceView | None, stream: int) -> int:
@@ -353,6 +381,15 @@ class CudaBackend:
 def describe() -> list[tuple[str, str]]:
     """What `python -m kvnumba info` says of this backend: rows of a name and a value."""
     return [("device", device_name())]
+
+
+def _key_of(q: DeviceView, plan: AttentionPlan, scoring: Scoring) -> tuple[Any, ...]:
+    """By what the launches of a plan are chosen."""
+    return (
+        plan.parts[0].buffers, q.dtype, q.shape, q.strides, q.address & 15, scoring.sm_scale, scoring.window_left,
+        scoring.logits_soft_cap, scoring.alibi_slopes is None, scoring.arithmetic,
+        scoring.causal, scoring if scoring.has_mods else None,
+    )  # fmt: skip
 
 
 def _without_memory(x: DeviceView) -> DeviceView:

@@ -15,25 +15,14 @@ from numba import float32, int32
 
 from kvnumba.backends.cuda.codecs import Codec, reader
 from kvnumba.backends.cuda.finish import TOGETHER, finisher, shared_floats
-from kvnumba.backends.cuda.intrinsics import (
-    LEAST,
-    barrier,
-    index,
-    load_float,
-    load_int,
-    loader,
-    quotient,
-    remainder,
-    vectors,
-    warp_sum,
-)
-from kvnumba.backends.cuda.jit import SIMULATED, THREADS, WARP, Kernel, cuda, int64
+from kvnumba.backends.cuda.intrinsics import LEAST, barrier, index, quotient, remainder, vectors
+from kvnumba.backends.cuda.jit import SIMULATED, THREADS, Kernel, cuda, int64
 from kvnumba.backends.cuda.parameters import AttendAddresses, AttendShape
-from kvnumba.backends.cuda.plan import MAX_SPLITS, SEQUENCE, Shape
-from kvnumba.backends.cuda.rows import head_of, open_piece, query_of, token_of
+from kvnumba.backends.cuda.plan import MAX_SPLITS, Shape
+from kvnumba.backends.cuda.rows import open_piece
+from kvnumba.backends.cuda.scores import HIDDEN, of_sequence, query_loader, scorer
 from kvnumba.backends.cuda.tables import find_slab
 from kvnumba.backends.cuda.transforms import Transform, rotation_in_shared
-from kvnumba.formats import FORMATS
 
 FEW = Shape("attend", 4, 4, merges=True)
 MANY = Shape("attend", 64 if SIMULATED else 16, 2, merges=True)
@@ -64,18 +53,15 @@ def attend_kernel(
     `change` is what `mods.change_of` returns.
     """
     read_key, read_value = reader(key_codec, key_width), reader(value_codec, value_width)
-    load_query, finish = loader(kind, query_width), finisher(rows, value_width, kind, THREADS)
-    load_channels = loader("float32", query_width)
-    rotate_queries, rotate_sums = (
-        rotation_in_shared(size, barrier) for size in (transform.keys, transform.values)
-    )
-    calibrated, modified = transform.calibrated, change is not None
-    of_queries, of_keys, of = vectors(1, query_width), vectors(rows, key_width), vectors(rows, value_width)
+    finish = finisher(rows, value_width, kind, THREADS)
+    load_queries, score_of = query_loader(rows, kind, query_width, transform), scorer(change)
+    rotate_sums = rotation_in_shared(transform.values, barrier)
+    modified = change is not None
+    of_keys, of = vectors(rows, key_width), vectors(rows, value_width)
     single = vectors(rows, 1)
-    itemsize = FORMATS[kind].bits // 8
     size, loaded_size = rows * value_width, TOGETHER * value_width
     most_merged = 2 * MAX_SPLITS
-    zero, least, hidden = float32(0), float32(LEAST), float32("-inf")
+    zero, least = float32(0), float32(LEAST)
 
     def attend(call, work):
         thread = cuda.threadIdx.x
@@ -93,45 +79,23 @@ def attend_kernel(
 
         origin, shift = int32(0), int32(0)
         if modified:
-            sequence = load_int(piece.address + 4 * SEQUENCE)
-            if work.offsets != 0:
-                origin = load_int(work.offsets + 4 * sequence)
-            if work.shifts != 0:
-                shift = load_int(work.shifts + 4 * sequence)
+            origin, shift = of_sequence(work.offsets, piece), of_sequence(work.shifts, piece)
 
         at_scores = rows * max(max(head_dim, value_head_dim), most_merged)
         at_slabs = at_scores + rows * KEYS
         at_factors = at_slabs + 2 * KEYS
         at_tops, at_totals, at_offsets = at_factors + rows, at_factors + 2 * rows, at_factors + 3 * rows
-        query_chunks, key_chunks = quotient(head_dim, query_width), quotient(head_dim, key_width)
-        chunks = quotient(value_head_dim, value_width)
+        key_chunks, chunks = quotient(head_dim, key_width), quotient(value_head_dim, value_width)
         shares = quotient(THREADS, chunks)
         share, chunk = quotient(thread, chunks), remainder(thread, chunks)
 
-        of_channels = 4 * piece.kv_head * head_dim
-        for r in range(thread // WARP, rows, THREADS // WARP):
-            product[0] = zero
-            for c in range(thread % WARP, query_chunks, WARP):
-                of_queries.clear_all(query)
-                if r < used:
-                    row = query_of(work, piece, token_of(piece, r), r)
-                    load_query(call.q + (row + c * query_width) * itemsize, query)
-                    of_queries.scale(query, work.sm_scale)
-                if calibrated:
-                    load_channels(call.channel_shifts + of_channels + 4 * c * query_width, channels)
-                    of_queries.dot_rows(product, channels, 0, 0, query)
-                    load_channels(call.channel_scales + of_channels + 4 * c * query_width, channels)
-                    of_queries.scale_each(query, channels)
-                of_queries.put(shared, r * head_dim + c * query_width, query)
-            shared[index(at_offsets + r)] = warp_sum(product[0])
         for i in range(thread, rows * KEYS, THREADS):
             shared[index(at_scores + i)] = zero
         for r in range(thread, rows, THREADS):
             shared[index(at_tops + r)], shared[index(at_factors + r)] = least, zero
         of.clear_all(weighted)
         of.clear(totals)
-        barrier()
-        rotate_queries(shared, 0, rows * head_dim, thread, THREADS)
+        load_queries(call, work, piece, thread, 0, shared, at_offsets, query, channels, product)
 
         for first_key in range(begin, end, KEYS):
             count = min(KEYS, end - first_key)
@@ -155,24 +119,11 @@ def attend_kernel(
                     for r in range(rows):
                         if r < used:
                             score = scores[r] + shared[index(at_offsets + r)]
-                            token = token_of(piece, r)
-                            distance = piece.position + token - first_key - j
-                            if work.soft_cap > zero:
-                                score = work.soft_cap * math.tanh(score / work.soft_cap)
-                            if call.slopes != 0:
-                                slope = load_float(call.slopes + 4 * head_of(piece, token, r))
-                                score -= slope * float32(distance)
-                            if modified:
-                                q_pos = piece.position + token + origin
-                                kv_pos = min(q_pos, first_key + j + origin)
-                                q_pos -= shift
-                                score = change(score, head_of(piece, token, r), q_pos, kv_pos, work.aux)
-                            if distance < 0 or (work.window_left >= 0 and distance > work.window_left):
-                                score = hidden
+                            score = score_of(call, work, piece, score, r, first_key + j, origin, shift)
                             shared[index(at_scores + r * KEYS + j)] = score
                 else:
                     for r in range(used):
-                        shared[index(at_scores + r * KEYS + j)] = hidden
+                        shared[index(at_scores + r * KEYS + j)] = HIDDEN
             barrier()
             for r in range(thread, used, THREADS):
                 top = of.maximum(shared, at_scores + r * KEYS, KEYS, shared[index(at_tops + r)])

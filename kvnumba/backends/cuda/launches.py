@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvnumba.arrays import DeviceView
-from kvnumba.backends.cuda import attend
+from kvnumba.backends.cuda import attend, mass
 from kvnumba.backends.cuda.codecs import Matrix, codec_of
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import (
@@ -29,6 +29,7 @@ from kvnumba.backends.cuda.plan import (
     Pieces,
     Ranges,
     Shape,
+    pieces_of_keys,
     ranges_of,
     rows_to_merge,
     split,
@@ -236,6 +237,93 @@ def launches_of(
     return Launches(of_parts, merge, (upload, partials, counters, aux), cuts)
 
 
+class MassLaunches(NamedTuple):
+    """What one attention starts for masses, when it has left its lse.
+
+    Attributes
+    ----------
+    of_parts : list of (Launch, storages)
+        A kernel for each part, and the addresses of its layers.
+    lse : Loan
+        Room for the lse, where nobody wants it.
+    memory : tuple
+        What keeps the tables where they are.
+    """
+
+    of_parts: list[tuple[Launch, tuple[tuple[int, ...], ...]]]
+    lse: Loan
+    memory: tuple[Any, ...]
+
+    def prepare(self) -> None:
+        """Compile the kernels."""
+        for launch, _ in self.of_parts:
+            launch.prepare()
+
+
+def mass_launches_of(
+    plan: AttentionPlan, q: DeviceView, scoring: Scoring, pool: Pool, stream: int
+) -> MassLaunches:
+    """What finds the masses of queries such as q; the memory that it takes is the stream's."""
+    upload = Upload()
+    shares, places = [], []
+    for part in plan.parts:
+        batch, num_kv_heads = part.batch, part.buffers.layout.num_kv_heads
+        group, new = q.shape[2] // num_kv_heads, np.diff(batch.query_start_loc)
+        table = pieces_of_keys(batch, plan.window_left, mass.KEYS)
+        if not len(table):
+            continue
+        offsets, shifts = (None if x is None else upload.add(x) for x in (batch.offsets, batch.shifts))
+        shares.append(
+            _Share(
+                part,
+                tables_of(batch, upload),
+                None,
+                offsets,
+                shifts,
+                _float32_shape(int(new.max()) * group),
+                np.flatnonzero(new),
+                group,
+                num_kv_heads,
+            )
+        )
+        places.append((upload.add(table.reshape(-1)), len(table)))
+    aux = _aux(scoring, pool, stream)
+    of_parts = []
+    for share, (begin, num_pieces) in zip(shares, places, strict=True):
+        layout = share.part.buffers.layout
+        base = upload.address(pool, stream)
+        work = _work(
+            share,
+            num_pieces,
+            q,
+            scoring,
+            tables=share.tables.address(pool, stream),
+            pieces=base + begin,
+            tokens=0,
+            offsets=0 if share.offsets is None else base + share.offsets,
+            shifts=0 if share.shifts is None else base + share.shifts,
+            aux=0 if aux is None else aux.address,
+            partials=0,
+            counters=0,
+        )
+        kernel = mass.mass_kernel(
+            share.shape.rows,
+            q.dtype,
+            width_of(layout.head_dim, *alignment_of(q)),
+            codec_of(layout.keys),
+            width_of(layout.head_dim, layout.keys.group_size),
+            transform_of(layout),
+            change_of(scoring, share.part.masked),
+        )
+        grid = (num_pieces, layout.num_kv_heads)
+        launch = Launch(kernel, grid, mass.shared_bytes(share.shape.rows, layout.head_dim), work)
+        buffers = share.part.buffers
+        assert isinstance(buffers, CudaBuffers)
+        of_parts.append((launch, buffers.addresses))
+    lse = pool.take(4 * q.shape[0] * q.shape[1] * q.shape[2], stream)
+    return MassLaunches(of_parts, lse, (upload, aux))
+
+
 class _Aux(NamedTuple):
     """The address of `words_of` on the device, and the memory of all that it refers to."""
 
@@ -363,8 +451,7 @@ def _shapes_of(
     if not len(everything):
         return []
     if SIMULATED or not _matrices_serve(part, q, scoring):
-        few = int(new.max()) * group <= attend.FEW.rows
-        return [(attend.FEW if few else attend.MANY, everything)]
+        return [(_float32_shape(int(new.max()) * group), everything)]
     rows = new * group
     long = rows > decode.SHAPE.rows
     blocks = int((-(-rows[long] // prefill.SHAPE.rows)).sum()) * layout.num_kv_heads
@@ -373,6 +460,11 @@ def _shapes_of(
         return [(decode.SHAPE, everything)]
     shapes = [(prefill.SHAPE, np.flatnonzero(long)), (decode.SHAPE, np.flatnonzero((new > 0) & ~long))]
     return [share for share in shapes if len(share[1])]
+
+
+def _float32_shape(rows: int) -> Shape:
+    """Which of the float32 kernels serves so many rows."""
+    return attend.FEW if rows <= attend.FEW.rows else attend.MANY
 
 
 def _matrices_serve(part: Part, q: DeviceView, scoring: Scoring) -> bool:

@@ -83,6 +83,14 @@ def upload(address: int, host: np.ndarray, stream: int) -> None:
         driver_call("cuMemcpyHtoDAsync", address, host.ctypes.data, host.nbytes, stream)
 
 
+def clear(address: int, nbytes: int, stream: int) -> None:
+    """Fill memory of the device with zeros."""
+    if SIMULATED:
+        ctypes.memset(address, 0, nbytes)
+    elif nbytes:
+        driver_call("cuMemsetD8Async", address, 0, nbytes, stream)
+
+
 def download(host: np.ndarray, address: int, stream: int) -> None:
     """Copy from the device into a C-contiguous array, after all that the stream has to do."""
     if SIMULATED:

@@ -106,6 +106,28 @@ class AttendAddresses(NamedTuple):
     channel_scales: Long
 
 
+class MassAddresses(NamedTuple):
+    """Queries, the strides of results, the lse and slopes as in `AttendAddresses`, masses, and the layer's storage.
+
+    A row of masses (sequences, H, longest) float32 has `longest` keys.
+    """
+
+    q: Long
+    out_batch: Long
+    out_token: Long
+    out_head: Long
+    lse: Long
+    slopes: Long
+    mass: Long
+    longest: Long
+    keys: Long
+    key_scales: Long
+    values: Long
+    value_scales: Long
+    channel_shifts: Long
+    channel_scales: Long
+
+
 class StorageAddresses(NamedTuple):
     """A layer's storage alone, of a second part of the keys; 0: there is none."""
 

@@ -55,6 +55,8 @@ class AttentionPlan:
     ----------
     parts : sequence of Part
     num_qo_heads, window_left : int
+    mass : bool
+        Whether attention is asked for masses.
     direct : bool
         Whether one part has all keys of all tokens.
     aligned : bool
@@ -65,10 +67,13 @@ class AttentionPlan:
         Numbers for each query head that have been uploaded, by their bytes.
     """
 
-    def __init__(self, parts: Sequence[Part], num_qo_heads: int, window_left: int) -> None:
+    def __init__(
+        self, parts: Sequence[Part], num_qo_heads: int, window_left: int, mass: bool = False
+    ) -> None:
         self.parts = parts
         self.num_qo_heads = num_qo_heads
         self.window_left = window_left
+        self.mass = mass
         starts = parts[0].batch.query_start_loc
         self.aligned = all(
             part.tokens is None and np.array_equal(part.batch.query_start_loc, starts) for part in parts
@@ -224,6 +229,26 @@ def padded(table: np.ndarray, count: int) -> np.ndarray:
     more = np.zeros((count - len(table), PIECE_COLUMNS), np.int32)
     more[:, NUM_SPLITS] = 1  # nothing is left to be merged
     return np.concatenate((table, more))
+
+
+def pieces_of_keys(batch: Batch, window_left: int, keys: int) -> np.ndarray:
+    """A table of pieces (N, 10) int32 of so many keys at most, each with all new tokens that see some of its keys."""
+    new = np.diff(batch.query_start_loc)
+    ranges = ranges_of(batch, np.flatnonzero(new), max(1, int(new.max())), window_left)
+    number = -(-(ranges.end - ranges.begin) // keys)
+    all_of = Ranges(*(np.repeat(vector, number) for vector in ranges))
+    begin = all_of.begin + _count(number) * keys
+    end = np.minimum(begin + keys, all_of.end)
+    first, last = np.maximum(begin - all_of.position, 0), all_of.num_tokens
+    if window_left >= 0:
+        last = np.minimum(last, window_left + end - all_of.position)
+    table = np.zeros((len(begin), PIECE_COLUMNS), np.int32)
+    table[:, SEQUENCE] = all_of.sequence
+    table[:, FIRST_TOKEN] = all_of.first_token + first
+    table[:, NUM_TOKENS] = last - first
+    table[:, POSITION] = all_of.position + first
+    table[:, FIRST_KEY], table[:, END_KEY] = begin, end
+    return table
 
 
 class Track:

@@ -295,7 +295,9 @@ class ShardedBackend:
             by_node[node] = max(size, by_node.get(node, 0))
         return sum(by_node.values())
 
-    def empty(self, like: DeviceView, shape: tuple[int, ...], dtype: str) -> DeviceView:
+    def empty(
+        self, like: DeviceView, shape: tuple[int, ...], dtype: str, *, zeros: bool = False
+    ) -> DeviceView:
         raise NotImplementedError("device arrays are not taken here")
 
     def encode(self, x: np.ndarray, rows: RowLayout) -> Encoded:
