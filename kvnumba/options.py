@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -84,16 +84,17 @@ class AttentionOptions(ScoringOptions, total=False):
         The other options, checked beforehand: for those who give the same in many calls.
     return_lse : bool
         Return ``(out, lse)``: the natural logarithm of the sum of exponentials of the scores.
-    return_mass: bool
+    return_mass : bool or "block"
         Return ``(out, mass)``, or ``(out, lse, mass)``: the attention that each cached token gets from the new ones,
         summed over these and over the query heads of a KV head, (H, S) float32 a sequence. With sinks the masses of
         a query sum to less than 1; what is masked has 0. Prompts take longer with it. It lies where `out` does. Of a
-        `PerHeadKVCache` H arrays a sequence, of the tokens that each head holds.
+        `PerHeadKVCache` H arrays a sequence, of the tokens that each head holds. "block": the sums over each block of a
+        paged cache instead, (H, blocks), of arrays in host memory.
     """
 
     scoring: Scoring | None
     return_lse: bool | None
-    return_mass: bool | None
+    return_mass: bool | Literal["block"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +211,11 @@ def scoring_of(options: AttentionOptions, num_qo_heads: int, head_dim: int) -> S
     given: dict[str, Any] = {
         name: value for name, value in options.items() if name not in ("scoring", "return_lse", "return_mass")
     }
+    mass = options.get("return_mass")
+    if not (
+        mass is None or isinstance(mass, (bool, np.bool_)) or (isinstance(mass, str) and mass == "block")
+    ):
+        raise ValueError(f"return_mass: expected True, False or 'block'; got {mass!r}")
     scoring = options.get("scoring")
     if scoring is None:
         return Scoring.of(num_qo_heads, head_dim, **given)

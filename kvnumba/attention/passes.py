@@ -149,7 +149,7 @@ class Pass:
         """
         scoring = self._scoring(q, options, dtype)
         self._buffers.layout.watch()
-        mass = self._room_for_mass(q, scoring) if options.get("return_mass") else None
+        mass = self._room_for_mass(q, scoring, options) if options.get("return_mass") else None
         returned = mass.owner if isinstance(mass, DeviceView) else mass
         if not q.size:
             return returned
@@ -162,7 +162,7 @@ class Pass:
         self._backend.attend(layer, q, plan, scoring, out, lse, mass)
         return returned
 
-    def _room_for_mass(self, q: Any, scoring: Scoring) -> Any:
+    def _room_for_mass(self, q: Any, scoring: Scoring, options: AttentionOptions) -> Any:
         if not self._backend.finds_mass:
             raise ValueError(
                 f"return_mass: expected a cache of the backend numpy, cpu or cuda; got one of {self._backend.name}"
@@ -172,8 +172,20 @@ class Pass:
         seq_lens = self.batch.seq_lens
         shape = (len(seq_lens), self._buffers.layout.num_kv_heads, int(seq_lens.max(initial=0)))
         if isinstance(q, DeviceView):
+            if options["return_mass"] == "block":
+                raise ValueError("return_mass: expected True with arrays on a GPU; got 'block'")
             return self._backend.empty(q, shape, "float32", zeros=True)
         return np.zeros(shape, np.float32)
+
+    def masses(self, mass: Any, options: AttentionOptions) -> list[Any] | None:
+        """What `attend` returned, of each sequence: (H, S), or sums over its blocks (H, blocks)."""
+        if mass is None:
+            return None
+        masses = [mass[n, :, :length] for n, length in enumerate(self.batch.seq_lens.tolist())]
+        if options.get("return_mass") != "block":
+            return masses
+        size = self.batch.block_size
+        return [np.add.reduceat(x, np.arange(0, x.shape[1], size), axis=1) for x in masses]
 
     def decoding(self, q: Any, k: Any, v: Any, scoring: Scoring) -> Decoding | None:
         """`write` and `attend` in one call, for arrays that lie as these views do, in this pass and the following."""

@@ -301,6 +301,8 @@ class KVCache(Cache):
             With ``return_mass``, S the length of the longest element: 0 past the end of others.
         """
         layer = arguments.layer_index(layer, self.num_layers)
+        if options.get("return_mass") == "block":
+            raise ValueError("return_mass: expected True or False of a cache without blocks; got 'block'")
         shape = (self.batch_size, None, None, self.head_dim)
         query = arrays.queries("q", q, shape, "B Hq T D", 1, self.num_kv_heads, self._backend)
         count = query.shape[2]

@@ -540,7 +540,7 @@ class PagedKVCache(Cache):
         out : (Hq, T, Dv), in the precision of q (float64: float32)
         lse : (Hq, T) float32
             With ``return_lse``.
-        mass : (H, S) float32
+        mass : (H, S) float32, or (H, blocks)
             With ``return_mass``.
         """
         seq_id = arguments.integer("seq_id", seq_id, minimum=0)
@@ -569,7 +569,8 @@ class PagedKVCache(Cache):
         out, lse = room_for_results(self._backend, query, self.value_head_dim, options)
         views = (query[None].swapaxes(1, 2), out[None].swapaxes(1, 2), lse[None].swapaxes(1, 2))
         mass = latest[1].attend(layer, *views, options, getattr(q, "dtype", None))
-        return as_returned(q, out, lse, mass if mass is None else mass[0], options)
+        masses = latest[1].masses(mass, options)
+        return as_returned(q, out, lse, None if masses is None else masses[0], options)
 
     def step(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int], *, token_ids: Any = None) -> Step:
         """Book the blocks of a ragged batch, all or nothing, for a pass through all layers.

@@ -447,8 +447,8 @@ class PerHeadStep:
         """Causal attention of the new tokens, q (T, Hq, D), each head over its own tokens; as `Step.attend`.
 
         Windows go by positions; `alibi_slopes`, `score_mod` and `mask_mod` are refused. With `return_mass`, of each
-        sequence a list of H arrays (tokens,) float32: of the tokens that each head holds, new ones included, in the
-        order of `PerHeadKVCache.positions`.
+        sequence a list of H arrays (tokens,) float32, or (blocks,): of the tokens that each head holds, new ones
+        included, in the order of `PerHeadKVCache.positions`.
         """
         return as_returned(q, *self._attend(q, layer, options), options)
 
@@ -471,7 +471,7 @@ class PerHeadStep:
             raise ValueError(f"{scoring.of_positions}: expected None, heads have dropped different tokens")
         dtype = getattr(q, "dtype", None)
         if scoring.sinks is not None and options.get("return_mass"):
-            return self._attend_head_by_head(layer, query, scoring, dtype)
+            return self._attend_head_by_head(layer, query, scoring, options, dtype)
         rows = self._by_head(query, group)
         out = np.empty((*rows.shape[:-1], cache.value_head_dim), np.float32)
         lse = np.empty(rows.shape[:-1], np.float32)
@@ -480,16 +480,21 @@ class PerHeadStep:
             "scoring": scoring if scoring.sinks is None else replace(scoring, sinks=None),
             "return_mass": options.get("return_mass"),
         }
-        mass = self._passes[layer].attend(0, rows, out, lse, alone, dtype)
+        running = self._passes[layer]
+        masses = running.masses(running.attend(0, rows, out, lse, alone, dtype), alone)
         out, lse = self._by_token(out[0], num_qo_heads), self._by_token(lse[0], num_qo_heads)
         if scoring.sinks is not None:
             all_of_it = np.logaddexp(lse, scoring.sinks)
             out *= np.exp(lse - all_of_it)[..., None]
             lse = all_of_it
-        return out, lse, None if mass is None else self._masses(layer, mass[:, 0])
+        if masses is None:
+            return out, lse, None
+        of_heads = [mass[0] for mass in masses]
+        size = cache.num_kv_heads
+        return out, lse, [of_heads[first : first + size] for first in range(0, len(of_heads), size)]
 
     def _attend_head_by_head(
-        self, layer: int, query: np.ndarray, scoring: Scoring, dtype: Any
+        self, layer: int, query: np.ndarray, scoring: Scoring, options: AttentionOptions, dtype: Any
     ) -> tuple[np.ndarray, np.ndarray, list[list[np.ndarray]]]:
         """`_attend` for masses of queries (T, Hq, D) with sinks, which these cannot be given afterwards."""
         cache, batch = self._cache, self._passes[layer].batch
@@ -498,7 +503,7 @@ class PerHeadStep:
         group = num_qo_heads // num_heads
         out = np.empty((num_heads, 1, num_tokens, group, cache.value_head_dim), np.float32)
         lse = np.empty((num_heads, 1, num_tokens, group), np.float32)
-        mass = np.zeros((each, batch.seq_lens.max(initial=0)), np.float32)
+        of_heads = []
         for head in range(num_heads):
             rows, heads = np.arange(head, each, num_heads), slice(head * group, (head + 1) * group)
             new = np.diff(batch.query_start_loc)[rows]
@@ -511,18 +516,12 @@ class PerHeadStep:
             )
             alone: AttentionOptions = {
                 "scoring": replace(scoring, sinks=scoring.sinks[heads]),
-                "return_mass": True,
+                "return_mass": options.get("return_mass"),
             }
-            found: Any = of_head.attend(0, query[None, :, heads], out[head], lse[head], alone, dtype)
-            mass[rows, : found.shape[2]] = found[:, 0]
+            mass = of_head.attend(0, query[None, :, heads], out[head], lse[head], alone, dtype)
+            of_heads.append([x[0] for x in of_head.masses(mass, alone) or []])
         results = (x[:, 0].swapaxes(0, 1).reshape(num_tokens, num_qo_heads, *x.shape[4:]) for x in (out, lse))
-        return *results, self._masses(layer, mass)
-
-    def _masses(self, layer: int, mass: np.ndarray) -> list[list[np.ndarray]]:
-        """Of each sequence, and each of its heads, the masses of the tokens that it holds."""
-        held = [x[:n] for x, n in zip(mass, self._passes[layer].batch.seq_lens.tolist(), strict=True)]
-        each = self._cache.num_kv_heads
-        return [held[first : first + each] for first in range(0, len(held), each)]
+        return *results, [*map(list, zip(*of_heads, strict=True))]
 
     def _by_head(self, x: np.ndarray, group: int) -> np.ndarray:
         """Packed (T, H * group, D) as tokens of one KV head: a view (1, T * H, group, D)."""

@@ -196,7 +196,7 @@ class Step:
         out : (T, Hq, Dv), in the precision of q (float64: float32)
         lse : (T, Hq) float32
             With ``return_lse``.
-        mass : list of (H, S) float32
+        mass : list of (H, S) float32, or (H, blocks)
             With ``return_mass``: of each sequence, new tokens included.
         """
         layout = self._buffers.layout
@@ -207,9 +207,7 @@ class Step:
         out, lse = room_for_results(self._backend, query, layout.value_head_dim, options)
         views = (query[None], out[None], lse[None])
         mass = self._pass.attend(layer, *views, options, getattr(q, "dtype", None))
-        lengths = self.batch.seq_lens.tolist()
-        masses = mass if mass is None else [mass[n, :, :length] for n, length in enumerate(lengths)]
-        return as_returned(q, out, lse, masses, options)
+        return as_returned(q, out, lse, self._pass.masses(mass, options), options)
 
     def _queries(self, q: Any) -> Any:
         layout = self._buffers.layout

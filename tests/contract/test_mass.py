@@ -22,6 +22,16 @@ def check(mass, q, k, **options):
     np.testing.assert_allclose(mass, oracle.mass(q, k, **options), rtol=1e-4, atol=1e-4)
 
 
+def check_blocks(found, mass, block_size):
+    """`found` (H, blocks) are the sums over the blocks of `mass` (H, S)."""
+    blocks = -(-mass.shape[1] // block_size)
+    assert found.shape == (len(mass), blocks)
+    for n in range(blocks):
+        np.testing.assert_allclose(
+            found[:, n], mass[:, n * block_size : (n + 1) * block_size].sum(axis=1), rtol=1e-5
+        )
+
+
 def filled(backend, normal, lengths, fmt="float32", block_size=16, heads=H, **options):
     """A paged cache with sequences of some lengths, in blocks that take turns."""
     blocks = sum(-(-n // block_size) for n in lengths) + 2
@@ -49,6 +59,7 @@ def test_mass(backend, fmt, block_size, new_tokens, normal):
     for have, want in zip((out, lse), cache.attend(seq_id, q, return_lse=True), strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(cache.attend(seq_id, q, return_mass=True)[1], mass)
+    check_blocks(cache.attend(seq_id, q, return_mass="block")[1], mass, block_size)
 
 
 @pytest.mark.parametrize("group", [1, 3, 12])
@@ -111,6 +122,8 @@ def test_several_sequences_and_forks(backend, recent_tokens, normal):
     out, masses = step.attend(q, return_mass=True)
     assert [mass.shape for mass in masses] == [(H, 71), (H, 13), (H, 130), (H, 133)]
     assert not masses[2].any()
+    for found, mass in zip(step.attend(q, return_mass="block")[1], masses, strict=True):
+        check_blocks(found, mass, 8)
     np.testing.assert_allclose(out, step.attend(q), rtol=1e-3, atol=1e-3)
     start = step.batch.query_start_loc
     for n in (0, 1, 3):
@@ -139,6 +152,7 @@ def test_blocks_outside_the_window(backend, normal):
     assert len(k[0]) < 72
     check(mass[:, -k.shape[1] :], q.swapaxes(0, 1), k, window_left=10)
     assert not mass[:, : -k.shape[1]].any()
+    check_blocks(cache.attend(seq_id, q, window_left=10, return_mass="block")[1], mass, 8)
 
 
 def test_prefixes_are_not_shared(backend, normal, monkeypatch):
@@ -187,6 +201,9 @@ def test_heads_that_hold_different_tokens(backend, options, normal):
             heads = slice(n * HQ // H, (n + 1) * HQ // H)
             of_head = {name: x[heads] if name == "sinks" else x for name, x in options.items()}
             check(found[n][None], q[heads].swapaxes(0, 1), k[None], **of_head)
+        blocks = cache.attend(seq_id, q, return_mass="block", **options)[1]
+        for have, mass in zip(blocks, found, strict=True):
+            check_blocks(have[None], mass[None], 4)
         want = cache.attend(seq_id, q, return_lse=True, **options)
         for have, each in zip((out, lse), want, strict=True):
             np.testing.assert_allclose(have, each, rtol=1e-3, atol=1e-3)
@@ -210,6 +227,27 @@ def test_contiguous(backend, normal):
     for n, length in enumerate((50, 30)):
         check(mass[n, :, :length], q[n].swapaxes(0, 1), cache.get_kv(n)[0])
     assert not mass[1, :, 30:].any()
+    with pytest.raises(ValueError, match="return_mass: expected True or False of a cache without blocks"):
+        cache.attend(q, return_mass="block")
+
+
+def test_sums_of_no_blocks(backend, normal):
+    caches = [
+        kvnumba.PerHeadKVCache(8, 4, H, D, 2, backend=backend),
+        kvnumba.PagedKVCache(8, 4, H, D, 2, backend=backend),
+    ]
+    for cache in caches:
+        step = cache.step([cache.add_sequence()], [0])
+        step.write(normal(0, H, D), normal(0, H, D))
+        (mass,) = step.attend(normal(0, HQ, D), return_mass="block")[1]
+        assert np.shape(mass) == (H, 0)
+
+
+def test_what_it_takes(backend, normal):
+    cache, (seq_id,) = filled(backend, normal, [9])
+    for wrong in ("blocks", 1, [True]):
+        with pytest.raises(ValueError, match="return_mass: expected True, False or 'block'; got "):
+            cache.attend(seq_id, normal(HQ, 1, D), return_mass=wrong)
 
 
 def test_where_there_is_none(normal):
