@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import borrowed, inlined, kernel, plain
-from kvnumba.backends.cpu.mass import add_weights
+from kvnumba.backends.cpu.mass import RECORD, add_weights, first_record, record_phase
 from kvnumba.backends.cpu.runs import RUN_TOKENS, list_runs
 from kvnumba.backends.cpu.shapes import (
     AHEAD,
@@ -69,7 +69,7 @@ class Work(NamedTuple):
         Rows of outputs, each followed by its lse.
     partial_rows : int
     kept : (workers, n) or (1, n) float32
-        Scores, of pieces whose scores are kept.
+        Weights, of pieces whose weights are kept, see `mass.py`.
     mass : (sequences * H, longest sequence) float32
         What pieces add their masses to; empty where they are added later, or not at all.
     """
@@ -273,7 +273,7 @@ def store_result(shape, reading, piece, work, value_dim, transform, scoring, scr
 
 
 @inlined
-def attend_piece(shape, piece, views, work, kept_scores, storage, scoring, scratch, runs):
+def attend_piece(shape, piece, views, work, kept_weights, storage, scoring, scratch, runs):
     """One piece of work, from its queries to its result or partial result."""
     keys, values, kv_head = storage.keys, storage.values, piece.kv_head
     rows = piece.num_tokens * piece.num_heads
@@ -289,21 +289,24 @@ def attend_piece(shape, piece, views, work, kept_scores, storage, scoring, scrat
     reach = np.int32(min(window, FARTHEST) if window >= 0 else FARTHEST)
     offset, shift = of_sequence(work.offsets, piece), of_sequence(work.shifts, piece)
     known = piece.position if unmasked else -1
-    kept = address_of_kept(shape, piece, kept_scores)
+    kept, record = address_of_kept(shape, piece, kept_weights), first_record(shape.columns, piece)
     masks = Masks(reach, known, cap, scoring.modify, scoring.aux, offset, shift, kept)
     key, end = piece.first_key, piece.end_key
     while key < end:
         first = key
         num_runs, key = list_runs(shape, blocks, key, end, storage, kv_head, runs)
         if kept != 0:
-            hide_gaps(shape, piece, kept_scores, first, key, runs, num_runs)
+            fill_gaps(shape, piece, kept_weights, first, key, runs, num_runs)
         if num_runs > 0:
             shape.attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch)
+        if kept != 0:
+            record_phase(shape, kept_weights, record, key, lacks_offset(scoring), scratch)
+            record += RECORD
     shape.finish_phases(shape, rows, values.head_dim, scratch.total)
     store_result(shape, reading, piece, work, values.head_dim, transform, scoring, scratch, views)
     if work.mass.shape[0] > 0:
         mass = work.mass[piece.sequence * storage.num_heads + kv_head]
-        add_weights(shape.columns, piece, offset, views.lse, kept_scores, mass, 0, 1)
+        add_weights(shape.columns, piece, offset, views.lse, kept_weights, mass, 0, 1)
 
 
 @plain
@@ -315,14 +318,14 @@ def address_of_kept(shape, piece, kept):
 
 
 @plain
-def hide_gaps(shape, piece, kept, first, end, runs, num_runs):
-    """Scores of -inf for the keys from `first` to `end`, if some of them are in no run."""
+def fill_gaps(shape, piece, kept, first, end, runs, num_runs):
+    """Weights of 0 for the keys from `first` to `end`, if some of them are in no run."""
     there = 0
     for n in range(num_runs):
         there += runs[n, RUN_TOKENS]
     if there < end - first:
         start = piece.kept + (first - piece.first_key) * shape.columns
-        kept[start : start + (end - first) * shape.columns] = -np.inf
+        kept[start : start + (end - first) * shape.columns] = 0
 
 
 @kernel

@@ -1,9 +1,8 @@
-"""Attention mass: what each key gets from new tokens. Scores are kept while they attend, and weighed when their lse is
-known.
+"""Attention mass: what each key gets from new tokens. Weights are kept while they attend, and scaled when lse is known.
 
-Kept are few rows for each key, as raw scores (keys, columns): weights of each phase would count from another maximum.
-Where pieces know their lse, each worker keeps the scores of one piece at a time, which then are in its cache still;
-otherwise those of all pieces lie one after the other until results are merged.
+Kept are few rows for each key, (keys, columns), and behind them a RECORD of each phase: its weights count from the
+greatest score that there was until then. Where pieces know their lse, each worker keeps the weights of one piece at a
+time; otherwise those of all pieces lie one after the other until results are merged.
 """
 
 from __future__ import annotations
@@ -14,94 +13,82 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.jit import plain
-from kvnumba.backends.cpu.shapes import OFFSET, Shape, state_at
-from kvnumba.backends.cpu.simd import (
-    EVEN,
-    F32,
-    HIDDEN,
-    I8,
-    LANES,
-    LOG2_E,
-    ODD,
-    Emitter,
-    Int,
-    Pointer,
-    constant,
-    vector,
-)
+from kvnumba.backends.cpu.shapes import MOST_KEPT, OFFSET, ROW_MAX, Shape, state_at
+from kvnumba.backends.cpu.simd import EVEN, F32, HIDDEN, LANES, ODD, Emitter, Int, constant, vector
 from kvnumba.backends.cpu.storage import memory_of, offset_of
 
-MOST_COLUMNS = 8
-SPARE = MOST_COLUMNS * LANES  # floats behind a piece's scores, which are read and written in whole vectors
-TILE = 512  # keys whose masses are summed before they are added
+SPARE = MOST_KEPT * LANES  # floats behind a piece's weights, which are read and written in whole vectors
+RECORD = LANES + 1  # floats: from which score each column counts, and the key after the phase
+TILE = 512  # keys whose masses one worker adds
+
+
+def kept_floats(shape, keys):
+    """Floats that pieces of so many keys need: a run takes whole tiles of a phase, so a phase may have few keys."""
+    phases = keys * max(shape.tokens, 2) // shape.phase + 1
+    return keys * shape.columns + SPARE + phases * RECORD
+
+
+@plain
+def first_record(columns, piece):
+    """Where the records of a piece begin."""
+    return piece.kept + (piece.end_key - piece.first_key) * columns + SPARE
 
 
 @intrinsic
-def keep_run(typing, shape, run, masks, scratch):
-    """Keep the scores of a run, which are about to become weights; those that lack their OFFSET with it."""
-    signature = types.void(shape, run, masks, scratch)
+def record_phase(typing, shape, kept, start, end, lacking, scratch):
+    """Write a RECORD at `start`, of a phase before the key `end`; `lacking`: its scores lack their OFFSET."""
+    signature = types.void(shape, kept, types.intp, types.intp, types.boolean, scratch)
     static: Shape = shape.static
 
     def generate(context, builder, signature, args):
         e, b = Emitter(context, builder), builder
-        _, run, masks, scratch = e.arguments(signature, args)
-        source = scratch.scores.start + run.scores * 4
-        target = Pointer(b, b.inttoptr(masks.kept.value, I8.as_pointer())) + run.key * (4 * static.columns)
-        lacking = b.and_(
-            b.fcmp_ordered("==", masks.soft_cap, ir.Constant(F32, 0.0)), masks.modify == 0
-        )  # `attend.lacks_offset`
-        offsets = [
-            b.select(
-                lacking, e.load(state_at(scratch.state, OFFSET, static, part), vector(F32)), constant(0.0)
-            )
-            for part in range(static.vectors)
-        ]
-
-        ahead = (
-            static.phase * static.columns * 4
-        )  # where the next phase writes: a store waits for its line too
-
-        def line(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-            for part, offset in enumerate(offsets):
-                at = (i * static.vectors + part) * (4 * LANES)
-                e.store(e.add(e.load(source + at, vector(F32)), offset), target + at)
-                e.prefetch(target + at + ahead)
-            return []
-
-        e.loop((run.num_tokens + (static.line - 1)) // static.line, [], line)
+        _, kept, start, end, lacking, scratch = e.arguments(signature, args)
+        top, offset = (
+            e.load(state_at(scratch.state, name, static), vector(F32)) for name in (ROW_MAX, OFFSET)
+        )
+        record = kept.start + start * 4
+        e.store(e.add(top, b.select(lacking, offset, constant(0.0))), record)
+        e.store(end.narrow(), record + 4 * LANES)
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @intrinsic
-def sum_weights(typing, kept, start, count, columns, shifts, sums):
-    """The weights of `count` keys, summed over columns: ``exp(score - shift)``, with a shift for each lane."""
-    signature = types.void(kept, types.intp, types.intp, types.intp, shifts, sums)
+def add_keys(typing, kept, start, count, columns, record, shifts, mass, first):
+    """Add the weights of `count` keys of a phase, counted from `shifts`, one for each lane, and summed over columns."""
+    signature = types.void(kept, *[types.intp] * 4, shifts, mass, types.intp)
 
     def generate(context, builder, signature, args):
-        e, b = Emitter(context, builder), builder
-        kept, start, count, columns, shifts, sums = e.arguments(signature, args)
+        e = Emitter(context, builder)
+        kept, start, count, columns, record, shifts, mass, first = e.arguments(signature, args)
+        target = mass.start + first * 4
 
         def case(columns: int) -> None:
-            hidden, factor = constant(HIDDEN), constant(LOG2_E)
-            shift = e.mul(e.load(shifts.start, vector(F32)), constant(-LOG2_E))
+            tops = e.load(kept.start + record * 4, vector(F32))
+            factor = e.exp(e.sub(tops, e.load(shifts.start, vector(F32))))
 
-            def some(i: Int, _: list[ir.Value]) -> list[ir.Value]:
-                first = kept.start + (start + i * (LANES * columns)) * 4
-                scores = [e.load(first + 4 * LANES * n, vector(F32)) for n in range(columns)]
-                powers = [e.fma(x, factor, shift) for x in scores]
-                powers = [b.select(b.fcmp_ordered("<", x, hidden), hidden, x) for x in powers]  # NaN stays
-                found = [e.exp2(x) for x in powers]
+            def sums(i: Int) -> ir.Value:
+                memory = kept.start + (start + i * (LANES * columns)) * 4
+                found = [e.mul(e.load(memory + 4 * LANES * n, vector(F32)), factor) for n in range(columns)]
                 while len(found) > 1:  # neighbours are of one key, until each lane is a key
                     pairs = zip(found[::2], found[1::2], strict=True)
                     found = [e.add(e.shuffle(x, y, EVEN), e.shuffle(x, y, ODD)) for x, y in pairs]
-                e.store(found[0], sums.start + i * (4 * LANES))
+                return found[0]
+
+            def some(i: Int, _: list[ir.Value]) -> list[ir.Value]:
+                masses = target + i * (4 * LANES)
+                e.store(e.add(e.load(masses, vector(F32)), sums(i)), masses)
                 return []
 
-            e.loop((count + (LANES - 1)) // LANES, [], some)
+            full, left = count // LANES, count % LANES
+            e.loop(full, [], some)
+            with e.builder.if_then(left > 0):
+                masses = target + full * (4 * LANES)
+                before = e.load_some(masses, left, constant(0.0))
+                e.store_some(e.add(before, sums(full)), masses, left)
 
-        e.switch(columns, [1, 2, 4, MOST_COLUMNS], case)
+        e.switch(columns, [1, 2, 4, MOST_KEPT], case)
         return context.get_dummy_value()
 
     return signature, generate
@@ -109,12 +96,12 @@ def sum_weights(typing, kept, start, count, columns, shifts, sums):
 
 @plain
 def add_weights(columns, piece, offset, lse, kept, mass, part, parts):
-    """Add the masses of a piece's keys, whose scores are in `kept`, to a row of `mass`, the key's at ``offset + key``.
+    """Add the masses of a piece's keys, whose weights are in `kept`, to a row of `mass`, the key's at ``offset + key``.
 
     Its lse (B, n, Hq) is that of all keys. Of `parts` that the row is dealt to in tiles, one is added here.
     """
     of_rows, heads = memory_of(lse), piece.num_heads
-    shifts, sums = np.empty(LANES, np.float32), np.empty(TILE + LANES, np.float32)
+    shifts = np.empty(LANES, np.float32)
     for lane in range(LANES):
         r = lane % columns
         # the weights of a column that is not used, or sees nothing, are 0
@@ -123,14 +110,15 @@ def add_weights(columns, piece, offset, lse, kept, mass, part, parts):
             row_lse = of_rows[offset_of(lse, piece.token + r // heads, piece.first_head + r % heads)]
             if row_lse != -np.inf:
                 shifts[lane] = row_lse
-    key = piece.first_key
+    key, record = piece.first_key, first_record(columns, piece)
+    ends = kept.view(np.int32)
     while key < piece.end_key:
-        tile = (key + offset) // TILE
-        end = min(piece.end_key, (tile + 1) * TILE - offset)
-        if tile % parts == part:
-            start = piece.kept + (key - piece.first_key) * columns
-            sum_weights(kept, start, end - key, columns, shifts, sums)
-            found = mass[offset + key : offset + end]  # whose numbers from 0 on LLVM knows not to be negative
-            for i in range(found.shape[0]):
-                found[i] += sums[i]
-        key = end
+        end = ends[record + LANES]
+        while key < end:
+            tile = (key + offset) // TILE
+            stop = min(end, (tile + 1) * TILE - offset)
+            if tile % parts == part:
+                start = piece.kept + (key - piece.first_key) * columns
+                add_keys(kept, start, stop - key, columns, record, shifts, mass, offset + key)
+            key = stop
+        record += RECORD

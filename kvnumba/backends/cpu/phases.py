@@ -8,7 +8,6 @@ from numba.extending import intrinsic
 
 from kvnumba.backends.cpu.codecs import SPLIT, split_position
 from kvnumba.backends.cpu.jit import inlined, plain
-from kvnumba.backends.cpu.mass import keep_run
 from kvnumba.backends.cpu.mods import modify_run
 from kvnumba.backends.cpu.runs import RUN_ROW, run_of, runs_ahead
 from kvnumba.backends.cpu.shapes import LEAST, PHASE_MAX, RESCALE, STATE_ROWS, Scratch, padded, prefetch_rows
@@ -102,9 +101,6 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
         state[PHASE_MAX] = LEAST
         for n in range(num_runs):
             modify_run(shape, run_of(runs, n), masks, scratch)
-    if masks.kept != 0:
-        for n in range(num_runs):
-            keep_run(shape, run_of(runs, n), masks, scratch)
     if settle(shape, scratch):
         for r in range(rows):
             rescale = state[RESCALE, r]
@@ -112,7 +108,7 @@ def attend_phase(shape, reading, storage, runs, num_runs, rows, masks, scratch):
                 total[r, d] *= rescale
     scratch.sums[:] = 0
     for n in range(num_runs):
-        exponentiate_run(shape, run_of(runs, n), reading, values, scratch)
+        exponentiate_run(shape, run_of(runs, n), reading, values, masks, scratch)
     for n in range(num_runs):
         shape.weigh_run(shape, reading, values, run_of(runs, n), runs[n + later, RUN_ROW], rows, scratch)
     shape.add_phase(shape, reading, run_of(runs, num_runs - 1), rows, scratch)

@@ -21,7 +21,7 @@ from kvnumba.backends.cpu.attend import (
     MERGE_TOKEN,
 )
 from kvnumba.backends.cpu.jit import COMMON, entry, kernel, plain
-from kvnumba.backends.cpu.mass import SPARE
+from kvnumba.backends.cpu.mass import kept_floats
 from kvnumba.backends.cpu.shapes import Piece, Shape
 from kvnumba.options import Scoring
 from kvnumba.storage import Batch, Layout, Part
@@ -41,7 +41,7 @@ SIZES, TILE_SIZES, EXACT_SIZES, CODE_SIZES = (
 )
 """Numbers of rows of pieces with more than FEW_ROWS: of float32 arithmetic, and what tiles take."""
 FEW_SIZES = np.array([FEW_ROWS], np.int64)
-"""Those of pieces whose scores are kept."""
+"""Those of pieces whose weights are kept."""
 EXACT_PARTS = 3  # bfloat16 numbers that hold a float32: to stage so many pays for prompts only
 
 PIECE_COLUMNS = len(Piece._fields)
@@ -159,15 +159,15 @@ class Plan(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Some of a plan, whose scores are kept at the same time: at most FEW_ROWS rows for each key.
+    """Some of a plan, whose weights are kept at the same time: at most FEW_ROWS rows for each key.
 
     Attributes
     ----------
     plan : Plan
     num_kept : int
-        Floats that hold the scores.
+        Floats that hold the weights.
     at_once : bool
-        Whether each piece adds its own masses: no other has the same keys, and its lse is known. Scores of one piece
+        Whether each piece adds its own masses: no other has the same keys, and its lse is known. Weights of one piece
         for each worker are kept then.
     """
 
@@ -229,7 +229,7 @@ def plan_parts(
 
 
 def rounds_of(plan: Plan, group: int) -> list[Round]:
-    """A plan of few rows, the tokens of a piece at a time: together their scores would not be O(keys).
+    """A plan of few rows, the tokens of a piece at a time: together their weights would not be O(keys).
 
     Every part has all new tokens, in order; `group` query heads share a KV head.
     """
@@ -243,7 +243,7 @@ def rounds_of(plan: Plan, group: int) -> list[Round]:
             chosen = []
             for shape, pieces in planned.pieces:
                 pieces = pieces[number[pieces[:, TOKEN]] == n]
-                needed = (pieces[:, END_KEY] - pieces[:, FIRST_KEY]) * shape.columns + SPARE
+                needed = kept_floats(shape, pieces[:, END_KEY] - pieces[:, FIRST_KEY])
                 if at_once:
                     pieces[:, KEPT] = 0
                     num_kept = max(num_kept, int(needed.max(initial=0)))

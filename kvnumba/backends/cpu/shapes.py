@@ -84,6 +84,11 @@ class Shape(Static):
     parts: int = 0
 
     @property
+    def keeps(self) -> bool:
+        """Whether weights may be kept, see `mass.py`: those of few rows, which are one vector."""
+        return self.columns <= MOST_KEPT and self.vectors == 1
+
+    @property
     def width(self) -> int:
         """Lanes of the state: those of whole vectors of columns."""
         return max(self.columns, self.vectors * LANES)
@@ -105,6 +110,8 @@ class Shape(Static):
         kernels = importlib.import_module(self.kernels)
         return getattr(kernels, name, None) or getattr(importlib.import_module(PHASES), name)
 
+
+MOST_KEPT = 8  # columns
 
 PHASES = "kvnumba.backends.cpu.phases"
 
@@ -146,7 +153,7 @@ class Piece(NamedTuple):
     end_key: int
     counts_sink: int
     partial: int  # the partial result's number, or -1: the result
-    kept: int  # where its scores are kept, see `mass.py`, in floats; -1: nowhere
+    kept: int  # where its weights are kept, see `mass.py`, in floats; -1: nowhere
 
 
 class Run(NamedTuple):
@@ -187,7 +194,7 @@ class Masks(NamedTuple):
     offset, shift : int
         `Batch.offsets` and `Batch.shifts` of the piece's sequence.
     kept : int
-        The address where the scores of key 0 are kept, or would be; 0: none are.
+        The address where the weights of key 0 are kept, or would be; 0: none are.
     """
 
     reach: Any

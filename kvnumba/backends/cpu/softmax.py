@@ -24,7 +24,7 @@ from kvnumba.backends.cpu.shapes import (
     state_at,
     tokens_of,
 )
-from kvnumba.backends.cpu.simd import F32, I1, LANES, Emitter, Int, Pointer, constant, vector
+from kvnumba.backends.cpu.simd import F32, I1, I8, LANES, Emitter, Int, Pointer, constant, vector
 
 
 def column_tops(e: Emitter, shape: Shape, scratch: Any, name: int) -> list[ir.Value]:
@@ -75,19 +75,19 @@ def settle(typing, shape, scratch):
 
 
 @intrinsic
-def exponentiate_run(typing, shape, run, reading, values, scratch):
-    """Turn the scores of a run into weights, in place, and add them to ROW_SUM.
+def exponentiate_run(typing, shape, run, reading, values, masks, scratch):
+    """Turn the scores of a run into weights, in place, and add them to ROW_SUM; and keep them, where they are kept.
 
     Where values are multiplied as codes, each token's scale goes into its weights, of which the greatest is kept in
     WEIGHT_MAX. What the values count from (the zero, and the scale times `code_bias`) is weighed here and added
     up in ZERO_SUM: it is the same for all elements of a value.
     """
-    signature = types.void(shape, run, reading, values, scratch)
+    signature = types.void(shape, run, reading, values, masks, scratch)
     static = shape.static
 
     def generate(context, builder, signature, args):
         e, b = Emitter(context, builder), builder
-        _, run, reading, values, scratch = e.arguments(signature, args)
+        _, run, reading, values, masks, scratch = e.arguments(signature, args)
         memory = scratch.scores.start + run.scores * 4
         lines = (run.num_tokens + (static.line - 1)) // static.line
         parts = range(static.vectors)
@@ -96,8 +96,14 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
             return [e.load(state_at(scratch.state, name, static, part), vector(F32)) for part in parts]
 
         tops = load(ROW_MAX)
+        kept = Pointer(b, b.inttoptr(masks.kept.value, I8.as_pointer())) + run.key * (4 * static.columns)
+        ahead = (
+            4 * static.phase * static.columns
+        )  # where the next phase writes: a store waits for its line too
 
-        def weights(i: Int, sums: list[ir.Value]) -> tuple[list[Any], list[ir.Value], list[ir.Value]]:
+        def weights(
+            i: Int, sums: list[ir.Value], keeps: bool
+        ) -> tuple[list[Any], list[ir.Value], list[ir.Value]]:
             pointers, found, totals = [], [], []
             for part in parts:
                 pointer = memory + (i * static.vectors + part) * (4 * LANES)
@@ -105,27 +111,32 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
                 pointers.append(pointer)
                 found.append(weight)
                 totals.append(e.add(sums[part], weight))
+            if keeps:
+                for part, weight in enumerate(found):
+                    target = kept + (i * static.vectors + part) * (4 * LANES)
+                    e.store(weight, target)
+                    e.prefetch(target + ahead)
             return pointers, found, totals
 
         def keep(name: int, sums: list[ir.Value]) -> None:
             for part, (before, more) in enumerate(zip(load(name), sums, strict=True)):
                 e.store(e.add(before, more), state_at(scratch.state, name, static, part))
 
-        def plain() -> None:
+        def plain(keeps: bool) -> None:
             def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
-                pointers, found, totals = weights(i, sums)
+                pointers, found, totals = weights(i, sums, keeps)
                 for pointer, weight in zip(pointers, found, strict=True):
                     e.store(weight, pointer)
                 return totals
 
             keep(ROW_SUM, e.loop(lines, [constant(0.0)] * static.vectors, line))
 
-        def fold() -> None:
+        def fold(keeps: bool) -> None:
             patterns = [tokens_of(static, part) for part in parts]
             count = static.vectors
 
             def line(i: Int, sums: list[ir.Value]) -> list[ir.Value]:
-                pointers, found, totals = weights(i, sums[:count])
+                pointers, found, totals = weights(i, sums[:count], keeps)
                 offsets, tops = sums[count : 2 * count], sums[2 * count :]
                 at = run.row + i * static.line
                 scales = [load_scales(e, array, at, static.line) for array in (values.scale, values.zero)]
@@ -146,17 +157,25 @@ def exponentiate_run(typing, shape, run, reading, values, scratch):
             for part, top in enumerate(sums[2 * count :]):
                 e.store(top, state_at(scratch.state, WEIGHT_MAX, static, part))
 
-        if static.takes_codes:
-            with b.if_else(b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))) as (
-                folded,
-                otherwise,
-            ):
+        def both(keeps: bool) -> None:
+            if not static.takes_codes:
+                plain(keeps)
+                return
+            folds = b.fcmp_ordered(">=", reading.code_bias, ir.Constant(F32, 0.0))
+            with b.if_else(folds) as (folded, otherwise):
                 with folded:
-                    fold()
+                    fold(keeps)
                 with otherwise:
-                    plain()
+                    plain(keeps)
+
+        if static.keeps:
+            with b.if_else(masks.kept > 0) as (kept_too, used_only):
+                with kept_too:
+                    both(True)
+                with used_only:
+                    both(False)
         else:
-            plain()
+            both(False)
         return context.get_dummy_value()
 
     return signature, generate
