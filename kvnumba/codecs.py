@@ -47,6 +47,13 @@ class Codec:
         self._bits = bits
         self._tried: set[int] = set()
 
+    # formats of the same code are the same, and kernels of them are compiled once
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @functools.cached_property
     def digest(self) -> str:
         """Of all that codes depend on."""
@@ -149,8 +156,8 @@ def register_format(
     """Add a storage format of one's own, which caches then take by its name as they take "int4".
 
     A format stores a group of elements of a row: `group_size` of them where it has a scale, otherwise the row. Its
-    functions are Python functions of one group, in loops or in what Numba compiles of NumPy. Numbers that they read
-    from around them, also in tuples, are those of now.
+    functions are Python functions of one group, in loops or in what Numba compiles of NumPy; on GPUs in loops, for
+    no array can be made there. Numbers that they read from around them, also in tuples, are those of now.
 
     Parameters
     ----------

@@ -110,7 +110,7 @@ def unpacking(kinds: tuple[types.Type, ...]) -> tuple[types.Type, Callable[..., 
         values = []
         for kind in kinds:
             if isinstance(kind, types.Array):
-                values.append(_array(context, builder, kind, word(), [word() for _ in range(kind.ndim)]))
+                values.append(array_at(context, builder, kind, word(), [word() for _ in range(kind.ndim)]))
             elif kind == types.float32:
                 bits = builder.trunc(word(), ir.IntType(32))
                 values.append(builder.bitcast(bits, ir.FloatType()))
@@ -123,9 +123,10 @@ def unpacking(kinds: tuple[types.Type, ...]) -> tuple[types.Type, Callable[..., 
     return result, generate
 
 
-def _array(
+def array_at(
     context: Any, builder: ir.IRBuilder, kind: Any, address: ir.Value, shape: list[ir.Value]
 ) -> ir.Value:
+    """An array of such a type, of what lies at an address."""
     array = context.make_array(kind)(context, builder)
     size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
     strides, count = [], _WORD(1)

@@ -14,10 +14,11 @@ if SIMULATED:
 from numba import cuda
 from numba.cuda import dispatcher
 
-from kvnumba.backends.cuda import attend, copy, decode, mass, merge, mods, prefill, read, write
+from kvnumba.backends.cuda import attend, copy, decode, mass, merge, mods, prefill, read, registered, write
 from kvnumba.backends.cuda.codecs import Codec
 from kvnumba.backends.cuda.transforms import NONE, Transform
-from kvnumba.formats import FORMATS
+from kvnumba.codecs import register_format
+from kvnumba.formats import FORMATS, REGISTERED
 from kvnumba.options import Scoring
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -172,6 +173,111 @@ def test_users_functions_that_do_not_compile(compile_kernel):
         ValueError, match=r"score_mod: textual \(test_compile.py, line \d+\) cannot be compiled.*: "
     ):
         mods.change_of(Scoring.of(4, 128, score_mod=textual), True)
+
+
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def largest(x):
+    size = abs(x[0])
+    for value in x:
+        size = max(size, abs(value))
+    return size / 6.0
+
+
+def nearest(value, scale):
+    code = 0
+    for n in range(1, 8):
+        if abs(value) > scale * (LEVELS[n - 1] + LEVELS[n]) * 0.5:
+            code = n
+    return code | 8 if value < 0 else code
+
+
+def fp4_encode(x, codes, scale):
+    for n in range(len(codes)):
+        codes[n] = nearest(x[2 * n], scale) << 4 | nearest(x[2 * n + 1], scale)
+
+
+def fp4_decode(codes, x, scale):
+    for i in range(len(x)):
+        code = codes[i // 2] >> (4 if i % 2 == 0 else 0)
+        x[i] = LEVELS[code & 7] * (-scale if code & 8 else scale)
+
+
+def smallest(x):
+    found = x[0]
+    for value in x:
+        found = min(found, value)
+    return found
+
+
+def rounded(x, codes, scale, zero):
+    for i in range(len(x)):
+        codes[i] = int(np.rint((x[i] - zero) / scale)) if scale > 0 else 0
+
+
+def as_numbers(codes, x, scale, zero):
+    for i in range(len(x)):
+        x[i] = codes[i] * scale + zero
+
+
+def all_zeros(x, codes):
+    for i in range(len(codes)):
+        codes[i] = 0
+
+
+def zeros_again(codes, x):
+    for i in range(len(x)):
+        x[i] = codes[0]
+
+
+@pytest.fixture
+def format_of():
+    """A format of some functions."""
+
+    def register(bits, **functions):
+        register_format("test_compiled", bits=bits, **functions)
+        return REGISTERED.pop("test_compiled")
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        ("float16", {"bits": 4, "scale": largest, "encode": fp4_encode, "decode": fp4_decode}),
+        ("float32", {"bits": 8, "scale": largest, "zero": smallest, "encode": rounded, "decode": as_numbers}),
+        ("float32", {"bits": 1, "encode": all_zeros, "decode": zeros_again}),
+    ],
+    ids=["fp4", "scale and zero", "alone"],
+)
+def test_formats_of_users(compile_kernel, format_of, scale, options):
+    """They are computed in float32 too."""
+    codec = Codec(format_of(**options), scale)
+    for kernel in (
+        attend.attend_kernel(4, "float32", 4, codec, 32, codec, 4, NONE, None),
+        mass.mass_kernel(4, "float16", 4, codec, 32, NONE, None),
+        write.write_kernel("float32", "float32", codec, codec, 4, NONE),
+        read.read_kernel(codec, 32),
+    ):
+        assert ".f64" not in compile_kernel(kernel)
+
+
+def over_arrays(x, codes):
+    codes[:] = np.minimum(np.maximum(np.rint(x * 16), 0), 255).astype(np.uint8)
+
+
+def over_arrays_again(codes, x):
+    x[:] = codes / 16
+
+
+def test_formats_that_do_not_compile(compile_kernel, format_of):
+    """Arrays cannot be made on a GPU."""
+    fmt = format_of(8, encode=over_arrays, decode=over_arrays_again)
+    with pytest.raises(
+        ValueError, match=r"encode: over_arrays \(test_compile.py, line \d+\) cannot be compiled.*: "
+    ):
+        registered.functions_of(fmt.codec)
 
 
 def test_what_is_encoded_is_rounded_as_numpy_rounds(compile_kernel):

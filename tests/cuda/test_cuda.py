@@ -316,6 +316,67 @@ def test_masses_of_device_arrays(kind, fmt, normal):
     np.testing.assert_allclose(mass.copy()[0], want, rtol=UNIT[kind], atol=max(UNIT[kind] / 4, 1e-5))
 
 
+def step_of(x):
+    size = abs(x[0])
+    for value in x:
+        size = max(size, abs(value))
+    return size / 31.0 if size > 0.0 else 1.0
+
+
+def encode6(x, codes, scale):
+    """Four elements of six bits in three bytes."""
+    for n in range(len(codes) // 3):
+        word = 0
+        for i in range(4):
+            word = word << 6 | 32 + int(np.rint(x[4 * n + i] / scale))
+        codes[3 * n], codes[3 * n + 1], codes[3 * n + 2] = word >> 16, (word >> 8) & 255, word & 255
+
+
+def decode6(codes, x, scale):
+    for n in range(len(codes) // 3):
+        word = np.int64(codes[3 * n]) << 16 | np.int64(codes[3 * n + 1]) << 8 | np.int64(codes[3 * n + 2])
+        for i in range(4):
+            x[4 * n + i] = np.float32(((word >> (18 - 6 * i)) & 63) - 32) * scale
+
+
+@pytest.mark.parametrize(
+    ("group_size", "new", "others"), [(32, [1, 1], {"key_format": "int8"}), (None, [1, 20], {})]
+)
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_formats_of_users(kind, group_size, new, others, normal):
+    """Beside another format, rotated, in more tokens than are decoded at a time; and their masses."""
+    kvnumba.register_format("test_int6", bits=6, scale=step_of, encode=encode6, decode=decode6)
+    options = {"group_size": group_size, "rotation": True, "scale_dtype": "float16", **others}
+    try:
+        cache = kvnumba.PagedKVCache(12, 16, 2, 128, 2, "test_int6", backend="cuda", **options)
+    finally:
+        del REGISTERED["test_int6"]
+    lengths = [100, 40]
+    ids = [cache.add_sequence() for _ in lengths]
+    given = [np.zeros((2, 2, 0, 128), np.float32) for _ in ids]
+    for counts in (np.subtract(lengths, new), new):
+        step = cache.step(ids, counts)
+        both = [on_device(normal(int(np.sum(counts)), 2, 128), kind) for _ in range(2)]
+        step.write(*(array for array, _ in both))
+        start = 0
+        for n, count in enumerate(counts):
+            rows = np.stack([host[start : start + count].swapaxes(0, 1) for _, host in both])
+            given[n] = np.concatenate((given[n], rows), axis=2)
+            start += count
+    q, q_host = on_device(normal(sum(new), 4, 128), kind)
+    out, masses = step.attend(q, return_mass=True)
+    start = 0
+    for n, seq_id in enumerate(ids):
+        k, v = cache.get_kv(seq_id)
+        for have, want in zip((k, v), given[n], strict=True):
+            assert 0 < np.abs(have - want).max() < 0.25
+        rows = slice(start, start + new[n])
+        want, _ = oracle.attention(q_host[rows], k, v)
+        assert np.abs(on_host(out, kind)[rows] - want).max() <= 4 * UNIT[kind] * max(1, np.abs(want).max())
+        np.testing.assert_allclose(masses[n], oracle.mass(q_host[rows], k), rtol=1e-4, atol=1e-4)
+        start += new[n]
+
+
 @pytest.mark.skipif(SIMULATED, reason="needs a GPU")
 def test_torch_tensors(normal):
     torch = pytest.importorskip("torch")

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvnumba.arrays import DeviceView, contiguous_strides
 from kvnumba.backends.cuda import memory
-from kvnumba.backends.cuda.codecs import codec_of
+from kvnumba.backends.cuda.codecs import codec_of, width_of_rows
 from kvnumba.backends.cuda.copy import copy_kernel
 from kvnumba.backends.cuda.decoding import Decoding
 from kvnumba.backends.cuda.intrinsics import width_of
@@ -184,9 +184,7 @@ class CudaBackend:
         out: np.ndarray,
     ) -> None:
         blocks, result = self._pool.put(block_table, 0), self._pool.take(out.nbytes, 0)
-        kernel = read_kernel(
-            codec_of(rows), width_of(rows.group_size if rows.fmt.has_scale else rows.head_dim)
-        )
+        kernel = read_kernel(codec_of(rows), width_of_rows(rows))
         num_rows = out.size // rows.head_dim
         shape = ReadShape(
             slab_bytes,

@@ -30,10 +30,14 @@ MANY = Shape("attend", 64 if SIMULATED else 16, 2, merges=True)
 
 KEYS = 128 if SIMULATED else 64
 
+STAGED = 2048
+"""Elements of values that are decoded to shared memory at a time, in formats of the user's own."""
 
-def shared_bytes(rows: int, head_dim: int, value_head_dim: int) -> int:
-    """What `attend` cuts up: sums or queries, scores, rows of keys, four numbers a row."""
-    return 4 * (shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 4 * rows)
+
+def shared_bytes(rows: int, head_dim: int, value_head_dim: int, staged: bool) -> int:
+    """What `attend` cuts up: sums or queries, scores, rows of keys, four numbers a row, and values in float32."""
+    used = shared_floats(rows, max(head_dim, value_head_dim), 1) + rows * KEYS + 2 * KEYS + 4 * rows
+    return 4 * (used + max(STAGED, value_head_dim) * staged)
 
 
 @functools.cache
@@ -58,7 +62,8 @@ def attend_kernel(
     rotate_sums = rotation_in_shared(transform.values, barrier)
     modified = change is not None
     of_keys, of = vectors(rows, key_width), vectors(rows, value_width)
-    single = vectors(rows, 1)
+    single, of_values = vectors(rows, 1), vectors(1, value_width)
+    staged = value_codec.fmt.codec is not None
     size, loaded_size = rows * value_width, TOGETHER * value_width
     most_merged = 2 * MAX_SPLITS
     zero, least = float32(0), float32(LEAST)
@@ -85,6 +90,7 @@ def attend_kernel(
         at_slabs = at_scores + rows * KEYS
         at_factors = at_slabs + 2 * KEYS
         at_tops, at_totals, at_offsets = at_factors + rows, at_factors + 2 * rows, at_factors + 3 * rows
+        at_staged = at_offsets + rows
         key_chunks, chunks = quotient(head_dim, key_width), quotient(value_head_dim, value_width)
         shares = quotient(THREADS, chunks)
         share, chunk = quotient(thread, chunks), remainder(thread, chunks)
@@ -137,18 +143,44 @@ def attend_kernel(
             if share < shares:
                 of.scale_rows(weighted, shared, at_factors)
                 single.scale_rows(totals, shared, at_factors)
-                for j in range(share, count, shares):
-                    number = int64(shared_int[index(at_slabs + j)])
-                    if number >= 0:
-                        slab, offset = number * work.slab_bytes, int64(shared_int[index(at_slabs + KEYS + j)])
-                        read_value(
-                            call.values + slab, call.value_scales + slab, offset, chunk * value_width,
-                            value_head_dim, work.value_group, values,
-                        )  # fmt: skip
-                        of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
-                        if chunk == 0:
-                            of.add_rows(totals, shared, at_scores + j, KEYS)
-            barrier()
+            at_once = max(int32(1), quotient(STAGED, value_head_dim)) if staged else int32(KEYS)
+            for first in range(0, count, at_once):
+                last = min(first + at_once, count)
+                if staged:
+                    groups = quotient(value_head_dim, work.value_group)
+                    for i in range(thread, (last - first) * groups, THREADS):
+                        j = first + quotient(i, groups)
+                        number = int64(shared_int[index(at_slabs + j)])
+                        if number >= 0:
+                            slab, offset = (
+                                number * work.slab_bytes,
+                                int64(shared_int[index(at_slabs + KEYS + j)]),
+                            )
+                            at = at_staged + i * work.value_group
+                            read_value(
+                                call.values + slab, call.value_scales + slab, offset,
+                                remainder(i, groups) * work.value_group, value_head_dim, work.value_group,
+                                shared[at : at + work.value_group],
+                            )  # fmt: skip
+                    barrier()
+                if share < shares:
+                    for j in range(first + share, last, shares):
+                        number = int64(shared_int[index(at_slabs + j)])
+                        if number >= 0:
+                            if staged:
+                                at = at_staged + (j - first) * value_head_dim + chunk * value_width
+                                of_values.take(shared, at, values)
+                            else:
+                                slab = number * work.slab_bytes
+                                offset = int64(shared_int[index(at_slabs + KEYS + j)])
+                                read_value(
+                                    call.values + slab, call.value_scales + slab, offset, chunk * value_width,
+                                    value_head_dim, work.value_group, values,
+                                )  # fmt: skip
+                            of.outer_rows(weighted, shared, at_scores + j, KEYS, values)
+                            if chunk == 0:
+                                of.add_rows(totals, shared, at_scores + j, KEYS)
+                barrier()
 
         for s in range(shares):
             if share == s:

@@ -23,8 +23,10 @@ from kvnumba.backends.cuda.intrinsics import (
     vectors,
     warp_max,
     warp_min,
+    width_of,
 )
 from kvnumba.backends.cuda.jit import SIMULATED, WARP, device
+from kvnumba.backends.cuda.registered import group_reader, group_writer
 from kvnumba.formats import Format
 from kvnumba.storage import RowLayout
 
@@ -52,8 +54,8 @@ class Codec(NamedTuple):
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a scale and a zero."""
-        return 2 * self.scale_bytes
+        """Bytes of a scale and a zero, or of a scale alone."""
+        return (1 + self.fmt.has_zero) * self.scale_bytes
 
     @property
     def scale_bytes(self) -> int:
@@ -72,6 +74,13 @@ def codec_of(rows: RowLayout) -> Codec:
     return Codec(rows.fmt, rows.scale_dtype.name if rows.fmt.has_scale else "float32")
 
 
+def width_of_rows(rows: RowLayout) -> int:
+    """How many neighbours of a stored row are read together: of formats of the user's own, a group."""
+    if rows.fmt.codec is not None:
+        return rows.group_size
+    return width_of(rows.head_dim, rows.group_size)
+
+
 @functools.cache
 def reader(codec: Codec, width: int) -> Any:
     """``read(codes, scales, offset, at, head_dim, group_size, values)``: elements of a stored row as float32.
@@ -80,8 +89,10 @@ def reader(codec: Codec, width: int) -> Any:
     """
     fmt, pair_bytes, scale_bytes = codec.fmt, codec.pair_bytes, codec.scale_bytes
     bits, has_scale = fmt.bits, fmt.has_scale
-    load, dequantize = loader(fmt.name, width), vectors(1, width).dequantize
     load_scale = load_float if codec.scale == "float32" else load_half
+    if fmt.codec is not None:
+        return group_reader(fmt, load_scale, pair_bytes, scale_bytes)
+    load, dequantize = loader(fmt.name, width), vectors(1, width).dequantize
 
     @device
     def read(codes, scales, offset, at, head_dim, group_size, values):
@@ -101,8 +112,10 @@ def row_writer(codec: Codec, width: int) -> Any:
     """
     fmt, pair_bytes, scale_bytes = codec.fmt, codec.pair_bytes, codec.scale_bytes
     bits, has_scale = fmt.bits, fmt.has_scale
-    store, of = storer(fmt.name, width), vectors(1, width)
     store_scale = store_float if codec.scale == "float32" else store_half
+    if fmt.codec is not None:
+        return group_writer(fmt, store_scale, _rounder(codec.scale), pair_bytes, scale_bytes)
+    store, of = storer(fmt.name, width), vectors(1, width)
     most = float32(fmt.max_code) if has_scale else float32(0)
     infinity, nothing, one = float32("inf"), float32(0), float32(1)
     rounded = _rounder(codec.scale)

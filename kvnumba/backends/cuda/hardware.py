@@ -15,7 +15,7 @@ from numba import float32, int32, int64, types, uint32
 from numba.cuda.extending import intrinsic
 
 from kvnumba.backends.cuda.jit import cuda, device
-from kvnumba.backends.mods import unpacking
+from kvnumba.backends.mods import array_at, unpacking
 from kvnumba.formats import FORMATS, Format
 
 _TYPES = {
@@ -84,6 +84,23 @@ def unpacker(kinds: tuple[Any, ...]) -> Any:
         return result(types.int64), generate
 
     return unpack
+
+
+def _viewer(kind: types.Array) -> Any:
+    """``at(address, count)``: a vector of what lies in memory."""
+
+    @intrinsic
+    def at(typing: Any, address: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            return array_at(context, builder, kind, args[0], [args[1]])
+
+        return kind(types.int64, types.int64), generate
+
+    return at
+
+
+bytes_at = _viewer(types.Array(types.uint8, 1, "C"))
+floats_at = _viewer(types.Array(types.float32, 1, "C"))
 
 
 _LOADS = {

@@ -28,6 +28,7 @@ load_int, load_float, load_fresh = machine.load_int, machine.load_float, machine
 load_half, store_half, round_to_half = machine.load_half, machine.store_half, machine.round_to_half
 store_float, store_int, count_up = machine.store_float, machine.store_int, machine.count_up
 quotient, remainder = machine.quotient, machine.remainder
+bytes_at, floats_at = machine.bytes_at, machine.floats_at
 loader, fresh_loader, storer = machine.loader, machine.fresh_loader, machine.storer
 
 LEAST = -1e38

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvnumba.arrays import DeviceView
 from kvnumba.backends.cuda import attend, mass
-from kvnumba.backends.cuda.codecs import Matrix, codec_of
+from kvnumba.backends.cuda.codecs import Matrix, codec_of, width_of_rows
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import (
     SIMULATED,
@@ -311,7 +311,7 @@ def mass_launches_of(
             q.dtype,
             width_of(layout.head_dim, *alignment_of(q)),
             codec_of(layout.keys),
-            width_of(layout.head_dim, layout.keys.group_size),
+            width_of_rows(layout.keys),
             transform_of(layout),
             change_of(scoring, share.part.masked),
         )
@@ -409,13 +409,14 @@ def _kernel(
             q.dtype,
             width_of(head_dim, *alignment_of(q)),
             keys,
-            width_of(head_dim, layout.keys.group_size),
+            width_of_rows(layout.keys),
             values,
             width_of(value_head_dim, layout.values.group_size),
             transform,
             change,
         )
-        return kernel, attend.shared_bytes(shape.rows, head_dim, value_head_dim)
+        staged = values.fmt.codec is not None
+        return kernel, attend.shared_bytes(shape.rows, head_dim, value_head_dim, staged)
     extras = scoring.logits_soft_cap > 0 or scoring.alibi_slopes is not None
     if shape.name == "decode":
         kernel = decode.decode_kernel(q.dtype, codecs, head_dim, value_head_dim, extras, transform)

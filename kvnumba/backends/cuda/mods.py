@@ -64,8 +64,10 @@ def _compiled(
     from kvnumba.backends.cuda.hardware import unpacker
 
     unpack = unpacker(kinds)
-    new_score = unchanged if score_mod is None else _checked(score_mod, kinds)
-    is_seen = all_seen if mask_mod is None else _checked(mask_mod, kinds)
+    new_score = (
+        unchanged if score_mod is None else compiled_for(score_mod, argument_kinds(score_mod, kinds))[0]
+    )
+    is_seen = all_seen if mask_mod is None else compiled_for(mask_mod, argument_kinds(mask_mod, kinds))[0]
 
     @device
     def change(score, q_head, q_pos, kv_pos, address):
@@ -89,14 +91,21 @@ def all_seen(*numbers):
     return True
 
 
-def _checked(user: UserFunction, kinds: tuple[Any, ...]) -> Any:
-    """A function for the device; alone it is compiled first, for Numba to say what is wrong with it."""
+def compiled_for(user: UserFunction, kinds: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A function for the device, and the type of what it returns for arguments of such types.
+
+    Alone it is compiled first, for Numba to say what is wrong with it.
+
+    Raises
+    ------
+    ValueError
+        It cannot be compiled.
+    """
     function = compiled(user, device, _of_numpy())
     try:
-        function.compile_device(argument_kinds(user, kinds))
+        return function, function.compile_device(kinds).signature.return_type
     except Exception as error:  # numba-cuda has errors of its own
         raise does_not_compile(user, error) from error
-    return function
 
 
 def _of_numpy() -> dict[Callable[..., Any], Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from numba import float32
 
 from kvnumba.backends.cuda.codecs import Codec, reader
-from kvnumba.backends.cuda.intrinsics import remainder, storer
+from kvnumba.backends.cuda.intrinsics import floats_at, remainder, storer
 from kvnumba.backends.cuda.jit import THREADS, WARP, Kernel, cuda
 from kvnumba.backends.cuda.parameters import ReadAddresses, ReadShape
 from kvnumba.backends.cuda.tables import find_slab
@@ -17,7 +18,8 @@ from kvnumba.backends.cuda.tables import find_slab
 def read_kernel(codec: Codec, width: int) -> Kernel:
     """A warp for each row of out (B, H, length, D), the next when it is done; block ids are (B, max_blocks)."""
     read_values = reader(codec, width)
-    store = storer("float32", width)
+    whole = codec.fmt.codec is not None  # groups, which go straight to where they belong
+    store: Any = None if whole else storer("float32", width)
 
     def read(call, work):
         thread = cuda.threadIdx.x
@@ -31,9 +33,16 @@ def read_kernel(codec: Codec, width: int) -> Kernel:
             slab = find_slab(blocks, position, work.block_size, work.num_kv_heads, head) * work.slab_bytes
             offset = remainder(position, work.block_size)
             for at in range(lane * width, work.head_dim, WARP * width):
-                read_values(
-                    call.codes + slab, call.scales + slab, offset, at, work.head_dim, work.group_size, values
-                )
-                store(call.out + 4 * (item * work.head_dim + at), values)
+                out = call.out + 4 * (item * work.head_dim + at)
+                if whole:
+                    read_values(
+                        call.codes + slab, call.scales + slab, offset, at, work.head_dim, work.group_size,
+                        floats_at(out, width),
+                    )  # fmt: skip
+                else:
+                    read_values(
+                        call.codes + slab, call.scales + slab, offset, at, work.head_dim, work.group_size, values
+                    )  # fmt: skip
+                    store(out, values)
 
     return Kernel(read, (ReadAddresses, ReadShape))

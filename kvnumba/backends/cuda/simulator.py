@@ -93,6 +93,14 @@ _STORE = {
 """Stored elements -> numbers, and back, for formats whose elements are not numbers of NumPy's."""
 
 
+def bytes_at(address, count):
+    return memory(address, count, np.uint8)
+
+
+def floats_at(address, count):
+    return memory(address, count, np.float32)
+
+
 def loader(name, width):
     fmt = FORMATS[name]
     count = fmt.row_length(width)

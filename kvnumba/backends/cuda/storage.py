@@ -11,7 +11,7 @@ from kvnumba.backends.cuda.codecs import codec_of
 from kvnumba.backends.cuda.intrinsics import width_of
 from kvnumba.backends.cuda.jit import THREADS
 from kvnumba.backends.cuda.memory import DeviceArray, Memory, enter
-from kvnumba.formats import FORMATS
+from kvnumba.backends.cuda.registered import functions_of
 from kvnumba.storage import Buffers, Encoded, Layout, RowLayout
 from kvnumba.transforms import RowTransform
 
@@ -76,16 +76,12 @@ class CudaBuffers(Buffers):
 
 def allocate(layout: Layout) -> CudaBuffers:
     """Zeroed storage; MemoryError where there is no room for it."""
-    for name, rows in (("key_format", layout.keys), ("value_format", layout.values)):
-        if rows.fmt.codec is not None:
-            raise ValueError(
-                f"{name}: {rows.fmt.name} is a format of your own, which the backends numpy and cpu take; "
-                f"expected one of {', '.join(FORMATS)} on the cuda backend"
-            )
     for name, rows in (("head_dim", layout.keys), ("value_head_dim", layout.values)):
         most = THREADS * width_of(rows.head_dim, rows.group_size)
         if rows.head_dim > most:
             raise ValueError(f"{name}: expected at most {most} on the cuda backend; got {rows.head_dim}")
+        if rows.fmt.codec is not None:
+            functions_of(rows.fmt.codec)  # which fails if they do not compile
     enter()
 
     # of a slab: the keys' codes, their scales and zeros in turn, the same of the values
@@ -103,11 +99,9 @@ def allocate(layout: Layout) -> CudaBuffers:
     storage = Memory(layout.num_layers * layer_bytes + OVERREAD * longest, zeros=True)
 
     def encoded(rows: RowLayout, codes: int, scales: int) -> Encoded:
-        scale_bytes = codec_of(rows).scale_bytes
+        scale_bytes, pair_bytes = codec_of(rows).scale_bytes, codec_of(rows).pair_bytes
         code_bytes = rows.fmt.code_dtype.itemsize
-        places = iter(
-            ((codes, code_bytes), (scales, 2 * scale_bytes), (scales + scale_bytes, 2 * scale_bytes))
-        )
+        places = iter(((codes, code_bytes), (scales, pair_bytes), (scales + scale_bytes, pair_bytes)))
 
         def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
             offset, step = next(places)
