@@ -26,7 +26,7 @@ LATEST = {"TOVA": 1, "SnapKV": WINDOW}
 """Tokens of the step before an eviction, where it matters."""
 
 
-@pytest.fixture(params=[name for name in TESTED if name in ("numpy", "cpu")])
+@pytest.fixture(params=TESTED)
 def backend(request):
     """The name of each backend whose caches may drop tokens head by head, and find masses."""
     return request.param

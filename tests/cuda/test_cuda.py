@@ -377,6 +377,17 @@ def test_formats_of_users(kind, group_size, new, others, normal):
         start += new[n]
 
 
+def test_blocks_of_one_head_without_scales(normal):
+    cache = kvnumba.PagedKVCache(4, 8, 1, 16, 2, backend="cuda")
+    seq_id = cache.add_sequence()
+    cache.update(seq_id, *normal(2, 1, 8, 16))
+    before = cache.get_kv(seq_id)
+    cache.swap_out(seq_id)
+    cache.swap_in(seq_id)
+    for have, want in zip(cache.get_kv(seq_id), before, strict=True):
+        np.testing.assert_array_equal(have, want)
+
+
 @pytest.mark.skipif(SIMULATED, reason="needs a GPU")
 def test_torch_tensors(normal):
     torch = pytest.importorskip("torch")
@@ -577,17 +588,3 @@ def test_the_simulator_computes_as_hardware_does(rows, width, normal):
             results.append([*(x for x in given if isinstance(x, np.ndarray)), np.float32(returned or 0)])
         for a, b in zip(*results, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
-
-
-def test_formats_of_ones_own_are_refused():
-    def encode(x, codes):
-        codes[:] = 0
-
-    def decode(codes, x):
-        x[:] = 0
-
-    kvnumba.register_format("zeros", bits=1, encode=encode, decode=decode)
-    message = "value_format: zeros is a format of your own, which the backends numpy and cpu take"
-    with pytest.raises(ValueError, match=message):
-        kvnumba.KVCache(1, 8, 1, 8, value_format="zeros", backend="cuda")
-    del REGISTERED["zeros"]
