@@ -103,6 +103,20 @@ def test_options(backend, options, new_tokens, normal):
     check(mass, q.swapaxes(0, 1), cache.get_kv(seq_id)[0], **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 20.0}], ids=["plain", "cap"])
+@pytest.mark.parametrize("order", [1, -1], ids=["growing", "falling"])
+def test_scores_that_grow_or_fall(backend, order, options, normal):
+    """Weights of earlier keys count from smaller maxima, and the shifts of keys count in all of them."""
+    calibration = kvnumba.Calibration((normal(H, D),), (np.ones((H, D)),), 100)
+    cache = kvnumba.PagedKVCache(20, 16, H, D, 1, backend=backend, calibration=calibration)
+    seq_id = cache.add_sequence()
+    size = np.linspace(0.1, 8, 300)[::order, None]
+    cache.update(seq_id, normal(H, 300, D) * size, normal(H, 300, D))
+    q = normal(HQ, 2, D)
+    _, mass = cache.attend(seq_id, q, return_mass=True, **options)
+    check(mass, q.swapaxes(0, 1), cache.get_kv(seq_id)[0], **options)
+
+
 def test_what_sees_nothing_gives_nothing(backend, normal):
     cache, (seq_id,) = filled(backend, normal, [70])
     _, mass = cache.attend(seq_id, normal(HQ, 2, D), return_mass=True, mask_mod=lambda *positions: False)

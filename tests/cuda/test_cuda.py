@@ -307,6 +307,8 @@ def test_masses_of_device_arrays(kind, fmt, normal):
         for n, rows in enumerate((slice(0, 1), slice(1, 6))):
             want = oracle.mass(q_host[rows], cache.get_kv(ids[n])[0], **options)
             np.testing.assert_allclose(masses[n], want, rtol=UNIT[kind], atol=max(UNIT[kind] / 4, 1e-5))
+    with pytest.raises(ValueError, match="return_mass: expected True with arrays on a GPU; got 'block'"):
+        step.attend(q, return_mass="block")
     cache = kvnumba.KVCache(1, 40, 2, 64, fmt, backend="cuda")
     cache.update(*(on_device(normal(1, 2, 30, 64), kind)[0] for _ in range(2)))
     q, q_host = on_device(normal(1, 8, 3, 64), kind)

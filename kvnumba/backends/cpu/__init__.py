@@ -57,7 +57,7 @@ VECTOR_FEATURES = (
 _NONE = np.empty(0, np.float32)
 _NO_NUMBERS = np.empty(0, np.int32)
 _NO_PARTIALS = np.empty((0, 1), np.float32)
-_NO_SCORES = np.empty((1, 0), np.float32)
+_NO_WEIGHTS = np.empty((1, 0), np.float32)
 _NO_MASS = np.empty((0, 0), np.float32)
 
 
@@ -169,7 +169,7 @@ class CpuBackend:
         views = attention.Views(_view(q), out, lse)
         with _ONE_AT_A_TIME:
             if isinstance(plan, Plan):
-                self._attend(layer, views, plan, scoring, _NO_SCORES, _NO_MASS)
+                self._attend(layer, views, plan, scoring, _NO_WEIGHTS, _NO_MASS)
                 return
             assert mass is not None
             rows = mass.reshape(-1, mass.shape[-1])
@@ -230,7 +230,7 @@ class CpuBackend:
     def _add_masses(
         self, lse: np.ndarray, plan: Plan, kept: np.ndarray, mass: np.ndarray, num_kv_heads: int
     ) -> None:
-        """What becomes of kept scores, now that the lse of their tokens is known."""
+        """What becomes of kept weights, now that the lse of their tokens is known."""
         for planned in plan.parts:
             offsets = planned.part.batch.offsets
             offsets = _NO_NUMBERS if offsets is None else offsets
