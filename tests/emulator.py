@@ -778,7 +778,12 @@ def _hardware():
         "warp_min": _over_warp(np.fmin),
         "warp_max": _over_warp(np.fmax),
         "warp_sum": _over_warp(lambda a, b: a + b),
+        **dict.fromkeys(("bytes_at", "floats_at"), _only_compiled),
     }
+
+
+def _only_compiled(address, count):
+    raise NotImplementedError("formats of the user's own are not run here")
 
 
 # --------------------------------------------------------------------------------- the device and its driver

@@ -148,8 +148,9 @@ def much_of_numpy(score, q_head, q_pos, kv_pos):
         {"mask_mod": document, "aux": (np.zeros(100, np.int32), 0.5)},
         {"score_mod": soft_cap},
         {"score_mod": much_of_numpy},
+        {"mask_mod": lambda *where: where[1] > 3},
     ],
-    ids=["ALiBi", "document", "soft cap", "functions of NumPy, and one's own"],
+    ids=["ALiBi", "document", "soft cap", "functions of NumPy, and one's own", "any number of arguments"],
 )
 def test_users_functions(compile_kernel, options):
     """They are computed in float32, and what they are given besides is read where it lies."""

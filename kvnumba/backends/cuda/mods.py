@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import float32
+from numba import float32, types
 
 from kvnumba.backends.cuda.jit import SIMULATED, device, int64
 from kvnumba.backends.mods import argument_kinds, compiled, does_not_compile, kinds_of
@@ -102,6 +103,9 @@ def compiled_for(user: UserFunction, kinds: tuple[Any, ...]) -> tuple[Any, Any]:
         It cannot be compiled.
     """
     function = compiled(user, device, _of_numpy())
+    if user.function.__code__.co_flags & inspect.CO_VARARGS:
+        named = user.function.__code__.co_argcount
+        kinds = (*kinds[:named], types.StarArgTuple.from_types(kinds[named:]))
     try:
         return function, function.compile_device(kinds).signature.return_type
     except Exception as error:  # numba-cuda has errors of its own
