@@ -74,8 +74,8 @@ def settle(shape, scratch):
 
 
 @njit
-def exponentiate(shape, run, reading, values, scratch):
-    softmax.exponentiate_run(shape, run, reading, values, scratch)
+def exponentiate(shape, run, reading, values, masks, scratch):
+    softmax.exponentiate_run(shape, run, reading, values, masks, scratch)
 
 
 @njit
@@ -258,9 +258,9 @@ def scoring_of(sinks, slopes, bfloat16=False):
     return shapes.Score(SM_SCALE, -1, np.float32(0), sinks, slopes, False, bfloat16, 0, 0)
 
 
-def masks_of(reach, seen_by_all, cap=0):
+def masks_of(reach, seen_by_all, cap=0, kept=0):
     """No function of users, and positions that are those of the keys."""
-    return shapes.Masks(np.int32(reach), seen_by_all, np.float32(cap), 0, 0, 0, 0, 0)
+    return shapes.Masks(np.int32(reach), seen_by_all, np.float32(cap), 0, 0, 0, 0, kept)
 
 
 def reading_of(fmt, bias=-1):
@@ -433,8 +433,22 @@ def test_softmax(rows, tiles, count, rng):
 
     weights = np.exp(out[:count, :rows].astype(np.float64) - top)
     start, scores = table.copy(), out.copy()
-    no_scales = stored_rows(FLOAT32, count, 2, rng)[0]
-    exponentiate(columns.shape, columns.run, reading_of(FLOAT32), no_scales, columns.scratch)
+
+    def exponentiated(fmt, bias, values):
+        """The weights, which may also be kept, as they are before scales go into them."""
+        kept, found = np.full_like(out, np.nan), []
+        for address in (kept.ctypes.data, 0):
+            table[:], out[:] = start, scores
+            masks = masks_of(0, 0, kept=address)
+            exponentiate(columns.shape, columns.run, reading_of(fmt, bias), values, masks, columns.scratch)
+            found.append((table.copy(), out.copy()))
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+        if columns.shape.keeps:
+            np.testing.assert_allclose(kept[:count, :rows], weights, rtol=5e-6, atol=1e-30)
+            assert (kept[count:lines, :rows] == 0).all()
+
+    exponentiated(FLOAT32, -1, stored_rows(FLOAT32, count, 2, rng)[0])
     np.testing.assert_allclose(out[:count, :rows], weights, rtol=5e-6, atol=1e-30)
     total = sums * rescale + weights.sum(axis=0)
     np.testing.assert_allclose(columns.sum_of(shapes.ROW_SUM), total, rtol=5e-6)
@@ -442,10 +456,9 @@ def test_softmax(rows, tiles, count, rng):
         return
 
     for fmt, bias in MIDDLE.items():  # scales and zeros go into the weights
-        table[:], out[:] = start, scores
         values, _, _ = stored_rows(fmt, count, 2, rng)
         scale, zero = (x[FIRST : FIRST + count] for x in (values.scale, values.zero))
-        exponentiate(columns.shape, columns.run, reading_of(fmt, bias), values, columns.scratch)
+        exponentiated(fmt, bias, values)
         np.testing.assert_allclose(out[:count, :rows], weights * scale, rtol=5e-6, atol=1e-30)
         offset = (weights * (scale * bias + zero)).sum(axis=0)
         np.testing.assert_allclose(columns.sum_of(shapes.ZERO_SUM), sums * rescale + offset, rtol=1e-5)
