@@ -713,3 +713,12 @@ def test_formats_of_ones_own_are_refused(group):
     ):
         ShardedKVCache(4, SIZE, H, 8, 2, "zeros", workers=group(2))
     del REGISTERED["zeros"]
+
+
+def test_masses_are_refused(group):
+    cache = ShardedKVCache(8, SIZE, H, D, 2, workers=group(2))
+    seq_id = cache.add_sequence()
+    q = np.zeros((H, 1, D), np.float32)
+    cache.update(seq_id, q, q)
+    with pytest.raises(ValueError, match="return_mass: expected a cache of the backend .*; got one of ray"):
+        cache.attend(seq_id, q, return_mass=True)
