@@ -205,9 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint of a byte-level model")
     parser.add_argument("--format", default="float32", choices=OPTIONS)
-    parser.add_argument("--texts", type=int, default=len(TEXTS))
-    parser.add_argument("--tasks", type=int, default=3, help="lists of 100 names")
-    parser.add_argument("--questions", type=int, default=40, help="asked before, of each list")
+    parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=2, help="lists of 100 names")
+    parser.add_argument("--questions", type=int, default=25, help="asked before, of each list")
     args = parser.parse_args()
     decoder = IncrementalDecoder.from_pretrained(args.folder)
     texts = [as_tokens(source(name)[: 2 * PROMPT]) for name in TEXTS[: args.texts]]
