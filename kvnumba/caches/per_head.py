@@ -20,6 +20,7 @@ import numpy as np
 from kvnumba import arguments, arrays
 from kvnumba.attention import passes
 from kvnumba.attention.passes import Pass, as_returned
+from kvnumba.backends.protocol import Backend
 from kvnumba.backends.registry import get_backend
 from kvnumba.blocks.integrity import check_pool
 from kvnumba.blocks.pool import BlockPool
@@ -31,7 +32,7 @@ from kvnumba.options import AttentionOptions, Scoring, scoring_of
 from kvnumba.storage import Batch, Layout, LayoutOptions
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class PerHeadKVCache(Cache):
@@ -62,16 +63,23 @@ class PerHeadKVCache(Cache):
         backend: str | None = None,
         **options: Unpack[LayoutOptions],
     ) -> None:
-        whole = Layout.of(num_blocks, block_size, num_kv_heads, head_dim, dtype, **options)
-        if whole.recent_tokens:
-            raise ValueError(f"recent_tokens: expected 0 with blocks of one head; got {whole.recent_tokens}")
-        if whole.transform is not None and whole.transform.calibration is not None:
-            raise ValueError("calibration: expected None with blocks of one head, it is one of all heads")
+        layout = Layout.of(num_blocks, block_size, num_kv_heads, head_dim, dtype, **options)
+        self._start(layout, max_num_seqs, get_backend(backend))
+
+    @classmethod
+    def from_layout(cls, layout: Layout, max_num_seqs: int, *, backend: str | Backend | None = None) -> Self:
+        """A cache of this layout, whose `num_blocks` are of one head, on a backend with this name or on this one."""
+        cache = cls.__new__(cls)
+        cache._start(layout, max_num_seqs, get_backend(backend))
+        return cache
+
+    def _start(self, whole: Layout, max_num_seqs: int, backend: Backend) -> None:
+        check_options(whole.recent_tokens, None if whole.transform is None else whole.transform.calibration)
         max_num_seqs = arguments.integer("max_num_seqs", max_num_seqs, minimum=1)
         self._whole = whole
         self._each = whole.num_layers * whole.num_kv_heads  # heads of all layers
         layout = replace(whole, num_layers=1, num_kv_heads=1)
-        super().__init__(layout, max_num_seqs * self._each, get_backend(backend))
+        super().__init__(layout, max_num_seqs * self._each, backend)
         self._pool = BlockPool(layout.num_blocks, layout.block_size, self._max_num_seqs, rows_each=self._each)
         self._steps: dict[int, PerHeadStep] = {}  # the latest pass of `update` of each sequence
 
@@ -153,6 +161,18 @@ class PerHeadKVCache(Cache):
         with self._pool.lock:
             first, *_ = [self._pool.fork(head) for head in self._heads(seq_id).ravel().tolist()]
         return first // self._each
+
+    def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
+        """Let each sequence become a fork of one of the parents; as `PagedKVCache.reorder`."""
+        ids = arguments.integers("seq_ids", seq_ids).tolist()
+        sources = arguments.integers("parents", parents, length=len(ids)).tolist()
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"seq_ids: expected each sequence once; got {list(seq_ids)}")
+        with self._pool.lock:
+            self._pool.reorder(self._of_layers(ids).ravel(), self._of_layers(sources).ravel())
+        for seq_id, parent in zip(ids, sources, strict=True):
+            if seq_id != parent:
+                self._steps.pop(seq_id, None)
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget the tokens of a sequence that stand at `length` or later, in all heads.
@@ -542,6 +562,14 @@ class PerHeadStep:
             f"PerHeadStep(sequences={len(self.seq_ids)}, new_tokens={self.num_tokens}, "
             f"layers_written={written}/{len(self._passes)})"
         )
+
+
+def check_options(recent_tokens: int, calibration: Any) -> None:
+    """Raise for options of a layout that concern all heads together."""
+    if recent_tokens:
+        raise ValueError(f"recent_tokens: expected 0 with blocks of one head; got {recent_tokens}")
+    if calibration is not None:
+        raise ValueError("calibration: expected None with blocks of one head, it is one of all heads")
 
 
 def _order(new: np.ndarray, begin: np.ndarray, num_kv_heads: int) -> np.ndarray:

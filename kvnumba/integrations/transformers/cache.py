@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from kvnumba.backends.protocol import Backend
 from kvnumba.backends.registry import chosen_name, get_backend
+from kvnumba.caches.per_head import check_options
 from kvnumba.calibration import Calibration
 from kvnumba.integrations.transformers import foreign, saving
 from kvnumba.integrations.transformers.layers import HybridLayer, IndexedLayer, KVNumbaLayer
@@ -86,6 +87,10 @@ class KVNumbaCache(PassCache):
     backend : {"numpy", "cpu", "cuda", "auto"} or Backend, optional
         Default: `kvnumba.use_backend`, then ``KVNUMBA_BACKEND``, then "auto": "cuda" for tensors on a GPU, else "cpu".
         A `kvnumba.integrations.ray.ShardedBackend` keeps the cache on several machines.
+    per_head : bool
+        Keep each KV head of each layer in blocks of its own, so that it may drop other tokens than the others: see
+        `kvnumba.integrations.kvpress`. For models on a CPU, all of whose layers are of full attention and attend out
+        of the storage; nothing is kept in float besides.
     **options
         Group size and dtype of scales, rotation, calibration, tokens kept in float: see `kvnumba.LayoutOptions`. int4
         here means rotated, with float16 scales and the newest 128 tokens in float, unless options say otherwise; give
@@ -104,18 +109,19 @@ class KVNumbaCache(PassCache):
         *,
         arithmetic: str | None = None,
         backend: str | Backend | None = None,
+        per_head: bool = False,
         **options: Unpack[LayoutOptions],
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config: expected model.config; got a {type(config).__name__}")
-        options = _checked(options)
+        options = _checked(options, per_head)
         arithmetic = arithmetic_name(arithmetic)
         get_backend(backend, on_host=True)  # raises where there is none
         if backend is None or isinstance(backend, str):
             backend = chosen_name(backend)
-        self._settings = Settings(options, arithmetic, backend)
+        self._settings = Settings(options, arithmetic, backend, per_head)
         self._config = config
-        kinds = _kinds(config)
+        kinds = _kinds(config, per_head)
         stored = [kind.group for kind in kinds if kind.group is not None]
         if not stored:
             raise ValueError(
@@ -135,7 +141,7 @@ class KVNumbaCache(PassCache):
         self._empty = [foreign.copied(layer) for layer in self._foreign]
 
     def _set_layers(self) -> None:
-        layers = _make_layers(self._config, self._groups)
+        layers = _make_layers(self._config, _kinds(self._config, self.per_head), self._groups)
         self._foreign = [
             getattr(layer, "states", layer)
             for layer in layers
@@ -184,6 +190,11 @@ class KVNumbaCache(PassCache):
                 if group.sliding_window is not None and not group.record_past
             },
         )
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each KV head may drop other tokens than the others."""
+        return self._settings.per_head
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -363,23 +374,28 @@ class KVNumbaCache(PassCache):
             f"keys {settings.options.get('key_format') or 'as given'}, "
             f"values {settings.options.get('value_format') or 'as given'}, "
             f"{''.join(f'{name}={value!r}, ' for name, value in kept.items())}"
+            f"{'of one head each, ' if self.per_head else ''}"
             f"{(used or [backend])[0]}, {self.used_bytes() / 1e6:.1f} MB)"
         )
 
 
-def _checked(options: LayoutOptions) -> LayoutOptions:
+def _checked(options: LayoutOptions, per_head: bool) -> LayoutOptions:
     """Options with what int4 stands for, after the checks that need no model; None where the default is meant."""
     for name in ("num_layers", "value_head_dim"):
         if name in options:
             raise TypeError(f"{name}: the model decides it; expected no such argument")
     given: Any = {name: value for name, value in options.items() if value is not None}
     filled: Any = with_recipe(None, given)
+    if per_head and "recent_tokens" not in given:
+        filled = {name: value for name, value in filled.items() if name != "recent_tokens"}
     calibration = filled.get("calibration")
     if not isinstance(calibration, (Calibration, type(None))):
         raise TypeError(f"calibration: expected a Calibration; got a {type(calibration).__name__}")
     group_size = filled.get("group_size")
     head_dim = 2 * group_size if isinstance(group_size, int) and group_size > 0 else 2
-    Layout.of(1, 1, 1, head_dim, **{**filled, "calibration": None})
+    layout = Layout.of(1, 1, 1, head_dim, **{**filled, "calibration": None})
+    if per_head:
+        check_options(layout.recent_tokens, calibration)
     checked: LayoutOptions = filled
     return checked
 
@@ -404,8 +420,8 @@ class LayerKind:
     group: tuple[Any, ...] | None
 
 
-def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
-    """The kind of each layer."""
+def _kinds(config: PreTrainedConfig, per_head: bool) -> list[LayerKind]:
+    """The kind of each layer; with `per_head` each has a pool of its own, so that it can drop tokens at any time."""
     if hasattr(config, "decoder_layers") and not config.is_encoder_decoder:
         # a decoder alone, of a model that has both
         config = copy.copy(config)
@@ -418,26 +434,34 @@ def _kinds(config: PreTrainedConfig) -> list[LayerKind]:
             f"config: a {type(decoder).__name__} has layers that attend to pictures, which cannot be kept in a "
             f"KVNumbaCache; use transformers.DynamicCache"
         )
-    kinds = []
+    kinds: list[LayerKind] = []
     # until transformers 5.23 the last layers, if they use other layers' keys, are left out
     for name, options, layer in zip(
         *get_layer_types_and_kwargs(decoder), decoder.per_layer_config, strict=False
     ):
         heads = (getattr(layer, name, None) for name in ("num_key_value_heads", "head_dim"))
         ours = name in KINDS + HYBRID_KINDS + INDEXED_KINDS
+        if per_head and name != KINDS[0]:
+            raise ValueError(
+                f"per_head: expected a model whose layers are all of {KINDS[0]}; a {type(decoder).__name__} has one of "
+                f"{name}. Use a KVNumbaCache without it"
+            )
+        own = (len(kinds),) if per_head else ()
         kinds.append(
-            LayerKind(name, options, (options.get("sliding_window"), name, *heads) if ours else None)
+            LayerKind(name, options, (options.get("sliding_window"), name, *heads, *own) if ours else None)
         )
     return kinds
 
 
-def _make_layers(config: PreTrainedConfig, groups: dict[tuple[Any, ...], LayerGroup]) -> list[Any]:
+def _make_layers(
+    config: PreTrainedConfig, kinds: list[LayerKind], groups: dict[tuple[Any, ...], LayerGroup]
+) -> list[Any]:
     """The layers of a model, empty: ours, of these groups, and those of transformers."""
     layers: list[Any] = []
     counts = dict.fromkeys(groups, 0)
     # whose attention implementation is read: of a flat config the decoder's part would be a copy
     live = config.get_text_config(decoder=True) if config.sub_configs else config
-    for kind in _kinds(config):
+    for kind in kinds:
         if kind.group is None:
             layers.append(foreign.make_layer(kind.name, kind.options))
             continue

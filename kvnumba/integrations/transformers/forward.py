@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvnumba.backends.protocol import Decoding
+from kvnumba.caches.per_head import PerHeadStep
 from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import to_array
@@ -21,7 +22,7 @@ class ForwardPass:
 
     Attributes
     ----------
-    step : Step
+    step : Step or PerHeadStep
         Knows which layers have the tokens.
     first, count : int
         Tokens of every sequence before the pass, and new ones. Both with padding, so they are the same for all.
@@ -41,7 +42,7 @@ class ForwardPass:
         Whether the pass is recorded as a CUDA graph, so that nothing is computed now.
     """
 
-    step: Step
+    step: Step | PerHeadStep
     first: int
     count: int
     visible: int
@@ -51,6 +52,12 @@ class ForwardPass:
     new: tuple[int, torch.Tensor, torch.Tensor] | None = None
     unwritten: bool = False
     captured: bool = False
+
+    @property
+    def whole_step(self) -> Step:
+        """The step, of blocks of all heads: what decodes on a GPU is that."""
+        assert isinstance(self.step, Step)
+        return self.step
 
     def length(self, index: int) -> int:
         """Tokens of every sequence in a layer, padding included."""

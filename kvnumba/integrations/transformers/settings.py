@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 
 from kvnumba.backends.protocol import Backend
 from kvnumba.caches.paged import PagedKVCache
+from kvnumba.caches.per_head import PerHeadKVCache
 from kvnumba.storage import Layout, LayoutOptions
 
 BLOCK_SIZE = 128
 MAX_NUM_SEQS = 1024
-"""Sequences that a pool can hold: those of a batch, its beams, and those of copies of the cache."""
+"""Sequences that a pool can hold: those of a batch, its beams, and those of copies of the cache. With blocks of one
+head, what the heads of a layer hold counts as a sequence each."""
 SHARE_OF_FLOATS = 0.25
 """Of a pool's memory, at the most, for tokens that are kept in float: they have it for every sequence."""
 SHARE_OF_GPU = 0.5
@@ -29,12 +31,13 @@ class Settings:
     """What the user chose.
 
     Without a format that of the model's keys or values is taken; the backend "auto" stands for the one that works where
-    they are.
+    they are. With `per_head` the blocks of a pool are of one head.
     """
 
     options: LayoutOptions
     arithmetic: str | None
     backend: str | Backend
+    per_head: bool
 
     def allocate(
         self,
@@ -45,7 +48,7 @@ class Settings:
         share: float,
         sliding_window: int | None,
         backend: Backend,
-    ) -> PagedKVCache:
+    ) -> PagedKVCache | PerHeadKVCache:
         """A pool for several layers.
 
         Parameters
@@ -79,6 +82,12 @@ class Settings:
             room -= layout.memory(max_num_seqs).floats
         layout = replace(layout, num_blocks=max(1, room // layout.memory_bytes()))
         try:
+            if self.per_head:
+                heads = layout.num_layers * num_kv_heads
+                layout = replace(layout, num_blocks=layout.num_blocks * heads)
+                return PerHeadKVCache.from_layout(
+                    layout, max(1, max_num_seqs // num_kv_heads), backend=backend
+                )
             return PagedKVCache.from_layout(layout, max_num_seqs, backend=backend)
         except MemoryError as error:
             if backend.device is not None:

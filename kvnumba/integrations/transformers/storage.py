@@ -12,6 +12,8 @@ import torch
 from kvnumba.backends.protocol import Backend
 from kvnumba.backends.registry import get_backend
 from kvnumba.caches.paged import PagedKVCache
+from kvnumba.caches.per_head import PerHeadKVCache
+from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.forward import ForwardPass, KeptDecoding, by_token, current_stream, lie
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.settings import Settings
@@ -45,7 +47,7 @@ class LayerGroup:
         self.sliding_window = sliding_window
         self.record_past = False
         self.deferring = False  # whether the model's attention reads the storage
-        self._pool: PagedKVCache | None = None
+        self._pool: PagedKVCache | PerHeadKVCache | None = None
         self._scorings: dict[int, tuple[Any, ...]] = {}  # layer -> key, sinks, Scoring
         self.clear()
 
@@ -55,7 +57,7 @@ class LayerGroup:
         return self._pool is not None
 
     @property
-    def pool(self) -> PagedKVCache:
+    def pool(self) -> PagedKVCache | PerHeadKVCache:
         """The pool of a group that has started."""
         if self._pool is None:
             raise ValueError("KVNumbaCache: it holds no tokens yet")
@@ -82,18 +84,23 @@ class LayerGroup:
                 f"value_states: expected batch and heads as the keys', {tuple(k.shape)}; got {tuple(v.shape)}. "
                 f"Use transformers.DynamicCache for this model"
             )
+        if self.settings.per_head and not k.is_cpu:
+            raise ValueError(f"per_head: expected a model on the CPU; got keys on {k.device}")
         backend = get_backend(self.settings.backend, on_host=k.is_cpu)
         _require_device(k, backend.device, backend.name)
         head_dims, defaults = (k.shape[3], v.shape[3]), (format_name(k.dtype), format_name(v.dtype))
         pool = self.allocate(k.shape[1], head_dims, defaults, backend)
         _require_rows(len(k), pool)
         self.adopt(pool)
+        if isinstance(pool, PerHeadKVCache):
+            self.ids.extend(pool.add_sequence() for _ in range(len(k)))
+            return
         window_left = -1 if self.sliding_window is None or self.record_past else self.sliding_window - 1
-        self.ids.extend(self.pool.add_sequence(window_left=window_left) for _ in range(len(k)))
+        self.ids.extend(pool.add_sequence(window_left=window_left) for _ in range(len(k)))
 
     def allocate(
         self, num_kv_heads: int, head_dims: tuple[int, int], defaults: tuple[str, str], backend: Backend
-    ) -> PagedKVCache:
+    ) -> PagedKVCache | PerHeadKVCache:
         """A pool for the group, see `Settings.allocate`."""
         return self.settings.allocate(
             num_kv_heads, head_dims, defaults, self.layers, self.share, self.sliding_window, backend
@@ -104,7 +111,7 @@ class LayerGroup:
         """Layers of the group."""
         return len(self.layers)
 
-    def adopt(self, pool: PagedKVCache) -> None:
+    def adopt(self, pool: PagedKVCache | PerHeadKVCache) -> None:
         """Use this pool, and finish the group's sequences in it when the group is no longer used."""
         self._pool = pool
         self.ids = []
@@ -160,7 +167,7 @@ class LayerGroup:
             )
         forward.new = index, k, v
         if known and forward.follows:
-            forward.step.require_next(index)
+            forward.whole_step.require_next(index)
             forward.unwritten = True
         else:
             forward.require_eager()
@@ -199,7 +206,7 @@ class LayerGroup:
         forward = ForwardPass(step, first, count, earlier + count)
         kept = self._kept
         if kept is not None and stream is not None:
-            forward.follows = kept.stream == stream and step.follow(
+            forward.follows = kept.stream == stream and forward.whole_step.follow(
                 kept.decoding, kept.query[0][1], kept.scoring, stream
             )
             if not forward.follows:
@@ -301,7 +308,7 @@ class LayerGroup:
             new[1].data_ptr(), new[2].data_ptr(), query.data_ptr(), out.data_ptr(), current_stream(query)
         )
         forward.unwritten = False
-        forward.step.written(index)
+        forward.whole_step.written(index)
         return out
 
     def _keep(self, forward: ForwardPass, query: torch.Tensor, scoring: Scoring) -> None:
@@ -309,7 +316,7 @@ class LayerGroup:
         assert forward.new is not None
         _, k, v = forward.new
         q, k_new, v_new = (by_token(x, None) for x in (query, k, v))
-        decoding = forward.step.decoding(q, k_new, v_new, scoring)
+        decoding = forward.whole_step.decoding(q, k_new, v_new, scoring)
         if decoding is not None:
             self._kept = KeptDecoding(decoding, scoring, lie(k, v), lie(query), current_stream(k))
             forward.follows = True
@@ -333,7 +340,7 @@ class LayerGroup:
     def replay(self, forward: ForwardPass) -> None:
         """Know that a graph stores a pass's tokens in all layers, and attends to them."""
         self.forward = forward
-        forward.step.written(self.num_layers - 1)
+        forward.whole_step.written(self.num_layers - 1)
 
     def undo(self, forward: ForwardPass) -> None:
         """Forget a pass, the latest one, wherever it is on its way."""
@@ -381,6 +388,12 @@ class LayerGroup:
         forward, pool = self.forward, self.pool
         assert forward is not None
         forward.require_eager()
+        if not isinstance(forward.step, Step):
+            raise ValueError(
+                "per_head: expected a model that attends out of the storage, with "
+                'set_attn_implementation("kvnumba") and a causal mask; this one asks for keys and values as one '
+                "tensor. Use a KVNumbaCache without it"
+            )
         shape = (len(self.ids), pool.num_kv_heads, forward.visible)
         keys = np.zeros((*shape, pool.head_dim), np.float32)
         values = np.zeros((*shape, pool.value_head_dim), np.float32)
@@ -389,6 +402,26 @@ class LayerGroup:
                 count = min(forward.visible, stored.shape[1])
                 out[row, :, forward.visible - count :] = stored[:, stored.shape[1] - count :]
         return to_torch(keys, like), to_torch(values, like)
+
+    def held(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a layer with blocks of one head, (B, H, tokens, D or Dv) like a tensor.
+
+        All of its heads must hold as many tokens.
+        """
+        pool = self.pool
+        assert isinstance(pool, PerHeadKVCache)
+        heads = [pool.get_kv(seq_id) for seq_id in self.ids]
+        keys, values = (np.array([[head[n] for head in each] for each in heads]) for n in (0, 1))
+        return to_torch(keys, like), to_torch(values, like)
+
+    def keep(self, positions: Sequence[Sequence[np.ndarray]]) -> None:
+        """Drop all tokens of a layer with blocks of one head but those at the positions of each sequence and head."""
+        pool = self.pool
+        assert isinstance(pool, PerHeadKVCache)
+        self._require_complete()
+        self._length, self.forward = self.complete_length, None
+        for seq_id, each in zip(self.ids, positions, strict=True):
+            pool.keep(seq_id, each)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence, and a forward pass that did not reach the last layer."""
@@ -453,7 +486,7 @@ def _state_of(x: torch.Tensor) -> tuple[int, ...]:
     return id(x), x.data_ptr(), version
 
 
-def _finish(pool: PagedKVCache, ids: list[int]) -> None:
+def _finish(pool: PagedKVCache | PerHeadKVCache, ids: list[int]) -> None:
     while ids:
         pool.finish_sequence(ids.pop())
 
@@ -468,7 +501,7 @@ def _require_device(k: torch.Tensor, device: int | None, backend: str) -> None:
         )
 
 
-def _require_rows(more: int, pool: PagedKVCache) -> None:
+def _require_rows(more: int, pool: PagedKVCache | PerHeadKVCache) -> None:
     """Raise unless a pool can hold so many sequences more."""
     count = len(pool.seq_lens) + more
     if count > pool.max_num_seqs:
