@@ -127,20 +127,20 @@ class _Bridge(kvpress.BasePress):
     def forward_hook(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
-        if kwargs["past_key_values"] is not self.cache:
+        if self.cache not in (kwargs.get("past_key_values"), kwargs.get("cache")):
             raise ValueError("past_key_values: expected the cache that the press works on; got another one")
-        count = kwargs["hidden_states"].shape[1]
-        if self.cache.get_seq_length(module.layer_idx) > count:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if self.cache.get_seq_length(module.layer_idx) > hidden_states.shape[1]:
             return output  # not the prompt any more
         try:
-            self._compress(module, args, kwargs, output)
+            self._compress(module, hidden_states, kwargs, output)
         except BaseException:
             self.cache.reset()
             raise
         return output
 
     def _compress(
-        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: list[Any]
+        self, module: torch.nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any], output: list[Any]
     ) -> None:
         group = self.cache.layers[module.layer_idx].group
         if group.padding is not None:
@@ -148,15 +148,15 @@ class _Bridge(kvpress.BasePress):
                 "attention_mask: expected no padding, which a press would count as tokens; "
                 "read prompts of different lengths one by one"
             )
-        hidden_states = kwargs["hidden_states"]
         whole = group.held(hidden_states)
         left = SimpleNamespace(keys=whole[0].clone(), values=whole[1].clone())  # some presses write to these
-        given = {
+        given = {  # by the names that kvpress looks for; newer versions of transformers have others
+            "hidden_states": hidden_states,
             "past_key_values": SimpleNamespace(layers={module.layer_idx: left}),
-            "cache_position": torch.arange(hidden_states.shape[1]),  # which today's models do not pass
+            "cache_position": torch.arange(hidden_states.shape[1]),
         }
         module.masked_key_indices = None
-        self.press.forward_hook(module, args, {**kwargs, **given}, output)
+        self.press.forward_hook(module, (), {**kwargs, **given}, output)
         stays = np.ones(left.keys.shape[:3], bool)
         if module.masked_key_indices is not None:
             stays[tuple(index.numpy() for index in module.masked_key_indices)] = False

@@ -179,6 +179,25 @@ def test_fork_truncate_and_save(backend, normal, tmp_path):
         paged.load(tmp_path / "file", fingerprint="test")
 
 
+def test_reorder(backend, normal):
+    """Beams: each sequence becomes what one of them was, each head with its own tokens."""
+    cache = make(backend)
+    a, b, c = (cache.add_sequence() for _ in range(3))
+    write(cache, [a, b, c], [9, 9, 9], normal)
+    cache.keep(a, [[0, 1, 8], [2, 8]])
+    cache.keep(b, [[5, 6, 7, 8], [0]])
+    held = {seq_id: (cache.get_kv(seq_id), cache.positions(seq_id)) for seq_id in (a, b, c)}
+    cache.reorder([a, b, c], [b, a, a])
+    cache.check_integrity()
+    for seq_id, parent in ((a, b), (b, a), (c, a)):
+        pairs, positions = held[parent]
+        assert_same(cache.get_kv(seq_id), pairs)
+        assert [x.tolist() for x in cache.positions(seq_id)] == [x.tolist() for x in positions]
+    step, _, _ = write(cache, [a, c], [2, 2], normal)
+    assert_attends(cache, step, [2, 2], normal)
+    assert_same(cache.get_kv(b), held[a][0])
+
+
 class TestAllHeadsOrNone:
     def test_booking(self, backend, normal):
         cache = make(backend, num_blocks=10)
@@ -232,6 +251,9 @@ BAD_CALLS = {
     "no such layer": (lambda c, i: c.keep(i, [[0], [1]], layer=2), ValueError, "layer: expected 0 to 1; got 2"),
     "unknown": (lambda c, i: c.keep(i + 1, [[0], [1]]), ValueError, "seq_id: sequence 1 is unknown"),
     "twice": (lambda c, i: c.step([i, i], [1, 1]), ValueError, r"seq_ids: expected each sequence once; got \[0, 0\]"),
+    "reorder, twice": (lambda c, i: c.reorder([i, i], [i, i]), ValueError, r"seq_ids: expected each .*; got \[0, 0\]"),
+    "reorder, fewer": (lambda c, i: c.reorder([i], []), ValueError, "parents: expected"),
+    "reorder, unknown": (lambda c, i: c.reorder([i], [i + 1]), ValueError, "seq_id: sequence 1 is unknown"),
     "too long": (lambda c, i: c.truncate(i, 10), ValueError, "length: expected at most the sequence's 9 tokens"),
     "layer": (lambda c, i: c.step([i], [0]).attend(np.ones((0, 4, 8)), layer=1), ValueError, "layer 1 have not been"),
     "heads": (lambda c, i: c.step([i], [1]).write(*np.ones((2, 1, 3, 8))), ValueError, "k: expected shape .*H=2"),

@@ -125,6 +125,50 @@ def test_tokens_are_those_of_dynamic_cache(make_model, backend, name, mode):
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.skipif(ON_GPU, reason="of models on the host")
+@pytest.mark.parametrize(("mode", "backend"), [*((mode, "numpy") for mode in MODES), ("greedy", "cpu")])
+def test_tokens_with_blocks_of_one_head(make_model, backend, mode):
+    model = make_model("Llama")
+    inputs = prompts(1 if mode == "prompt lookup" else 2)
+    want = generate(model, "eager", dynamic(model), inputs, **MODES[mode])
+    cache = KVNumbaCache(model.config, per_head=True, backend=backend)
+    assert generate(model, "kvnumba", cache, inputs, **MODES[mode]).tolist() == want.tolist()
+
+
+@pytest.mark.skipif(ON_GPU, reason="of models on the host")
+def test_what_blocks_of_one_head_do_not_have(make_model):
+    model, ids = make_model("Llama"), prompts()["input_ids"]
+    for options, message in (
+        (
+            {"recent_tokens": 4, "key_format": "int4"},
+            "recent_tokens: expected 0 with blocks of one head; got 4",
+        ),
+        (
+            {"calibration": calibrate(model, torch.arange(99)[None] % 50)},
+            "calibration: expected None with blocks of one head",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KVNumbaCache(model.config, per_head=True, **options)
+    message = "per_head: expected a model whose layers are all of full_attention; .* one of sliding_attention"
+    with pytest.raises(ValueError, match=message):
+        KVNumbaCache(make_model("Gemma2").config, per_head=True)
+    cache = KVNumbaCache(model.config, per_head=True, key_format="int4", backend="numpy")
+    assert repr(cache) == (
+        "KVNumbaCache(layers=3, tokens=0, keys int4, values as given, scale_dtype='float16', rotation=True, "
+        "calibration=None, of one head each, numpy, 0.0 MB)"
+    )
+    for implementation, mask in (("eager", None), ("kvnumba", torch.zeros(2, 1, 19, 19))):
+        model.set_attn_implementation(implementation)
+        with (
+            pytest.raises(ValueError, match="per_head: expected a model that attends out of the storage"),
+            torch.no_grad(),
+        ):
+            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        cache.crop(0)
+        assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 def test_tokens_of_a_model_that_changes_values(make_model, backend, mode):
     model = make_model("DiffLlama")
