@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch", reason="the transformers extra is not insta
 transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
 kvpress = pytest.importorskip("kvpress", reason="the kvpress extra is not installed")
 
+from pressing import by_kvpress  # noqa: E402
+
 from kvnumba.integrations.kvpress import compressing  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache  # noqa: E402
 
@@ -81,24 +83,6 @@ def per_head(model, **options):
 
 def dynamic(model):
     return transformers.DynamicCache(config=model.config)
-
-
-@contextlib.contextmanager
-def by_kvpress(press, model, cache):
-    """kvpress's own context, whose hook is given what models of this version of transformers do not pass."""
-    own = press.forward_hook
-
-    def hook(module, args, kwargs, output):
-        count, length = kwargs["hidden_states"].shape[1], cache.layers[module.layer_idx].keys.shape[2]
-        given = {"past_key_values": cache, "cache_position": torch.arange(length - count, length)}
-        return own(module, args, {**kwargs, **given}, output)
-
-    press.forward_hook = hook
-    try:
-        with press(model):
-            yield
-    finally:
-        del press.forward_hook
 
 
 def generate(model, press, cache, ids, **options):
