@@ -11,7 +11,8 @@ from kvnumba.backends.registry import available_backends, use_backend
 from kvnumba.blocks.stats import CacheStats
 from kvnumba.caches.contiguous import KVCache, QuantizedKVCache
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.caches.per_head import PerHeadKVCache, PerHeadStep
+from kvnumba.caches.per_head import PerHeadKVCache
+from kvnumba.caches.per_head_step import PerHeadStep
 from kvnumba.caches.prefill import ChunkedPrefillCache, multi_head_attention_with_cache
 from kvnumba.caches.step import Step
 from kvnumba.caches.warmup import warmup

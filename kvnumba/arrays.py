@@ -157,6 +157,12 @@ def on_device(argument: str, x: Any, backend: Destination) -> DeviceView | None:
     return view
 
 
+def require_host(argument: str, x: Any) -> None:
+    """Raise for an array on a device, where only host memory serves."""
+    if isinstance(x, DeviceView):
+        raise TypeError(f"{argument}: expected an array in host memory; got one on a GPU")
+
+
 def norm_of(array: Any) -> float:
     """The root of the sum of squares, which no element exceeds: one pass over them. NaN and infinity stay."""
     flat = array.reshape(-1)

@@ -9,7 +9,8 @@ import numpy as np
 
 from kvnumba import arguments
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.caches.per_head import PerHeadKVCache, PerHeadStep
+from kvnumba.caches.per_head import PerHeadKVCache
+from kvnumba.caches.per_head_step import PerHeadStep
 from kvnumba.caches.step import Step
 from kvnumba.options import AttentionOptions
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kvnumba.caches.paged import PagedKVCache
-from kvnumba.caches.per_head import PerHeadKVCache, PerHeadStep
+from kvnumba.caches.per_head import PerHeadKVCache
+from kvnumba.caches.per_head_step import PerHeadStep
 from kvnumba.caches.step import Step
 from kvnumba.options import AttentionOptions
 from kvnumba.policies.base import Policy

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvnumba.backends.protocol import Decoding
-from kvnumba.caches.per_head import PerHeadStep
+from kvnumba.caches.per_head_step import PerHeadStep
 from kvnumba.caches.step import Step
 from kvnumba.integrations.transformers.masks import CausalMask
 from kvnumba.integrations.transformers.tensors import to_array
