@@ -50,7 +50,7 @@ def compressing(
 ) -> AbstractContextManager[None]:
     """A context in which a press drops tokens of the prompt that a model reads into a cache.
 
-    The prompt is what the model reads first. When a layer has read it, the layer's dropped tokens give their blocks
+    The prompt is what the model reads first, in one pass. When a layer has read it, the layer's dropped tokens give their blocks
     back, before the next layer begins. What comes afterwards, questions and answers, stands where it would stand after
     the whole prompt, as in kvpress's own pipeline, and stays.
 
@@ -77,6 +77,13 @@ def compressing(
         raise ValueError(
             f'model: expected the attention implementation "{NAME}"; got "{config._attn_implementation}". '
             f'Call model.set_attn_implementation("{NAME}") first'
+        )
+    decoder = getattr(model, "model", None)
+    layers = getattr(getattr(decoder, "language_model", decoder), "layers", [None])
+    if not all(hasattr(layer, "self_attn") for layer in layers):
+        raise ValueError(
+            f"model: expected one whose attention is model.model.layers[n].self_attn, where kvpress looks for it, as "
+            f"Llama's is; got a {type(model).__name__}"
         )
     if not isinstance(cache, KVNumbaCache) or not cache.per_head:
         raise ValueError(f"cache: expected KVNumbaCache(model.config, per_head=True); got {cache!r}")

@@ -167,6 +167,9 @@ def test_what_blocks_of_one_head_do_not_have(make_model):
             model(input_ids=ids, attention_mask=mask, past_key_values=cache)
         cache.crop(0)
         assert cache.get_seq_length() == 0
+    latents = make_model("DeepseekV3")
+    with pytest.raises(ValueError, match="per_head: expected a model that attends out of the storage"):
+        generate(latents, "kvnumba", KVNumbaCache(latents.config, per_head=True, backend="numpy"), prompts())
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])

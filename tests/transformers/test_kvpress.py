@@ -294,6 +294,12 @@ def test_what_else_is_refused(make_model):
     ):
         compressing(press, model, cache)
     model.set_attn_implementation("kvnumba")
+    other = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4)
+    )
+    other.set_attn_implementation("kvnumba")
+    with pytest.raises(ValueError, match="model: expected one whose .* as Llama's is; got a GPT2LMHeadModel"):
+        compressing(press, other, KVNumbaCache(other.config, per_head=True))
     for other in (dynamic(model), KVNumbaCache(model.config)):
         with pytest.raises(ValueError, match=r"cache: expected KVNumbaCache\(model.config, per_head=True\)"):
             compressing(press, model, other)
