@@ -50,9 +50,9 @@ def compressing(
 ) -> AbstractContextManager[None]:
     """A context in which a press drops tokens of the prompt that a model reads into a cache.
 
-    The prompt is what the model reads first, in one pass. When a layer has read it, the layer's dropped tokens give their blocks
-    back, before the next layer begins. What comes afterwards, questions and answers, stands where it would stand after
-    the whole prompt, as in kvpress's own pipeline, and stays.
+    The prompt is what the model reads first, in one pass. When a layer has read it, the layer's dropped tokens give
+    their blocks back, before the next layer begins. What comes afterwards, questions and answers, stands where it would
+    stand after the whole prompt, as in kvpress's own pipeline, and stays.
 
     Parameters
     ----------
