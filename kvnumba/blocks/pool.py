@@ -122,7 +122,7 @@ class BlockPool:
             before = self.lost[row]
             raise WorkerLost(f"seq_id: sequence {name} is lost: {before}", before.workers, (name,))
         if self.ids[row] == seq_id >= 0:
-            raise ValueError(f"seq_id: sequence {name} is swapped out")
+            raise ValueError(f"seq_id: sequence {name} is swapped out; swap it in first")
         finished = 0 <= seq_id < self._next_id[row]
         raise ValueError(f"seq_id: sequence {name} is {'finished' if finished else 'unknown'}")
 
