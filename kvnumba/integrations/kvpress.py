@@ -15,25 +15,25 @@ which tokens of which head the cache keeps. It needs the extra ``kvnumba[kvpress
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from importlib import metadata
-from types import SimpleNamespace
-from typing import Any
-
-import numpy as np
-import torch
-from transformers import PreTrainedModel
-
-from kvnumba.integrations.transformers import KVNumbaCache
-from kvnumba.integrations.transformers.layers import NAME
 
 try:
     metadata.version("kvpress")
 except metadata.PackageNotFoundError:
     raise ImportError("kvpress is not installed: pip install 'kvnumba[kvpress]'") from None
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
 import kvpress
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kvnumba.integrations.transformers import KVNumbaCache
+from kvnumba.integrations.transformers.layers import NAME
 
 HOOKS = {
     press.forward_hook

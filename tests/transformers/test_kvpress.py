@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ kvpress = pytest.importorskip("kvpress", reason="the kvpress extra is not instal
 
 from pressing import by_kvpress  # noqa: E402
 
+import kvnumba.integrations.kvpress  # noqa: E402
 from kvnumba.integrations.kvpress import compressing  # noqa: E402
 from kvnumba.integrations.transformers import KVNumbaCache  # noqa: E402
 
@@ -321,3 +323,12 @@ def test_what_else_is_refused(make_model):
     read(model, press, cache, ids)
     with pytest.raises(ValueError, match="cache: expected an empty one, .* of 90 tokens. Call reset"):
         compressing(press, model, cache)
+
+
+def test_without_kvpress(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    with pytest.raises(ImportError, match=r"kvpress is not installed: pip install 'kvnumba\[kvpress\]'"):
+        importlib.reload(kvnumba.integrations.kvpress)
