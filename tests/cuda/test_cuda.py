@@ -405,7 +405,7 @@ def test_torch_tensors(normal):
             assert (lse.dtype, lse.shape) == (torch.float32, q.shape[:3])
             _, mass = cache.attend(q, return_mass=True)
             assert (mass.dtype, mass.shape, mass.device) == (torch.float32, (2, 2, 40), q.device)
-            assert np.abs(mass.cpu().numpy().sum(axis=2) - 80).max() <= 80 * UNIT[kind]
+            assert np.abs(mass.cpu().numpy().sum(axis=2) - 80).max() <= 80 * max(UNIT[kind], 1e-5)
         want, _ = oracle.attention(q[1].float().cpu().numpy().swapaxes(0, 1), *cache.get_kv(1))
         got = out[1].float().cpu().numpy().swapaxes(0, 1)
         assert np.abs(got - want).max() <= 2 * UNIT[kind] * max(1, np.abs(want).max())
