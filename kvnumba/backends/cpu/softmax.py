@@ -97,9 +97,7 @@ def exponentiate_run(typing, shape, run, reading, values, masks, scratch):
 
         tops = load(ROW_MAX)
         kept = Pointer(b, b.inttoptr(masks.kept.value, I8.as_pointer())) + run.key * (4 * static.columns)
-        ahead = (
-            4 * static.phase * static.columns
-        )  # where the next phase writes: a store waits for its line too
+        ahead = 4 * static.phase * static.columns  # the next phase's: a store waits for its line too
 
         def weights(
             i: Int, sums: list[ir.Value], keeps: bool
