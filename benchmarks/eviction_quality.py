@@ -4,8 +4,10 @@ A byte-level model reads `PROMPT` bytes of each of `TEXTS`, drops half of them b
 bytes again, as they stand. Then it reads names with numbers, drops half, and is asked for the numbers: after it has
 dropped them, as nobody knows beforehand what will be asked; or before, one name at a time, at the end of the prompt.
 
-Rows "dense" are the same policy from plain NumPy: full matrices of attention weights, which say what is masked from
-then on. Nothing of a cache is in them but the rounding of int4.
+Rows "dense" are the same from plain NumPy: full matrices of attention weights, which say what is masked from then on.
+Nothing of a cache is in them but the rounding of int4. Where an element lies on the border between two codes, that
+makes a step of the smallest difference, from layer to layer more: how much, the row shows in which all tokens stay. So
+both are compared layer by layer too, where each layer of the dense one is given the inputs of the other.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ POLICIES = {
 WINDOW = {"TOVA": 1, "SnapKV": 32}  # tokens of the step before an eviction, where it matters
 
 
+DENSE = (None, "H2O", "SnapKV")
+
+Watch = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+
+
 class Cached:
     """A text in a cache, and its policy, if it has one."""
 
@@ -59,8 +66,8 @@ class Cached:
         self.policy: Any = None if policy is None else POLICIES[policy](self.cache)
         self.seq_id = self.cache.add_sequence()
 
-    def read(self, tokens: np.ndarray) -> np.ndarray:
-        """Append tokens; their logits."""
+    def read(self, tokens: np.ndarray, watch: Watch | None = None) -> np.ndarray:
+        """Append tokens; their logits. `watch` is called with what each layer attends with, and the output."""
         step = self.cache.step([self.seq_id], [len(tokens)])
         attend = (
             step.attend if self.policy is None else lambda q, layer: self.policy.attend(step, q, layer=layer)
@@ -68,7 +75,10 @@ class Cached:
 
         def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
             step.write(k, v, layer=layer)
-            return attend(q, layer=layer)
+            out = attend(q, layer=layer)
+            if watch is not None:
+                watch(layer, q, k, v, out)
+            return out
 
         return self.decoder.logits(self.decoder.forward(tokens, step.positions, attention))
 
@@ -91,7 +101,7 @@ class Cached:
 class Dense:
     """A text, all of its keys, and which each head still sees; H2O and SnapKV in the words of their papers."""
 
-    def __init__(self, decoder: IncrementalDecoder, fmt: str, policy: str, length: int) -> None:
+    def __init__(self, decoder: IncrementalDecoder, fmt: str, policy: str | None, length: int) -> None:
         config = decoder.config
         self.decoder, self.fmt, self.policy, self.length = decoder, fmt, policy, 0
         shape = (config.num_hidden_layers, config.num_key_value_heads, length)
@@ -101,24 +111,28 @@ class Dense:
 
     def read(self, tokens: np.ndarray) -> np.ndarray:
         """Append tokens; their logits."""
-        begin, self.length = self.length, self.length + len(tokens)
-        positions = np.arange(begin, self.length)
+        positions = np.arange(self.length, self.length + len(tokens))
+        hidden = self.decoder.forward(tokens, positions, self.attend)
+        return self.decoder.logits(hidden)
 
-        def attention(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-            for everything, x in ((self.keys, k), (self.values, v)):
-                everything[layer, :, begin : self.length] = self._rounded(x).swapaxes(0, 1)
-            keys, values, seen = (x[layer, :, : self.length] for x in (self.keys, self.values, self.seen))
-            queries = q.reshape(len(q), len(keys), -1, q.shape[-1]).transpose(1, 2, 0, 3)  # (H, Hq / H, T, D)
-            scores = queries @ keys[:, None].swapaxes(-1, -2) / np.float32(np.sqrt(q.shape[-1]))
-            causal = np.arange(self.length) <= positions[:, None]
-            scores[~np.broadcast_to(seen[:, None, None] & causal, scores.shape)] = -np.inf
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights /= weights.sum(axis=-1, keepdims=True)
-            self.latest_step[layer, :, : self.length] = weights.sum(axis=(1, 2))
-            self.all_queries[layer] += self.latest_step[layer]
-            return (weights @ values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape)
-
-        return self.decoder.logits(self.decoder.forward(tokens, positions, attention))
+    def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Append the keys and values (T, H, D) of a layer; the attention of queries (T, Hq, D)."""
+        if layer == 0:
+            self.length += len(q)
+        new = slice(self.length - len(q), self.length)
+        for everything, x in ((self.keys, k), (self.values, v)):
+            everything[layer, :, new] = self._rounded(x).swapaxes(0, 1)
+        keys, values, seen = (x[layer, :, : self.length] for x in (self.keys, self.values, self.seen))
+        queries = q.reshape(len(q), len(keys), -1, q.shape[-1]).transpose(1, 2, 0, 3)  # (H, Hq / H, T, D)
+        scores = queries @ keys[:, None].swapaxes(-1, -2) / np.float32(np.sqrt(q.shape[-1]))
+        causal = np.arange(self.length) <= np.arange(new.start, new.stop)[:, None]
+        scores[~np.broadcast_to(seen[:, None, None] & causal, scores.shape)] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        self.latest_step[layer, :, : self.length] = weights.sum(axis=(1, 2))
+        self.all_queries[layer] += self.latest_step[layer]
+        out: np.ndarray = (weights @ values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape)
+        return out
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         if self.fmt == "float32":
@@ -126,7 +140,9 @@ class Dense:
         return rotate(dequantize(*quantize(rotate(x), 4, scale_dtype="float16", backend="numpy"), 4))
 
     def evict(self, budget: int) -> None:
-        """Hide all keys of each head but those that the policy keeps."""
+        """Hide all keys of each head but those that the policy keeps, if there is one."""
+        if self.policy is None:
+            return
         window = 32 if self.policy == "SnapKV" else budget - budget // 2
         for seen, total, latest in zip(
             *(
@@ -200,6 +216,35 @@ def asked_before(reader: Reader, task: tuple[np.ndarray, np.ndarray], window: in
     return np.array(found)
 
 
+def layer_by_layer(
+    decoder: IncrementalDecoder, fmt: str, policy: str, tokens: np.ndarray
+) -> tuple[int, float]:
+    """Of a text whose dense layers are given the inputs of the others: tokens kept otherwise, and the error after that.
+
+    The error is the mean square of what outputs differ by, of their mean square.
+    """
+    window = WINDOW.get(policy, 1)
+    cached, dense = (kind(decoder, fmt, policy, len(tokens)) for kind in (Cached, Dense))
+    squares = np.zeros(2)
+
+    def watch(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
+        error = dense.attend(layer, q, k, v) - out
+        squares[:] += np.square(error, dtype=float).sum(), np.square(out, dtype=float).sum()
+
+    for begin, end in ((0, PROMPT - window), (PROMPT - window, PROMPT)):
+        cached.read(tokens[begin:end], watch)
+    cached.evict(PROMPT // 2)
+    dense.evict(PROMPT // 2)
+    otherwise = sum(
+        (~dense.seen[layer, head, at]).sum()
+        for layer in range(cached.cache.num_layers)
+        for head, at in enumerate(cached.cache.positions(cached.seq_id, layer=layer))
+    )
+    squares[:] = 0
+    cached.read(tokens[PROMPT:], watch)
+    return int(otherwise), float(squares[0] / squares[1])
+
+
 def main() -> None:
     """Print a row for each policy, and what the dense ones differ in."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -215,16 +260,15 @@ def main() -> None:
     for seed in range(args.tasks):
         text, answers = registry_task(np.random.default_rng(seed))
         tasks.append((as_tokens(text), answers))
-    rows: list[tuple[str, str | None, Callable[..., Reader]]] = [
-        ("all tokens", None, Cached),
-        *((name, name, Cached) for name in POLICIES),
-        *((f"{name}, dense", name, Dense) for name in ("H2O", "SnapKV")),
+    rows: list[tuple[str | None, Callable[..., Reader]]] = [
+        *((policy, Cached) for policy in (None, *POLICIES)),
+        *((policy, Dense) for policy in DENSE),
     ]
     print(f"{args.format}, half of the tokens of each head")
     print("| policy | bits a byte | change | asked after | asked before |")
     print("|---|---|---|---|---|")
-    results: dict[str, Any] = {}
-    for name, policy, kind in rows:
+    results: dict[Any, Any] = {}
+    for policy, kind in rows:
         window = WINDOW.get(policy or "", 1)
         bits = [surprise(kind(decoder, args.format, policy, len(t)), t, window) for t in texts]
         of_tasks = [
@@ -237,18 +281,27 @@ def main() -> None:
         ]
         after = np.mean([(found == right).all(axis=1) for found, _, right in of_tasks])
         before = np.mean([(found == right[: args.questions]).all(axis=1) for _, found, right in of_tasks])
-        results[name] = np.array(bits), np.concatenate([x.ravel() for pair in of_tasks for x in pair[:2]])
-        change = np.mean(bits) / np.mean(results["all tokens"][0]) - 1
+        results[policy, kind] = (
+            np.array(bits),
+            np.concatenate([x.ravel() for pair in of_tasks for x in pair[:2]]),
+        )
+        change = np.mean(bits) / np.mean(results[None, Cached][0]) - 1
+        name = (policy or "all tokens") + (", dense" if kind is Dense else "")
         print(
             f"| {name} | {np.mean(bits):.4f} | {change:+.2%} | {after:.1%} | {before:.1%} |",
             flush=True,
         )
-    for name in ("H2O", "SnapKV"):
-        (bits, digits), (dense_bits, dense_digits) = results[name], results[f"{name}, dense"]
+    for policy in DENSE:
+        (bits, digits), (dense_bits, dense_digits) = results[policy, Cached], results[policy, Dense]
         print(
-            f"{name} beside dense: bits a byte of each text differ by up to {np.abs(bits - dense_bits).max():.1e}, "
-            f"{(digits != dense_digits).sum()} of {digits.size} digits"
+            f"{policy or 'all tokens'} beside dense: bits a byte of each text differ by up to "
+            f"{np.abs(bits - dense_bits).max():.1e}, {(digits != dense_digits).sum()} of {digits.size} digits"
         )
+        if policy is not None:
+            otherwise, error = layer_by_layer(decoder, args.format, policy, texts[0])
+            print(
+                f"    layer by layer: {otherwise} tokens kept otherwise, squared error {error:.1e} of the output's"
+            )
 
 
 def source(module: str) -> bytes:
