@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from conftest import TESTED
 
 import kvnumba
 from kvnumba import policies
@@ -24,12 +23,6 @@ POLICIES = {
 }
 LATEST = {"TOVA": 1, "SnapKV": WINDOW}
 """Tokens of the step before an eviction, where it matters."""
-
-
-@pytest.fixture(params=TESTED)
-def backend(request):
-    """The name of each backend whose caches may drop tokens head by head, and find masses."""
-    return request.param
 
 
 def make(backend, fmt="float32"):
