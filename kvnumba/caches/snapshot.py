@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvnumba.backends.protocol import Backend
-from kvnumba.blocks.pool import BlockPool, State
+from kvnumba.blocks.pool import BlockPool
 from kvnumba.blocks.prefix import NO_BLOCK, TOKEN_DTYPE, Chain, Entry, Key
+from kvnumba.blocks.tables import State
 from kvnumba.errors import CacheFull
 from kvnumba.formats import FORMATS, REGISTERED
 from kvnumba.storage import Buffers, Encoded, Layout, array_specs

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvnumba.blocks.pool import BlockPool, State
+from kvnumba.blocks.pool import BlockPool
 from kvnumba.blocks.prefix import NO_BLOCK
+from kvnumba.blocks.tables import State
 from kvnumba.caches import snapshot
 from kvnumba.integrations.ray.backend import ShardedBackend
 
