@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_extra("integrations.ray", "demo", "tqdm")
     try:
         run(args)
-    except (OSError, ValueError, kvnumba.BackendUnavailable, kvnumba.CacheFull, kvnumba.WorkerLost) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
