@@ -162,6 +162,10 @@ class Pass:
         self._backend.attend(layer, q, plan, scoring, out, lse, mass)
         return returned
 
+    def plan_ahead(self, q: Any, options: AttentionOptions, dtype: Any = None) -> None:
+        """Have the plan ready that `attend` of such queries wants."""
+        self._plan(q.shape[2], self._scoring(q, options, dtype), bool(options.get("return_mass")))
+
     def _room_for_mass(self, q: Any, scoring: Scoring, options: AttentionOptions) -> Any:
         if not self._backend.finds_mass:
             raise ValueError(

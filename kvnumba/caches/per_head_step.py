@@ -148,6 +148,11 @@ class PerHeadStep:
             "scoring": scoring if scoring.sinks is None else replace(scoring, sinks=None),
             "return_mass": options.get("return_mass"),
         }
+        if (
+            layer == 0
+        ):  # together, for between layers the keys sweep what planning needs out of the processor's caches
+            for each in self._passes:
+                each.plan_ahead(rows, alone, dtype)
         running = self._passes[layer]
         masses = running.masses(running.attend(0, rows, out, lse, alone, dtype), alone)
         out, lse = self._by_token(out[0], num_qo_heads), self._by_token(lse[0], num_qo_heads)
