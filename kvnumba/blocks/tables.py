@@ -50,7 +50,7 @@ class SequenceTables:
     With `rows_each` the rows from ``n * rows_each`` on are one sequence of the cache above, which has them come and go
     together: errors speak of that.
 
-    Internal: `pool.py` writes them, `snapshot.py` and `integrity.py` read them.
+    Internal: only `BlockPool` changes them; `snapshot.py` and `integrity.py` read them.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, rows_each: int) -> None:

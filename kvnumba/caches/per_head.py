@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class PerHeadKVCache(Cache):
     """A `PagedKVCache` in which each KV head of each layer may drop other tokens than the others.
 
-    A head that keeps a quarter of its tokens takes a quarter of the memory, and of the time of attention. New tokens
+    A head that keeps a quarter of its tokens takes a quarter of the memory, and little more of the time. New tokens
     come to all heads. Arrays are in host memory; there are no prefixes to be found, no windows that give blocks back,
     and nothing is kept in float besides.
 
@@ -297,8 +297,8 @@ class PerHeadKVCache(Cache):
     def attend(self, seq_id: int, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of a sequence's newest T tokens, q (Hq, T, D), which all heads of the layer must hold.
 
-        As `PagedKVCache.attend`; `step` serves many sequences at once. The mass is a list of H arrays, as a sequence's
-        is in `PerHeadStep.attend`.
+        As `PagedKVCache.attend`; `step` serves many sequences at once. While `update` has layers to go, q are those of
+        all its tokens. The mass is a list of H arrays, as a sequence's is in `PerHeadStep.attend`.
         """
         layer = arguments.layer_index(layer, self.num_layers)
         heads = self._heads(seq_id)
@@ -307,7 +307,13 @@ class PerHeadKVCache(Cache):
         )
         count = query.shape[1]
         step = self._steps.get(seq_id)
-        if step is None or not step.is_latest() or step.num_tokens != count or not step.covers(layer):
+        if step is None or not step.is_latest() or not step.covers(layer):
+            step = self._view(seq_id, heads, layer, count)
+        elif step.num_tokens != count:
+            if not step.complete:
+                raise ValueError(
+                    f"q: expected queries of the {step.num_tokens} tokens that `update` writes; got {count} of them"
+                )
             step = self._view(seq_id, heads, layer, count)
         out, lse, masses = step._attend(query.swapaxes(0, 1), layer, options)
         mass = None if masses is None else masses[0]
@@ -315,19 +321,25 @@ class PerHeadKVCache(Cache):
 
     def _view(self, seq_id: int, heads: np.ndarray, layer: int, count: int) -> PerHeadStep:
         """A pass of tokens that all layers hold."""
-        length = self.seq_len(seq_id)
-        held = [len(self._pool.positions(head)) for head in heads[layer].tolist()]
-        newest = [self._pool.tokens_before(head, length - count) for head in heads[layer].tolist()]
-        if count > length or any(n - first != count for n, first in zip(held, newest, strict=True)):
-            raise ValueError(f"q: expected queries of newest tokens that all heads hold; got {count} of them")
-        batch = self._pool.views(heads.ravel(), count)
-        return self._step([seq_id], heads, batch, np.array([count]), written=True)
+        with self._pool.lock:
+            length = self.seq_len(seq_id)
+            held = [len(self._pool.positions(head)) for head in heads[layer].tolist()]
+            newest = [self._pool.tokens_before(head, length - count) for head in heads[layer].tolist()]
+            if count > length or any(n - first != count for n, first in zip(held, newest, strict=True)):
+                raise ValueError(
+                    f"q: expected queries of newest tokens that all heads hold; got {count} of them"
+                )
+            batch = self._pool.views(heads.ravel(), count)
+            return self._step([seq_id], heads, batch, np.array([count]), written=True)
 
     def _step(self, *booked: Any, written: bool = False) -> PerHeadStep:
         return PerHeadStep(self._backend, self._buffers, self._pool, self._whole, *booked, written=written)
 
     def get_kv(self, seq_id: int, *, layer: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Copies of the keys (tokens, D) and values (tokens, Dv) that each of the H heads holds, float32."""
+        """Copies of the keys (tokens, D) and values (tokens, Dv) that each of the H heads holds, float32.
+
+        Tokens count from when their last layer is written.
+        """
         layer = arguments.layer_index(layer, self.num_layers)
         found = []
         for head in self._heads(seq_id)[layer].tolist():

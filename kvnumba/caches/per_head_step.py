@@ -48,6 +48,7 @@ class PerHeadStep:
         self._backend, self._buffers, self._pool = backend, buffers, pool
         self._layout = layout  # of all heads and layers
         self._batch = batch
+        self._booked = not written  # all layers will be attended to
         self._heads = heads  # (num_layers, B * H)
         first = np.array(
             [self._pool.next_position(head) for head in heads[0, :: layout.num_kv_heads].tolist()], np.int64
@@ -82,6 +83,11 @@ class PerHeadStep:
         """Whether the new tokens of a layer have been written."""
         return self._passes[layer].complete
 
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have been written."""
+        return self._passes[-1].complete
+
     def is_latest(self) -> bool:
         """Whether none of the sequences was changed by anything else since; raises if one is finished."""
         version = self._pool.version
@@ -109,7 +115,9 @@ class PerHeadStep:
         self._require_latest()
         self._passes[layer].write(0, self._by_head(k, 1), self._by_head(v, 1))
         if layer == layout.num_layers - 1:
-            self._pool.commit(self._heads.ravel(), self._batch)
+            with self._pool.lock:  # another thread may have changed the sequences meanwhile
+                self._require_latest()
+                self._pool.commit(self._heads.ravel(), self._batch)
 
     def attend(self, q: Any, *, layer: int = 0, **options: Unpack[AttentionOptions]) -> Any:
         """Causal attention of the new tokens, q (T, Hq, D), each head over its own tokens; as `Step.attend`.
@@ -136,7 +144,7 @@ class PerHeadStep:
         group = num_qo_heads // layout.num_kv_heads
         scoring = scoring_of(options, num_qo_heads, layout.head_dim)
         if scoring.of_positions is not None:
-            raise ValueError(f"{scoring.of_positions}: expected None, heads have dropped different tokens")
+            raise ValueError(f"{scoring.of_positions}: expected None, heads may hold different tokens")
         dtype = getattr(q, "dtype", None)
         if scoring.sinks is not None and options.get("return_mass"):
             return self._attend_head_by_head(layer, query, scoring, options, dtype)
@@ -148,9 +156,8 @@ class PerHeadStep:
             "scoring": scoring if scoring.sinks is None else replace(scoring, sinks=None),
             "return_mass": options.get("return_mass"),
         }
-        if (
-            layer == 0
-        ):  # together, for between layers the keys sweep what planning needs out of the processor's caches
+        if self._booked and layer == 0:
+            # together, for between layers the keys sweep what planning needs out of the processor's caches
             for each in self._passes:
                 each.plan_ahead(rows, alone, dtype)
         running = self._passes[layer]

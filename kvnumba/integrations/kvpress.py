@@ -166,6 +166,11 @@ class _Bridge(kvpress.BasePress):
         self.press.forward_hook(module, (), {**kwargs, **given}, output)
         stays = np.ones(left.keys.shape[:3], bool)
         if module.masked_key_indices is not None:
+            if stays.shape[2] != whole[0].shape[2]:
+                raise ValueError(
+                    f"press: {type(self.press).__name__} drops tokens and hides others, by numbers that are of no use "
+                    f"then; use the two presses one by one"
+                )
             stays[tuple(index.numpy() for index in module.masked_key_indices)] = False
             module.masked_key_indices = None  # they are not there to be masked
         name = type(self.press).__name__

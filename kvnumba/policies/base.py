@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -59,6 +60,10 @@ class Policy(ABC):
         twin: int = self.cache.fork(seq_id)
         return twin
 
+    def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
+        """`cache.reorder`, after which the policy knows of each sequence what it knew of its parent."""
+        self.cache.reorder(seq_ids, parents)
+
     def evict(self, seq_id: int, budget: int) -> None:
         """Let each KV head of a sequence keep `budget` tokens, and give back the blocks that become free.
 
@@ -93,7 +98,12 @@ class Policy(ABC):
         """Of the positions that the heads of a layer hold, those that they keep."""
         if all(len(at) <= budget for at in held):
             return held
-        scores = self.scores(seq_id, layer, held, budget)
+        scores = [np.asarray(of_head, float) for of_head in self.scores(seq_id, layer, held, budget)]
+        found, expected = [x.shape for x in scores], [at.shape for at in held]
+        if found != expected:
+            raise ValueError(
+                f"scores: expected one for each token that a head holds, {expected}; got {found}"
+            )
         best = [np.argsort(-of_head, kind="stable")[:budget] for of_head in scores]
         return [at[np.sort(chosen)] for at, chosen in zip(held, best, strict=True)]
 

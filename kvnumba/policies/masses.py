@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,9 +29,11 @@ class Seen(NamedTuple):
 class MassPolicy(Policy):
     """A policy that goes by the attention which tokens get, by way of `attend` with ``return_mass``.
 
-    Masses go by positions: those of tokens that a head has dropped are forgotten at the next `attend`, as are those of
-    tokens that `truncate` took back and others replaced; what tokens got from queries that were taken back stays.
-    Four bytes of mass and eight of position are held for each token of each head.
+    All steps, forks and reorders of a sequence have to go by way of the policy, which knows of no others. Masses go by
+    positions: those of tokens that a head has dropped are forgotten at the next `attend`, as are those of tokens that
+    `truncate` took back and others replaced; what tokens got from queries that were taken back stays. Four bytes of
+    mass and eight of position are held for each token of each head. With `window_left` there is no second eviction:
+    where tokens were dropped, windows find no masses.
     """
 
     window: int | None = None
@@ -47,6 +50,8 @@ class MassPolicy(Policy):
             raise ValueError("return_mass: expected none, the policy asks for masses itself")
         if not isinstance(step, PerHeadStep):
             raise TypeError(f"step: expected one of a PerHeadKVCache; got a {type(step).__name__}")
+        if step._pool is not self.cache._pool:
+            raise ValueError("step: expected one of the policy's cache; got one of another")
         counts = step.num_new_tokens
         if self.window is None or self.window in counts:
             asked: AttentionOptions = {**options, "return_mass": True}
@@ -65,9 +70,7 @@ class MassPolicy(Policy):
         """Masses in the order of the positions that each head holds, the new ones last."""
         earlier = [at[at < new[0]] for at in self.cache.positions(seq_id, layer=layer)]
         if seq_id not in self._seen:
-            for gone in set(self._seen) - set(self.cache.seq_lens):
-                self._seen.pop(gone, None)
-            self._seen[seq_id] = {}
+            self._learn({seq_id: {}})
         of_layers = self._seen[seq_id]
         if self.window is None and layer in of_layers:
             so_far = _masses_at(of_layers[layer], earlier)
@@ -75,12 +78,25 @@ class MassPolicy(Policy):
                 np.concatenate((mass[: len(sums)] + sums, mass[len(sums) :]))
                 for mass, sums in zip(masses, so_far, strict=True)
             ]
+        else:
+            masses = [mass.copy() for mass in masses]  # they are parts of those of all sequences
         of_layers[layer] = Seen(int(new[-1]) + 1, [np.append(at, new) for at in earlier], masses)
+
+    def _learn(self, seen: dict[int, dict[int, Seen]]) -> None:
+        """Know this of some sequences, and nothing of finished ones."""
+        self._seen.update(seen)
+        for gone in set(self._seen) - set(self.cache.seq_lens):
+            self._seen.pop(gone, None)
 
     def fork(self, seq_id: int) -> int:
         twin = super().fork(seq_id)
-        self._seen[twin] = dict(self._seen.get(seq_id, {}))
+        self._learn({twin: dict(self._seen.get(seq_id, {}))})
         return twin
+
+    def reorder(self, seq_ids: Sequence[int], parents: Sequence[int]) -> None:
+        super().reorder(seq_ids, parents)
+        known = [dict(self._seen.get(parent, {})) for parent in parents]
+        self._learn(dict(zip(seq_ids, known, strict=True)))
 
     def masses(self, seq_id: int, layer: int, held: list[np.ndarray]) -> list[np.ndarray]:
         """What the tokens at some positions of each head got; raises unless the latest step has been seen."""

@@ -198,6 +198,52 @@ def test_reorder(backend, normal):
     assert_same(cache.get_kv(b), held[a][0])
 
 
+def test_layers_that_hold_different_numbers_of_tokens(backend, normal):
+    """Queries of one layer ask nothing of the others."""
+    cache = make(backend)
+    seq_id = cache.add_sequence()
+    write(cache, [seq_id], [10], normal)
+    q = normal(HQ, 4, D)
+    want = cache.attend(seq_id, q, window_left=3)
+    cache.keep(seq_id, {1: [[0], [0, 9]]})
+    np.testing.assert_array_equal(cache.attend(seq_id, q, window_left=3), want)
+
+
+def test_while_update_has_layers_to_go(backend, normal):
+    cache = make(backend)
+    seq_id = cache.add_sequence()
+    write(cache, [seq_id], [5], normal)
+    k, v, q = normal(H, 3, D), normal(H, 3, D), normal(HQ, 3, D)
+    cache.update(seq_id, k, v, layer=0)
+    out = cache.attend(seq_id, q)
+    with pytest.raises(ValueError, match="q: expected queries of the 3 tokens that `update` writes; got 1"):
+        cache.attend(seq_id, q[:, -1:])
+    cache.update(seq_id, k, v, layer=1)
+    np.testing.assert_allclose(cache.attend(seq_id, q[:, -1:]), out[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequence_that_changes_while_it_is_written(backend, normal, monkeypatch):
+    """As another thread might change it: the pass is no longer the latest, and counts nothing."""
+    cache = make(backend)
+    seq_id = cache.add_sequence()
+    write(cache, [seq_id], [10], normal)
+    step = cache.step([seq_id], [2])
+    k, v = normal(2, 2, H, D)
+    step.write(k, v, layer=0)
+    real = cache._backend.write
+
+    def interrupted(*args):
+        real(*args)
+        cache.keep(seq_id, [[0, 1], [0, 1]])
+
+    monkeypatch.setattr(cache._backend, "write", interrupted)
+    with pytest.raises(ValueError, match="its sequences have moved on"):
+        step.write(k, v, layer=1)
+    cache.check_integrity()
+    assert cache.seq_len(seq_id) == 10
+    assert cache.head_lens(seq_id).tolist() == [[2] * H] * LAYERS
+
+
 class TestAllHeadsOrNone:
     def test_booking(self, backend, normal):
         cache = make(backend, num_blocks=10)

@@ -208,6 +208,16 @@ class TestWhatIsRemembered:
         with pytest.raises(ValueError, match=f"that of sequence {stranger} has not in layer 0"):
             policy.evict(stranger, 9)
 
+    def test_reordered_sequences_are_known(self, backend, normal):
+        cache, policy, seq_id, dense = self.seen(backend, normal)
+        other = cache.add_sequence()
+        dense[other] = Dense()
+        run(cache, policy, [other], [20], dense, normal)
+        policy.reorder([seq_id], [other])
+        dense[seq_id] = copy.deepcopy(dense[other])
+        policy.evict(seq_id, 9)
+        dense[seq_id].evict("H2O", 9, held(cache, seq_id), 1e-5)
+
     def test_tokens_that_were_taken_back(self, backend, normal):
         cache, policy, seq_id, dense = self.seen(backend, normal)
         cache.truncate(seq_id, 15)
@@ -251,6 +261,11 @@ class TestWhatIsRemembered:
         dense[other] = Dense()
         run(cache, policy, [other], [3], dense, normal)
         assert list(policy._seen) == [other]
+        twins = []
+        for _ in range(3):
+            twins.append(policy.fork(other))
+            cache.finish_sequence(twins[-1])
+        assert set(policy._seen) <= {other, twins[-1]}
 
 
 def test_without_room_nothing_changes(backend, normal):
@@ -312,6 +327,30 @@ def test_bad_calls(name, call, error, message, normal):
     with pytest.raises(error, match=message):
         call(policy, cache, seq_id)
     assert cache.head_lens(seq_id).tolist() == [[9] * H] * LAYERS
+
+
+class Unequal(policies.Policy):
+    """Does not say of each token what it is worth."""
+
+    def scores(self, seq_id, layer, held, budget):
+        return [np.arange(3) for _ in held]
+
+
+def test_scores_are_of_each_token(normal):
+    cache = make("numpy")
+    seq_id = cache.add_sequence()
+    run(cache, Unequal(cache), [seq_id], [9], {seq_id: Dense()}, normal)
+    with pytest.raises(ValueError, match=r"scores: expected one for each token .*\(9,\).*; got \[\(3,\)"):
+        Unequal(cache).evict(seq_id, 5)
+    assert cache.head_lens(seq_id).tolist() == [[9] * H] * LAYERS
+
+
+def test_steps_of_another_cache_are_refused(normal):
+    cache, other = make("numpy"), make("numpy")
+    step = other.step([other.add_sequence()], [1])
+    step.write(normal(1, H, D), normal(1, H, D))
+    with pytest.raises(ValueError, match="step: expected one of the policy's cache"):
+        policies.H2O(cache).attend(step, normal(1, HQ, D))
 
 
 def test_policies_are_short():
