@@ -27,14 +27,8 @@ from kvnumba.models.llama import IncrementalDecoder
 from kvnumba.models.sampling import log_softmax
 from kvnumba.transforms import rotate
 
-TEXTS = (
-    "argparse",
-    "textwrap",
-    "statistics",
-    "shelve",
-    "queue",
-    "fractions",
-)  # the model has not learnt them
+# the model has not learnt them
+TEXTS = ("argparse", "textwrap", "statistics", "shelve", "queue", "fractions")
 PROMPT, CHUNK, BLOCK_SIZE = 2048, 512, 16
 OPTIONS: dict[str, Any] = {"float32": {}, "int4": {"rotation": True, "scale_dtype": "float16"}}
 POLICIES = {
@@ -46,8 +40,6 @@ POLICIES = {
     "KnormPress": policies.KnormPress,
 }
 WINDOW = {"TOVA": 1, "SnapKV": 32}  # tokens of the step before an eviction, where it matters
-
-
 DENSE = (None, "H2O", "SnapKV")
 
 Watch = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]

@@ -149,7 +149,7 @@ class Pass:
         """
         scoring = self._scoring(q, options, dtype)
         self._buffers.layout.watch()
-        mass = self._room_for_mass(q, scoring, options) if options.get("return_mass") else None
+        mass = self._room_for_mass(q) if self._finds_mass(q, scoring, options) else None
         returned = mass.owner if isinstance(mass, DeviceView) else mass
         if not q.size:
             return returned
@@ -164,20 +164,27 @@ class Pass:
 
     def plan_ahead(self, q: Any, options: AttentionOptions, dtype: Any = None) -> None:
         """Have the plan ready that `attend` of such queries wants."""
-        self._plan(q.shape[2], self._scoring(q, options, dtype), bool(options.get("return_mass")))
+        scoring = self._scoring(q, options, dtype)
+        self._plan(q.shape[2], scoring, self._finds_mass(q, scoring, options))
 
-    def _room_for_mass(self, q: Any, scoring: Scoring, options: AttentionOptions) -> Any:
+    def _finds_mass(self, q: Any, scoring: Scoring, options: AttentionOptions) -> bool:
+        """Whether masses are asked for; raises where there are none to be had."""
+        if not options.get("return_mass"):
+            return False
         if not self._backend.finds_mass:
             raise ValueError(
                 f"return_mass: expected a cache of the backend numpy, cpu or cuda; got one of {self._backend.name}"
             )
         if self._kept is not None and scoring.window_left >= 0:
             raise ValueError("return_mass: expected no window_left, keep has dropped tokens of a sequence")
+        if isinstance(q, DeviceView) and options["return_mass"] == "block":
+            raise ValueError("return_mass: expected True with arrays on a GPU; got 'block'")
+        return True
+
+    def _room_for_mass(self, q: Any) -> Any:
         seq_lens = self.batch.seq_lens
         shape = (len(seq_lens), self._buffers.layout.num_kv_heads, int(seq_lens.max(initial=0)))
         if isinstance(q, DeviceView):
-            if options["return_mass"] == "block":
-                raise ValueError("return_mass: expected True with arrays on a GPU; got 'block'")
             return self._backend.empty(q, shape, "float32", zeros=True)
         return np.zeros(shape, np.float32)
 
@@ -205,7 +212,7 @@ class Pass:
         """Do what `attend` does once for all layers, and once for all passes."""
         scoring = self._scoring(q, options, q.dtype)
         if q.size:
-            mass = bool(options.get("return_mass"))
+            mass = self._finds_mass(q, scoring, options)
             self._backend.prepare(q, self._plan(q.shape[2], scoring, mass), scoring, self._written)
 
     def _scoring(self, q: Any, options: AttentionOptions, dtype: Any) -> Scoring:

@@ -281,7 +281,7 @@ class KVCache(Cache):
 
         Query i of T sees positions up to ``seq_len - T + i``. Extra memory is
         O(B * T * Hq * D + threads * tile), whatever the cached length: keys and values are never copied to
-        float32 as a whole, and never more than a tile of scores exists.
+        float32 as a whole, and never more than a tile of scores exists, or eight for each key with `return_mass`.
 
         Parameters
         ----------

@@ -180,7 +180,7 @@ class Step:
 
         New token i of a sequence with n new ones sees positions up to ``seq_len - n + i``. Blocks with which
         several sequences begin are read once for all of them, where that is faster. Extra memory is
-        O(T * Hq * D + threads * tile), whatever the cached length.
+        O(T * Hq * D + threads * tile), whatever the cached length; O(S) more with `return_mass`.
 
         Parameters
         ----------

@@ -8,6 +8,7 @@ import pytest
 
 import kvnumba
 from kvnumba import __main__ as command_line
+from kvnumba.backends.registry import get_backend
 from kvnumba.formats import REGISTERED
 
 if "KVNUMBA_TEST_WORKERS" in os.environ:
@@ -188,6 +189,16 @@ def test_the_same_codes_as_in_numpy(backend, normal):
         found.append((cache.k_pool, cache.k_scale, cache.v_pool))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_rows_on_their_own(backend, fmt, normal):
+    """Codes of single rows, with a scale and a zero or without: those that NumPy finds."""
+    chosen, numpy = get_backend(backend), get_backend("numpy")
+    rows, x = paged(backend, fmt).layout.keys, normal(6, DIM)
+    found, want = chosen.encode(x, rows), numpy.encode(x, rows)
+    np.testing.assert_array_equal(found.codes, want.codes)
+    np.testing.assert_allclose(chosen.decode(found, rows), numpy.decode(want, rows), rtol=1e-6)
 
 
 def test_functions_of_whole_arrays(normal, registered):

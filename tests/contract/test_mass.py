@@ -14,6 +14,7 @@ if "KVNUMBA_TEST_WORKERS" in os.environ:
     pytest.skip("caches on workers return no masses", allow_module_level=True)
 
 H, HQ, D = 2, 8, 16
+LEAST = float(np.finfo(np.float32).min)
 
 
 def check(mass, q, k, **options):
@@ -122,6 +123,21 @@ def test_what_sees_nothing_gives_nothing(backend, normal):
     _, mass = cache.attend(seq_id, normal(HQ, 2, D), return_mass=True, mask_mod=lambda *positions: False)
     assert mass.shape == (H, 70)
     assert not mass.any()
+
+
+def test_scores_so_small_that_all_weights_may_be_nothing(backend, normal):
+    """Masks are written so too; a row that sees nothing takes nothing from the others."""
+
+    def odd_positions_alone(score, q_head, q_pos, kv_pos):
+        return score if q_pos % 2 == 1 else LEAST
+
+    cache, (seq_id,) = filled(backend, normal, [70])
+    q = normal(HQ, 2, D)
+    _, lse, mass = cache.attend(seq_id, q, return_lse=True, return_mass=True, score_mod=odd_positions_alone)
+    assert (lse[:, 0] < -1e38).all()  # position 68
+    _, want = cache.attend(seq_id, q[:, 1:], return_mass=True)
+    assert np.isfinite(mass).all()
+    assert (mass >= want - 1e-4).all()
 
 
 @pytest.mark.parametrize("recent_tokens", [0, 16])

@@ -78,7 +78,7 @@ def address_of(fmt: Format) -> int:
         _found[codec.digest] = {
             "scale": functions.get("scale", nothing),
             "zero": functions.get("zero", nothing),
-            **{name: _WITHOUT[len(codec.functions) - 2](functions[name]) for name in ("encode", "decode")},
+            **{name: _BY_NUMBERS[len(codec.functions) - 2](functions[name]) for name in ("encode", "decode")},
         }
         static = Functions(digest=codec.digest)
         _tables[codec.digest] = np.array(
@@ -142,7 +142,7 @@ def _with_both(function: Any) -> Any:
     return call
 
 
-_WITHOUT: list[Callable[[Any], Any]] = [_alone, _with_scale, _with_both]
+_BY_NUMBERS: list[Callable[[Any], Any]] = [_alone, _with_scale, _with_both]
 """By how many numbers a group has: functions that are given both, and pass on those."""
 
 

@@ -86,7 +86,8 @@ class CudaBackend:
             memory.enter()
             given, loan = self._on_device(x[None, :, None])
             codes = self._pool.take(encoded.codes.nbytes, 0)
-            pairs = self._pool.take(2 * encoded.scale.nbytes, 0)
+            numbers = 1 + rows.fmt.has_zero  # of a group, beside each other
+            pairs = self._pool.take(numbers * encoded.scale.nbytes, 0)
             # the rows are the tokens of a sequence in one block; with their own addresses twice, as keys and as values
             layout = Layout(1, 1, len(x), 1, rows, rows)
             batch = Batch.of(np.zeros((1, 1), np.int32), np.array([len(x)], np.int32), [len(x)], len(x))
@@ -94,10 +95,11 @@ class CudaBackend:
             launch = self._write_launch(layout, 0, given, given, batch)
             launch(0, (given.address, given.address, *addresses, *addresses, 0, 0))
             memory.download(encoded.codes, codes.address, 0)
-            scales = np.empty((*encoded.scale.shape, 2), rows.scale_dtype)
+            scales = np.empty((*encoded.scale.shape, numbers), rows.scale_dtype)
             memory.download(scales, pairs.address, 0)
             encoded.scale[...] = scales[..., 0]
-            encoded.zero[...] = scales[..., 1]
+            if rows.fmt.has_zero:
+                encoded.zero[...] = scales[..., 1]
             del loan
         return encoded
 
@@ -106,7 +108,8 @@ class CudaBackend:
         if out.size:
             memory.enter()
             codes = self._pool.put(encoded.codes, 0)
-            pairs = self._pool.put(np.stack((encoded.scale, encoded.zero), axis=-1), 0)
+            numbers = [encoded.scale, *([encoded.zero] if rows.fmt.has_zero else [])]
+            pairs = self._pool.put(np.stack(numbers, axis=-1), 0)
             layout = Layout(1, 1, len(encoded.codes), 1, rows, rows)
             self._read(layout, rows, (codes.address, pairs.address), 0, np.zeros((1, 1), np.int32), out)
         return out[0, 0]
@@ -348,7 +351,7 @@ class CudaBackend:
         self, q: DeviceView, plan: AttentionPlan, scoring: Scoring, stream: int
     ) -> MassLaunches:
         """What finds the masses of queries such as these, made once for all layers."""
-        key = ("mass", *_key_of(q, plan, scoring))
+        key = ("mass", stream, *_key_of(q, plan, scoring))  # their room for an lse is the stream's
         found: MassLaunches | None = plan.launches.get(key)
         if found is None:
             # the tables of the batch go up with those of the attention

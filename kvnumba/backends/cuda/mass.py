@@ -99,7 +99,8 @@ def mass_kernel(
                             score = score_of(
                                 call, work, piece, score, first + r, piece.begin + j, origin, shift
                             )
-                            if score != HIDDEN:  # a row that sees nothing has an lse of -inf
+                            # a row that sees nothing has an lse of -inf, though its scores may be finite
+                            if shared[index(at_lse + r)] != HIDDEN:
                                 total += math.exp(score - shared[index(at_lse + r)])
                     shared[index(at_sums + j)] += total
         row = int64(load_int(piece.address + 4 * SEQUENCE)) * work.num_kv_heads + piece.kv_head

@@ -39,7 +39,7 @@ def functions_of(codec: Codec) -> Functions:
     numbers = len(functions) - 2
     return Functions(
         *(_number(functions[name]) if name in functions else nothing for name in ("scale", "zero")),
-        *(_WITHOUT[numbers](functions[name]) for name in ("encode", "decode")),
+        *(_BY_NUMBERS[numbers](functions[name]) for name in ("encode", "decode")),
     )
 
 
@@ -102,7 +102,7 @@ def _with_both(function: Any) -> Any:
     return call
 
 
-_WITHOUT = [_alone, _with_scale, _with_both]
+_BY_NUMBERS = [_alone, _with_scale, _with_both]
 """By how many numbers a group has: functions that are given both, and pass on those."""
 
 
