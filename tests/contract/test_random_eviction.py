@@ -4,16 +4,15 @@ import copy
 import itertools
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import oracle
 import pytest
 from conftest import TESTED
+from faults import BackendError, FaultyMachine
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
@@ -25,11 +24,6 @@ import kvnumba
 
 H, HQ, D, LAYERS, MAX_SEQS = 2, 4, 8, 2, 4
 HEADS = list(itertools.product(range(LAYERS), range(H)))
-BACKEND_CALLS = ("write", "copy_blocks", "read_blocks", "write_blocks")
-
-
-class BackendError(Exception):
-    """What a backend is made to raise."""
 
 
 class Model:
@@ -45,18 +39,16 @@ class Model:
         return rows[None, :, 0], rows[None, :, 1]
 
 
-class PerHeadMachine(RuleBasedStateMachine):
+class PerHeadMachine(FaultyMachine):
     """Every operation, with faults, in any order."""
 
     def __init__(self, backend):
         super().__init__()
         self.backend = backend
         self.folder = tempfile.TemporaryDirectory()
-        self.fault = None
 
     def teardown(self):
-        if self.fault is not None:
-            self.fault.stop()
+        super().teardown()
         self.folder.cleanup()
 
     @initialize(num_blocks=st.sampled_from([24, 60, 200]), block_size=st.sampled_from([1, 3, 4]))
@@ -201,25 +193,6 @@ class PerHeadMachine(RuleBasedStateMachine):
         else:
             self.cache.check_integrity()
             self.cache, self.models = before, models
-
-    @precondition(lambda self: self.fault is None)
-    @rule(name=st.sampled_from(BACKEND_CALLS), after=st.integers(0, 2))
-    def break_backend(self, name, after):
-        """Let one of the next calls of a backend's method fail, half-way."""
-        backend, real = self.cache._backend, getattr(self.cache._backend, name)
-        calls = iter([False] * after + [True])
-
-        def failing(*args):
-            if next(calls, False):
-                patch.stop()
-                self.fault = None
-                if name in ("write_blocks", "copy_blocks"):
-                    real(*args)  # what it has done by then is of no consequence
-                raise BackendError(name)
-            return real(*args)
-
-        patch = self.fault = mock.patch.object(backend, name, failing)
-        patch.start()
 
     @invariant()
     def as_the_model_says(self):

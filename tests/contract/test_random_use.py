@@ -8,16 +8,15 @@ import tempfile
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import oracle
 import pytest
 from conftest import ON_WORKERS
+from faults import BackendError, FaultyMachine
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
@@ -32,7 +31,6 @@ from kvnumba.caches import recent
 H, D, LAYERS, MAX_SEQS = 2, 4, 2, 6
 FLOAT_BLOCK, SHORT = 2, 3
 SALTS = ["", "tenant"]
-BACKEND_CALLS = ("write", "copy_blocks", "read_blocks", "write_blocks")
 FLOAT_CALLS = ("read_blocks", "write_blocks")
 """Those that a step makes after its blocks are booked, to have recent tokens in float before new ones."""
 
@@ -45,10 +43,6 @@ PROMPTS = st.builds(
 )
 NUM_BLOCKS = st.sampled_from([20, 40, 10, 5])
 MOSTLY = st.sampled_from([True, True, True, False])
-
-
-class BackendError(Exception):
-    """What a backend is made to raise."""
 
 
 def rule(**draws):
@@ -123,7 +117,7 @@ def rows_of(salt, before, new):
     return rows
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(FaultyMachine):
     """Every public operation of a paged cache, with faults, in any order."""
 
     def __init__(self, backend, key_format, value_format, recent_tokens=0, sink_tokens=0):
@@ -133,14 +127,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.files = 0
         self.passes = 0  # forward passes since the last restart
-        self.fault = None
 
     def lose(self, error):
         raise error
 
     def teardown(self):
-        if self.fault is not None:
-            self.fault.stop()
+        super().teardown()
         self.folder.cleanup()
 
     @initialize(num_blocks=NUM_BLOCKS, block_size=st.sampled_from([2, 3, 1, 4]))
@@ -520,25 +512,6 @@ class CacheMachine(RuleBasedStateMachine):
                 for model in self.models.values():
                     model.float_from, model.num_sinks = len(model.tokens), 0
                 self.ever = set(self.models)
-
-    @precondition(lambda self: self.fault is None)
-    @rule(name=st.sampled_from(BACKEND_CALLS), after=st.integers(0, 2))
-    def break_backend(self, name, after):
-        """Let one of the next calls of a backend's method fail, half-way."""
-        backend, real = self.cache._backend, getattr(self.cache._backend, name)
-        calls = iter([False] * after + [True])
-
-        def failing(*args):
-            if next(calls, False):
-                patch.stop()
-                self.fault = None
-                if name in ("write_blocks", "copy_blocks"):
-                    real(*args)  # what it has done by then is of no consequence
-                raise BackendError(name)
-            return real(*args)
-
-        patch = self.fault = mock.patch.object(backend, name, failing)
-        patch.start()
 
     # What is always true
 
