@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import typeof, types
 from numba.core import cgutils
 
+from kvnumba.codecs import Codec
 from kvnumba.mods import UserFunction
 
 _WORD = ir.IntType(64)
@@ -65,6 +66,35 @@ def argument_kinds(user: UserFunction, aux: tuple[types.Type, ...]) -> tuple[typ
     """The types of a function's arguments."""
     score = (types.float32,) if user.argument == "score_mod" else ()
     return (*score, *[types.int64] * 3, *aux)
+
+
+def kinds_of_format(codec: Codec) -> dict[str, tuple[types.Type, ...]]:
+    """The types of the arguments of each function of a format."""
+    floats, codes = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
+    numbers = [types.float32] * (len(codec.functions) - 2)
+    given = {"encode": (floats, codes, *numbers), "decode": (codes, floats, *numbers)}
+    return {name: given.get(name, (floats,)) for name in codec.functions}
+
+
+def check_number(user: UserFunction, returned: types.Type) -> None:
+    """Raise unless what a function returns, the scale or the zero of a format, is a number."""
+    if not isinstance(returned, (types.Number, types.Boolean)):
+        raise ValueError(f"{user} cannot be compiled: expected it to return a number; its type is {returned}")
+
+
+def given_both(function: Any, codec: Codec, jit: Callable[[Any], Any]) -> Any:
+    """A format's `encode` or `decode`, which is given a scale and a zero, and passes on those that the format has."""
+
+    def alone(x, y, scale, zero):  # type: ignore[no-untyped-def]
+        function(x, y)
+
+    def with_scale(x, y, scale, zero):  # type: ignore[no-untyped-def]
+        function(x, y, scale)
+
+    def with_both(x, y, scale, zero):  # type: ignore[no-untyped-def]
+        function(x, y, scale, zero)
+
+    return jit((alone, with_scale, with_both)[len(codec.functions) - 2])
 
 
 def does_not_compile(user: UserFunction, error: Exception) -> ValueError:

@@ -5,7 +5,6 @@ So these are compiled once for all formats. A group is encoded or decoded in a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from numba.extending import intrinsic
 from kvnumba.backends.cpu.jit import COMMON, Static, call_at, each_run, entry, kernel, plain
 from kvnumba.backends.cpu.mods import VECTORIZED, pointer_to_byte, pointer_to_float, pointer_to_half
 from kvnumba.backends.cpu.simd import F32, I64, Emitter, Pointer
-from kvnumba.backends.mods import compiled, does_not_compile
+from kvnumba.backends.mods import check_number, compiled, does_not_compile, given_both, kinds_of_format
 from kvnumba.codecs import Codec
 from kvnumba.formats import Format
 
@@ -78,7 +77,7 @@ def address_of(fmt: Format) -> int:
         _found[codec.digest] = {
             "scale": functions.get("scale", nothing),
             "zero": functions.get("zero", nothing),
-            **{name: _BY_NUMBERS[len(codec.functions) - 2](functions[name]) for name in ("encode", "decode")},
+            **{name: given_both(functions[name], codec, each_run) for name in ("encode", "decode")},
         }
         static = Functions(digest=codec.digest)
         _tables[codec.digest] = np.array(
@@ -96,54 +95,20 @@ def address_of(fmt: Format) -> int:
 
 def _check(codec: Codec, functions: dict[str, Any]) -> None:
     """Raise if a function cannot be compiled by itself, or returns what it should not."""
-    numbers = [types.float32] * (len(codec.functions) - 2)
-    floats, codes = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
-    given = {"encode": (floats, codes, *numbers), "decode": (codes, floats, *numbers)}
-    for name, user in codec.functions.items():
-        kinds = given.get(name, (floats,))
+    for name, kinds in kinds_of_format(codec).items():
+        user = codec.functions[name]
         try:
             functions[name].compile(kinds)
         except NumbaError as error:
             raise does_not_compile(user, error) from error
-        returned = functions[name].overloads[kinds].signature.return_type
-        if name not in given and not isinstance(returned, (types.Number, types.Boolean)):
-            raise ValueError(
-                f"{user} cannot be compiled: expected it to return a number; its type is {returned}"
-            )
+        if name in ("scale", "zero"):
+            check_number(user, functions[name].overloads[kinds].signature.return_type)
 
 
 @plain
 def nothing(x):
     """The scale, or the zero, of a format that has none."""
     return np.float32(0)
-
-
-def _alone(function: Any) -> Any:
-    @each_run
-    def call(x, y, scale, zero):
-        function(x, y)
-
-    return call
-
-
-def _with_scale(function: Any) -> Any:
-    @each_run
-    def call(x, y, scale, zero):
-        function(x, y, scale)
-
-    return call
-
-
-def _with_both(function: Any) -> Any:
-    @each_run
-    def call(x, y, scale, zero):
-        function(x, y, scale, zero)
-
-    return call
-
-
-_BY_NUMBERS: list[Callable[[Any], Any]] = [_alone, _with_scale, _with_both]
-"""By how many numbers a group has: functions that are given both, and pass on those."""
 
 
 # The kernels: x, codes and out are addresses of a group's, size and num_bytes their lengths.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import float32, types
@@ -11,6 +10,7 @@ from numba import float32, types
 from kvnumba.backends.cuda.intrinsics import bytes_at
 from kvnumba.backends.cuda.jit import SIMULATED, WARP, device
 from kvnumba.backends.cuda.mods import compiled_for
+from kvnumba.backends.mods import check_number, given_both, kinds_of_format
 from kvnumba.codecs import Codec
 from kvnumba.formats import Format
 from kvnumba.mods import UserFunction
@@ -34,34 +34,21 @@ def functions_of(codec: Codec) -> Functions:
     ValueError
         One cannot be compiled.
     """
-    made = _as_it_is if SIMULATED else _checked(codec)
-    functions = {name: made(user) for name, user in codec.functions.items()}
-    numbers = len(functions) - 2
+    functions = {
+        name: user.function if SIMULATED else _checked(user, kinds)  # the simulator runs Python
+        for (name, user), kinds in zip(codec.functions.items(), kinds_of_format(codec).values(), strict=True)
+    }
     return Functions(
         *(_number(functions[name]) if name in functions else nothing for name in ("scale", "zero")),
-        *(_BY_NUMBERS[numbers](functions[name]) for name in ("encode", "decode")),
+        *(given_both(functions[name], codec, device) for name in ("encode", "decode")),
     )
 
 
-def _as_it_is(user: UserFunction) -> Any:
-    """The function as it is: the simulator runs Python."""
-    return user.function
-
-
-def _checked(codec: Codec) -> Callable[[UserFunction], Any]:
-    floats, codes = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
-    numbers = [types.float32] * (len(codec.functions) - 2)
-    given = {"encode": (floats, codes, *numbers), "decode": (codes, floats, *numbers)}
-
-    def make(user: UserFunction) -> Any:
-        function, returned = compiled_for(user, given.get(user.argument, (floats,)))
-        if user.argument not in given and not isinstance(returned, (types.Number, types.Boolean)):
-            raise ValueError(
-                f"{user} cannot be compiled: expected it to return a number; its type is {returned}"
-            )
-        return function
-
-    return make
+def _checked(user: UserFunction, kinds: tuple[types.Type, ...]) -> Any:
+    function, returned = compiled_for(user, kinds)
+    if user.argument in ("scale", "zero"):
+        check_number(user, returned)
+    return function
 
 
 @device
@@ -76,34 +63,6 @@ def _number(function: Any) -> Any:
         return float32(function(x))
 
     return call
-
-
-def _alone(function: Any) -> Any:
-    @device
-    def call(x, y, scale, zero):
-        function(x, y)
-
-    return call
-
-
-def _with_scale(function: Any) -> Any:
-    @device
-    def call(x, y, scale, zero):
-        function(x, y, scale)
-
-    return call
-
-
-def _with_both(function: Any) -> Any:
-    @device
-    def call(x, y, scale, zero):
-        function(x, y, scale, zero)
-
-    return call
-
-
-_BY_NUMBERS = [_alone, _with_scale, _with_both]
-"""By how many numbers a group has: functions that are given both, and pass on those."""
 
 
 def group_reader(fmt: Format, load_scale: Any, pair_bytes: int, scale_bytes: int) -> Any:
